@@ -1,0 +1,96 @@
+"""The names of the records in etcd: the only module that knows how a key is spelt.
+
+Every key stands under `/nbos/v1`. Identifiers that come from outside are checked here before they become part of a
+key, so that no kernel id can reach into another kernel's records.
+"""
+
+from __future__ import annotations
+
+import re
+
+PREFIX = "/nbos/v1"
+
+_SAFE = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+
+
+def checked(identifier: str, what: str = "identifier") -> str:
+    """Return `identifier` when it may stand in a key; raise ValueError that says what is wrong otherwise."""
+    if not _SAFE.match(identifier):
+        raise ValueError(
+            f"{what} {identifier[:140]!r} may hold only letters, digits, '.', '_' and '-', "
+            "must begin with a letter or digit, and has at most 128 characters"
+        )
+    return identifier
+
+
+HOSTS = f"{PREFIX}/hosts/"
+KERNELS = f"{PREFIX}/kernels/"
+QUEUES = f"{PREFIX}/queues/"
+
+
+def host(name: str) -> str:
+    return HOSTS + checked(name, "host")
+
+
+def grants(name: str) -> str:
+    return host(name) + "/grants/"
+
+
+def grant(name: str, grant_id: str) -> str:
+    return grants(name) + checked(grant_id, "grant")
+
+
+def kernel(kernel_id: str) -> str:
+    """The prefix (with its slash) of everything one kernel has in etcd."""
+    return KERNELS + checked(kernel_id, "kernel id") + "/"
+
+
+def spec(kernel_id: str) -> str:
+    return kernel(kernel_id) + "spec"
+
+
+def epoch(kernel_id: str) -> str:
+    return kernel(kernel_id) + "epoch"
+
+
+def checkpoint(kernel_id: str) -> str:
+    return kernel(kernel_id) + "checkpoint"
+
+
+def replicas(kernel_id: str) -> str:
+    return kernel(kernel_id) + "replicas/"
+
+
+def replica(kernel_id: str, index: int) -> str:
+    return replicas(kernel_id) + str(index)
+
+
+def claims(kernel_id: str) -> str:
+    return kernel(kernel_id) + "claims/"
+
+
+def claim(kernel_id: str, n: int) -> str:
+    return claims(kernel_id) + number(n)
+
+
+def log(kernel_id: str) -> str:
+    return kernel(kernel_id) + "log/"
+
+
+def log_entry(kernel_id: str, n: int) -> str:
+    return log(kernel_id) + number(n)
+
+
+def queue(host_name: str) -> str:
+    return QUEUES + checked(host_name, "host") + "/"
+
+
+def ticket(host_name: str, ticket_id: str) -> str:
+    return queue(host_name) + checked(ticket_id, "ticket")
+
+
+def number(n: int) -> str:
+    """An execution number, zero-padded so that the order of keys is the order of executions."""
+    if n < 0 or n >= 10**12:
+        raise ValueError(f"execution number {n} is outside 0 … 10^12")
+    return f"{n:012d}"

@@ -1,0 +1,262 @@
+"""The values in etcd: typed records, encoded one way (MessagePack through msgspec), defined only here.
+
+Every record carries its type and the version of the format, so that a newer daemon can say clearly that it does not
+understand an older or newer record. Sizes are bytes, times are Unix seconds (for people; no decision compares clocks
+of two machines).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeVar
+
+import msgspec
+
+VERSION = 1
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Base of everything that is stored: frozen, keyword-only."""
+
+
+class Resources(Record):
+    """What one execution asks of a host's GPUs. All zero: a CPU cell, which never waits for a GPU.
+
+    gpus: whole devices. tpcs: a slice of that many TPCs on one device (then gpus is 0). memory: bytes of device
+    memory on each device, 0 = all of a whole device, or a slice's proportional share.
+    """
+
+    gpus: int = 0
+    tpcs: int = 0
+    memory: int = 0
+    model: str = ""
+
+    @property
+    def wants_gpu(self) -> bool:
+        return self.gpus > 0 or self.tpcs > 0
+
+
+class Device(Record):
+    """One GPU of a host. kind says whether NVML found it or the simulator plays it."""
+
+    uuid: str
+    index: int
+    model: str
+    tpcs: int
+    memory: int
+    kind: Literal["nvml", "simulated"]
+    healthy: bool = True
+    reason: str = ""
+
+
+class HostRecord(Record, tag="host"):
+    name: str
+    address: str
+    pid: int
+    devices: tuple[Device, ...] = ()
+    cpus: int = 0
+    memory: int = 0
+    max_replicas: int = 64
+    version: str = ""
+    draining: bool = False
+    since: float = 0.0
+
+
+class DeviceShare(Record):
+    """The part of one device that a grant holds. tpcs are TPC numbers; all of them for a whole device."""
+
+    uuid: str
+    index: int
+    model: str
+    tpcs: tuple[int, ...]
+    memory: int
+    whole: bool
+    kind: Literal["nvml", "simulated"]
+
+
+class GrantRecord(Record, tag="grant"):
+    grant: str
+    host: str
+    owner: str
+    kernel: str
+    replica: int
+    n: int
+    shares: tuple[DeviceShare, ...]
+    since: float = 0.0
+
+
+class KernelSpec(Record, tag="kernel"):
+    """What a kernel should be. Written by the gateway; the daemons carry out the part `placement` gives them.
+
+    placement: host name by replica index. incarnation rises on restart by the user: daemons replace the processes.
+    key and the CurveZMQ pair (Z85) belong to this kernel alone and are given to its own replicas and router.
+    memory_limit: bytes of resident memory per replica, 0 = none.
+    """
+
+    kernel: str
+    owner: str
+    replicas: int
+    placement: dict[str, str]
+    key: str
+    curve_publickey: str
+    curve_secretkey: str
+    image: str = ""
+    resources: Resources = Resources()
+    max_resources: Resources = Resources()
+    incarnation: int = 1
+    memory_limit: int = 0
+    durable: bool = False
+    rerun: bool = True
+    cwd: str = ""
+    env: dict[str, str] = {}
+    created: float = 0.0
+
+
+class Epoch(Record, tag="epoch"):
+    epoch: int
+    incarnation: int
+
+
+class Ports(Record):
+    shell: int
+    iopub: int
+    stdin: int
+    control: int
+    hb: int
+
+
+class ReplicaRecord(Record, tag="replica"):
+    """A replica that runs (or is being started) on a host; under the daemon's lease."""
+
+    index: int
+    host: str
+    state: Literal["starting", "ready", "failed"]
+    pid: int = 0
+    container: str = ""
+    ip: str = ""
+    ports: Ports | None = None
+    applied: int = -1
+    incarnation: int = 1
+    python: str = ""
+    lost: dict[str, str] = {}
+    reason: str = ""
+
+
+class ClaimRecord(Record, tag="claim"):
+    """Makes one replica the executor of n. Its mod_revision is the fencing token."""
+
+    n: int
+    replica: int
+    host: str
+    attempt: int = 1
+    grant: str = ""
+    started: float = 0.0
+
+
+class Frame(Record):
+    """A run of bytes: inline, or blobs (content hashes, in order) that joined give it."""
+
+    size: int
+    data: bytes | None = None
+    blobs: tuple[str, ...] = ()
+
+
+class Component(Record):
+    """Variables that share objects, pickled together. frames[0] is the pickle stream (protocol 5), the rest are its
+    out-of-band buffers in order."""
+
+    names: tuple[str, ...]
+    digest: str
+    frames: tuple[Frame, ...]
+
+
+class Effects(Record):
+    """What a cell changed outside the namespace. None or missing: unchanged. environ: None removes the variable."""
+
+    cwd: str | None = None
+    environ: dict[str, str | None] = {}
+    sys_path: tuple[str, ...] | None = None
+    packages: dict[str, str] = {}
+
+
+EntryKind = Literal["origin", "cell", "sync", "abandoned", "reset"]
+
+
+class LogEntry(Record, tag="entry"):
+    """What execution n changed. An abandoned entry changes nothing and says why in `reason`.
+
+    components replace, name by name, what stood before; `deleted` names are gone; `lost` names hold values that could
+    not be replicated, with the reason. digest-named blobs stand in the blob store before the entry is appended.
+    """
+
+    n: int
+    kind: EntryKind
+    token: int = 0
+    replica: int = -1
+    incarnation: int = 1
+    status: Literal["ok", "error", "aborted"] = "ok"
+    execution_count: int = 0
+    source: str = ""
+    components: tuple[Component, ...] = ()
+    deleted: tuple[str, ...] = ()
+    lost: dict[str, str] = {}
+    effects: Effects = Effects()
+    reason: str = ""
+    at: float = 0.0
+
+
+class Checkpoint(Record, tag="checkpoint"):
+    """The log up to and including `upto`, folded. `history` holds (execution_count, source) of the latest cells."""
+
+    upto: int
+    incarnation: int = 1
+    execution_count: int = 0
+    components: tuple[Component, ...] = ()
+    lost: dict[str, str] = {}
+    effects: Effects = Effects()
+    history: tuple[tuple[int, str], ...] = ()
+
+
+class QueueTicket(Record, tag="ticket"):
+    ticket: str
+    host: str
+    owner: str
+    kernel: str
+    n: int
+    resources: Resources
+    position: int
+    reason: str
+    since: float = 0.0
+    estimate: float = -1.0
+
+
+class Versioned(msgspec.Struct, frozen=True, array_like=True):
+    version: int
+    body: msgspec.Raw
+
+
+R = TypeVar("R", bound=Record)
+
+
+class RecordError(ValueError):
+    """A value in etcd that cannot be read: names the key's type, the version and what was expected."""
+
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(record: Record) -> bytes:
+    return _encoder.encode(Versioned(VERSION, msgspec.Raw(_encoder.encode(record))))
+
+
+def decode(raw: bytes, kind: type[R]) -> R:
+    """The record in `raw`. Raises RecordError when it is of another kind or version."""
+    try:
+        envelope = msgspec.msgpack.decode(raw, type=Versioned)
+        if envelope.version != VERSION:
+            raise RecordError(
+                f"a {kind.__name__} of format version {envelope.version}, this NBOS reads version {VERSION}; "
+                "run the same NBOS version on every host"
+            )
+        return msgspec.msgpack.decode(envelope.body, type=kind)
+    except msgspec.MsgspecError as err:
+        raise RecordError(f"not a {kind.__name__}: {err}") from err

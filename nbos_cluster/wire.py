@@ -1,0 +1,65 @@
+"""The frames between a replica and its daemon (Unix socket), standard library only: it runs in the user's image.
+
+A frame is `u32 header length, u32 payload length` (big endian), a JSON object, then raw bytes. The JSON object has a
+`type`; requests carry an `id`, and the reply repeats it under `re`. docs/protocol.md lists the messages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import struct
+from typing import Any
+
+_PREFIX = struct.Struct("!II")
+
+MAX_HEADER = 4 * 1024 * 1024
+"""Bytes of JSON in one frame."""
+
+MAX_PAYLOAD = 64 * 1024 * 1024
+"""Bytes after it; larger values travel as several blobs."""
+
+BLOB_CHUNK = 16 * 1024 * 1024
+"""Bytes of one blob at most; a longer frame of state is cut into several."""
+
+INLINE_LIMIT = 32 * 1024
+"""A frame of state up to this many bytes stands in the log entry itself."""
+
+ENTRY_LIMIT = 512 * 1024
+"""Bytes of one log entry in etcd; beyond it every frame becomes a blob."""
+
+
+class WireError(ConnectionError):
+    """The other side broke the protocol; says how. The connection is of no further use."""
+
+
+Message = dict[str, Any]
+
+
+def pack(message: Message, payload: bytes | bytearray | memoryview = b"") -> list[bytes | memoryview]:
+    """The buffers to write for one frame. Raises WireError when it is over a limit."""
+    header = json.dumps(message, separators=(",", ":")).encode()
+    size = memoryview(payload).nbytes
+    _check(len(header), size)
+    head = _PREFIX.pack(len(header), size) + header
+    return [head, memoryview(payload)] if size else [head]
+
+
+async def read(reader: asyncio.StreamReader) -> tuple[Message, bytes]:
+    """The next frame. Raises asyncio.IncompleteReadError at the end of the stream, WireError on a broken frame."""
+    head, size = _PREFIX.unpack(await reader.readexactly(_PREFIX.size))
+    _check(head, size)
+    try:
+        message = json.loads(await reader.readexactly(head))
+    except ValueError as err:
+        raise WireError(f"a frame's header is not JSON: {err}") from err
+    if not isinstance(message, dict) or not isinstance(message.get("type", message.get("re")), str | int):
+        raise WireError("a frame's header is no object with a 'type' or 're'")
+    return message, await reader.readexactly(size) if size else b""
+
+
+def _check(header: int, payload: int) -> None:
+    if header > MAX_HEADER:
+        raise WireError(f"a frame's header has {header} bytes, at most {MAX_HEADER} are read")
+    if payload > MAX_PAYLOAD:
+        raise WireError(f"a frame's payload has {payload} bytes, at most {MAX_PAYLOAD} are read")

@@ -1,0 +1,145 @@
+"""Replicas as local processes, each in a session and process group of its own.
+
+They outlive a crashed daemon; a restarted one finds them by pid *and* start time, so a reused pid is never taken for
+one. Ends are seen through pidfds: no signal handler, no polling. The environment is made anew from a short list, so
+that no secret of the daemon reaches user code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from gpu_daemon.runtime import Exit, Handle, Launch, ReplicaRuntime, RuntimeFailed
+
+PASSED_ON = frozenset({"PATH", "HOME", "LANG", "TZ", "VIRTUAL_ENV", "LD_LIBRARY_PATH"})
+PASSED_ON_PREFIXES = ("LC_", "PYTHON")
+LOG_LIMIT = 16 * 1024 * 1024
+"""Bytes: a replica's log that is longer is begun anew at the next start."""
+
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def clean_environment(environ: Mapping[str, str], extra: Mapping[str, str]) -> dict[str, str]:
+    """What a replica may see of the daemon's environment, plus what its kernel's record says."""
+    kept = {k: v for k, v in environ.items() if k in PASSED_ON or k.startswith(PASSED_ON_PREFIXES)}
+    return {**kept, **extra}
+
+
+class ProcessHandle(Handle):
+    """A process by pidfd; `child` when this daemon started it (only then can its exit status be read)."""
+
+    def __init__(self, pid: int, child: bool) -> None:
+        self.pid = pid
+        self._child = child
+        self._exit: Exit | None = None
+        self._pidfd = os.pidfd_open(pid)
+
+    async def wait(self) -> Exit:
+        if self._exit is None:
+            loop = asyncio.get_running_loop()
+            gone = loop.create_future()
+            loop.add_reader(self._pidfd, lambda: gone.done() or gone.set_result(None))
+            try:
+                await gone
+            finally:
+                loop.remove_reader(self._pidfd)
+            self._exit = self._reap()
+        return self._exit
+
+    def kill(self) -> None:
+        if self._exit is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+            # Should user code have left its group (setsid), the replica itself still goes.
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def memory(self) -> int:
+        try:
+            return int(Path(f"/proc/{self.pid}/statm").read_bytes().split()[1]) * _PAGE
+        except (OSError, IndexError):
+            return 0
+
+    def _reap(self) -> Exit:
+        # What the replica left running goes with it. Before waitpid: until then its pid, and so its group, is its own.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        result = Exit()
+        if self._child:
+            with contextlib.suppress(ChildProcessError):
+                code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+                result = Exit(code=code) if code >= 0 else Exit(signal=-code)
+        os.close(self._pidfd)
+        return result
+
+
+class ProcessRuntime(ReplicaRuntime):
+    async def start(self, launch: Launch) -> ProcessHandle:
+        cwd = launch.cwd or str(launch.folder)
+        try:
+            handle = await asyncio.to_thread(_spawn, launch, cwd)
+        except OSError as err:
+            raise RuntimeFailed(f"its process could not be started in {cwd}: {err}") from err
+        _write_json(launch.folder / "process.json", {"pid": handle.pid, "start": _start_time(handle.pid)})
+        return handle
+
+    async def find(self, folder: Path) -> ProcessHandle | None:
+        try:
+            saved = json.loads((folder / "process.json").read_text())
+            pid = int(saved["pid"])
+            handle = ProcessHandle(pid, child=False)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        # Checked after the pidfd is open: from then on the pid cannot become another process's unseen.
+        if _start_time(pid) != saved.get("start"):
+            os.close(handle._pidfd)
+            return None
+        return handle
+
+
+def _spawn(launch: Launch, cwd: str) -> ProcessHandle:
+    log = launch.folder / "log"
+    with contextlib.suppress(FileNotFoundError):
+        if log.stat().st_size > LOG_LIMIT:
+            log.unlink()
+    with open(log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as output:
+        process = subprocess.Popen(
+            list(launch.argv),
+            cwd=cwd,
+            env=clean_environment(os.environ, launch.env),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    # We wait through the pidfd; Popen must neither wait nor warn.
+    process.returncode = 0
+    # When memory runs out, the replica goes before the daemon that would start it again.
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{process.pid}/oom_score_adj").write_text("500")
+    return ProcessHandle(process.pid, child=True)
+
+
+def _start_time(pid: int) -> int | None:
+    """Clock ticks after boot at which the process started; None when it is gone or only its zombie is left."""
+    try:
+        # The name (field 2) may hold spaces and brackets: count from its end.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def _write_json(path: Path, value: object) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+    with os.fdopen(handle, "w") as file:
+        json.dump(value, file)
+    os.replace(name, path)

@@ -1,0 +1,205 @@
+"""Entries and states as they travel between a replica and its daemon (docs/protocol.md), to and from records.
+
+A replica runs user code, so what comes from it is checked here before it becomes a record: numbers, names, offsets,
+hashes and sizes. What only the daemon may say (token, replica, incarnation, time) is never read from the message.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any, cast
+
+from .records import Checkpoint, Component, Effects, EntryKind, Frame, LogEntry
+from .wire import BLOB_CHUNK, Message
+
+MAX_NAMES = 100_000
+MAX_TEXT = 4096
+"""Characters of one name, reason, path or variable at most (a cell's source has ENTRY_LIMIT only)."""
+
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+class EntryError(ValueError):
+    """An entry from a replica that breaks the protocol; says which field and how."""
+
+
+def entry_from_wire(msg: Message, payload: bytes) -> LogEntry:
+    """The entry a replica wants appended. token, replica, incarnation and time are for the daemon to fill in."""
+    kind = _text(msg, "kind")
+    if kind not in ("cell", "sync"):
+        raise EntryError(f"a replica appends entries of kind cell or sync, not {kind[:40]!r}")
+    status = _text(msg, "status", "ok")
+    if status not in ("ok", "error", "aborted"):
+        raise EntryError(f"an entry's status is ok, error or aborted, not {status[:40]!r}")
+    return LogEntry(
+        n=_count(msg, "n", least=1),
+        kind=cast(EntryKind, kind),
+        status=cast(Any, status),
+        execution_count=_count(msg, "execution_count", 0),
+        source=_text(msg, "source", "", limit=0),
+        components=_components(msg.get("components", []), payload),
+        deleted=_texts(msg.get("deleted", []), "deleted"),
+        lost=_table(msg.get("lost", {}), "lost"),
+        effects=_effects(msg.get("effects", {})),
+        reason=_text(msg, "reason", ""),
+    )
+
+
+def any_entry_from_wire(msg: Message, payload: bytes) -> LogEntry:
+    """The inverse of `entry_to_wire`, for any kind; for tests and tools, not for what a replica sends."""
+    plain = entry_from_wire({**msg, "kind": "cell", "n": max(1, msg["n"])}, payload)
+    fields = {name: getattr(plain, name) for name in LogEntry.__struct_fields__}
+    fields |= {"n": msg["n"], "kind": msg["kind"], "incarnation": msg["incarnation"], "token": msg["token"]}
+    return LogEntry(**{**fields, "replica": msg["replica"]})
+
+
+def entry_to_wire(entry: LogEntry) -> tuple[Message, bytes]:
+    """The entry's fields (without `type`) and the payload with its inline frames."""
+    parts, payload = _pack(entry.components)
+    return {
+        "n": entry.n,
+        "kind": entry.kind,
+        "status": entry.status,
+        "token": entry.token,
+        "replica": entry.replica,
+        "incarnation": entry.incarnation,
+        "execution_count": entry.execution_count,
+        "source": entry.source,
+        "components": parts,
+        "deleted": list(entry.deleted),
+        "lost": entry.lost,
+        "effects": _effects_to_wire(entry.effects),
+        "reason": entry.reason,
+    }, payload
+
+
+def state_to_wire(state: Checkpoint) -> tuple[Message, bytes]:
+    """The checkpoint's fields (without `type`) and the payload with its inline frames."""
+    parts, payload = _pack(state.components)
+    return {
+        "upto": state.upto,
+        "incarnation": state.incarnation,
+        "execution_count": state.execution_count,
+        "components": parts,
+        "lost": state.lost,
+        "effects": _effects_to_wire(state.effects),
+        "history": [list(item) for item in state.history],
+    }, payload
+
+
+def _pack(components: Iterable[Component]) -> tuple[list[Message], bytes]:
+    parts: list[Message] = []
+    inline: list[bytes] = []
+    at = 0
+    for component in components:
+        frames: list[Message] = []
+        for frame in component.frames:
+            if frame.data is None:
+                frames.append({"size": frame.size, "blobs": list(frame.blobs)})
+                continue
+            frames.append({"size": frame.size, "at": at})
+            inline.append(frame.data)
+            at += len(frame.data)
+        parts.append({"names": list(component.names), "digest": component.digest, "frames": frames})
+    return parts, b"".join(inline)
+
+
+def _effects_to_wire(effects: Effects) -> Message:
+    return {
+        "cwd": effects.cwd,
+        "environ": effects.environ,
+        "sys_path": None if effects.sys_path is None else list(effects.sys_path),
+        "packages": effects.packages,
+    }
+
+
+def _components(raw: object, payload: bytes) -> tuple[Component, ...]:
+    components = tuple(_component(item, payload) for item in _list(raw, "components"))
+    names = [name for component in components for name in component.names]
+    if len(names) > MAX_NAMES:
+        raise EntryError(f"an entry names {len(names)} variables, at most {MAX_NAMES} are kept")
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise EntryError(f"an entry holds {twice[:80]!r} twice")
+    return components
+
+
+def _component(raw: object, payload: bytes) -> Component:
+    item = _dict(raw, "a component")
+    names = _texts(item.get("names"), "names")
+    frames = tuple(_frame(frame, payload) for frame in _list(item.get("frames"), "frames"))
+    if not names or not frames:
+        raise EntryError("a component needs at least one name and one frame")
+    return Component(names=names, digest=_text(item, "digest", ""), frames=frames)
+
+
+def _frame(raw: object, payload: bytes) -> Frame:
+    item = _dict(raw, "a frame")
+    size = _count(item, "size")
+    if "at" in item:
+        at = _count(item, "at")
+        if at + size > len(payload):
+            raise EntryError(f"a frame of {size} bytes at {at} is outside the payload of {len(payload)} bytes")
+        return Frame(size=size, data=payload[at : at + size])
+    hashes = _texts(item.get("blobs"), "blobs")
+    if not all(_HASH.fullmatch(h) for h in hashes):
+        raise EntryError("a frame's blobs are sha256 hashes in lower-case hex")
+    if size > len(hashes) * BLOB_CHUNK or (size == 0) != (not hashes):
+        raise EntryError(f"a frame of {size} bytes does not fit {len(hashes)} blobs of at most {BLOB_CHUNK} bytes")
+    return Frame(size=size, blobs=hashes)
+
+
+def _effects(raw: object) -> Effects:
+    item = _dict(raw, "effects")
+    cwd, path = item.get("cwd"), item.get("sys_path")
+    environ = _dict(item.get("environ") or {}, "environ")
+    return Effects(
+        cwd=None if cwd is None else _text(item, "cwd"),
+        environ={_str(k, "environ"): None if v is None else _str(v, "environ", 0) for k, v in environ.items()},
+        sys_path=None if path is None else _texts(path, "sys_path"),
+        packages=_table(item.get("packages") or {}, "packages"),
+    )
+
+
+def _dict(raw: object, what: str) -> dict[str, Any]:
+    if not isinstance(raw, dict):
+        raise EntryError(f"{what} must be an object, not {type(raw).__name__}")
+    return raw
+
+
+def _list(raw: object, what: str) -> list[Any]:
+    if not isinstance(raw, list):
+        raise EntryError(f"{what} must be a list, not {type(raw).__name__}")
+    return raw
+
+
+def _str(raw: object, what: str, limit: int = MAX_TEXT) -> str:
+    if not isinstance(raw, str):
+        raise EntryError(f"{what} must be text, not {type(raw).__name__}")
+    if limit and len(raw) > limit:
+        raise EntryError(f"{what} has {len(raw)} characters, at most {limit} are kept")
+    try:
+        raw.encode()
+    except UnicodeEncodeError as err:
+        raise EntryError(f"{what} holds a character that is not Unicode text: {err.reason}") from err
+    return raw
+
+
+def _text(item: Message, name: str, default: str | None = None, limit: int = MAX_TEXT) -> str:
+    return _str(item.get(name, default), name, limit)
+
+
+def _texts(raw: object, what: str) -> tuple[str, ...]:
+    return tuple(_str(item, what) for item in _list(raw, what))
+
+
+def _table(raw: object, what: str) -> dict[str, str]:
+    return {_str(k, what): _str(v, what) for k, v in _dict(raw, what).items()}
+
+
+def _count(item: Message, name: str, default: int | None = None, least: int = 0) -> int:
+    value = item.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 10**12:
+        raise EntryError(f"{name} must be a number from {least} on, not {str(value)[:40]!r}")
+    return value

@@ -1,0 +1,101 @@
+"""What a user may ask for: bounds from the site's configuration, per user and group. No IO.
+
+The same bounds hold in the options form (the hub) and in the gateway, which never trusts what a user's server sends.
+A user's own entry wins over groups; of several groups the most generous value wins, field by field; what neither
+names comes from the default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from .sizes import parse_size
+
+MAX_REPLICAS = 5
+"""More replicas only cost: five survive the loss of any four hosts."""
+
+
+class LimitsError(ValueError):
+    """The configured limits cannot be read; names the entry and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds for one user. Sizes are bytes. 0 means: none of it at all (for `replica_memory`: no bound).
+
+    gpus, tpcs, memory: what one cell may hold (whole devices, or a slice's TPCs; device memory on each device).
+    replica_memory: resident memory of one replica process. kernels: how many the user may have at a time.
+    """
+
+    replicas: int = MAX_REPLICAS
+    gpus: int = 4
+    tpcs: int = 132
+    memory: int = 192 << 30
+    replica_memory: int = 0
+    kernels: int = 10
+
+
+_SIZES = ("memory", "replica_memory")
+_NAMES = tuple(f.name for f in fields(Limits))
+
+
+@dataclass(frozen=True)
+class LimitTable:
+    """All of a site's limits: a default, and what users and groups have instead."""
+
+    default: Limits = field(default_factory=Limits)
+    users: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    groups: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    def of(self, user: str, groups: Iterable[str] = ()) -> Limits:
+        """The bounds of `user`, who is in `groups`."""
+        chosen: dict[str, int] = {}
+        for group in groups:
+            for name, value in self.groups.get(group, {}).items():
+                chosen[name] = max(value, chosen.get(name, value))
+        chosen.update(self.users.get(user, {}))
+        return replace(self.default, **chosen)
+
+
+def read_limits(config: Mapping[str, Any]) -> LimitTable:
+    """The table in `config`: {"default": {...}, "users": {name: {...}}, "groups": {name: {...}}}.
+
+    Raises LimitsError that names the wrong entry.
+    """
+    unknown = set(config) - {"default", "users", "groups"}
+    if unknown:
+        raise LimitsError(f"limits: unknown part {sorted(unknown)[0]!r}; there are 'default', 'users' and 'groups'")
+    return LimitTable(
+        default=replace(Limits(), **_entry("default", config.get("default", {}))),
+        users={name: _entry(f"users.{name}", one) for name, one in _mapping(config, "users").items()},
+        groups={name: _entry(f"groups.{name}", one) for name, one in _mapping(config, "groups").items()},
+    )
+
+
+def _mapping(config: Mapping[str, Any], part: str) -> Mapping[str, Any]:
+    value = config.get(part, {})
+    if not isinstance(value, Mapping):
+        raise LimitsError(f"limits: {part!r} must map names to limits, not be {value!r}")
+    return value
+
+
+def _entry(where: str, entry: Any) -> dict[str, int]:
+    if not isinstance(entry, Mapping):
+        raise LimitsError(f"limits: {where!r} must be a dict with some of {', '.join(_NAMES)}")
+    return {name: _value(where, name, value) for name, value in entry.items()}
+
+
+def _value(where: str, name: str, value: Any) -> int:
+    if name not in _NAMES:
+        raise LimitsError(f"limits: {where}.{name} is unknown; there are {', '.join(_NAMES)}")
+    try:
+        number = parse_size(value) if name in _SIZES else value
+    except ValueError as err:
+        raise LimitsError(f"limits: {where}.{name}: {err}") from err
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        raise LimitsError(f"limits: {where}.{name} must be a whole number from 0 up, not {value!r}")
+    if name == "replicas" and not 1 <= number <= MAX_REPLICAS:
+        raise LimitsError(f"limits: {where}.replicas is {number}; a kernel has 1 to {MAX_REPLICAS} replicas")
+    return number

@@ -1,9 +1,10 @@
 """How long a cell that does nothing takes, from the request to its reply: NBOS beside plain Jupyter.
 
-Two paths: straight to the kernel with jupyter_client, and as a browser does it, through JupyterHub's proxy and the
-kernel's websocket. The sides take turns in blocks, so that both feel the same machine. Cells follow each other without
-a pause: what NBOS does after a reply (capture, append) is paid for by the next cell. After the last cell the number of
-committed entries is read back: every cell of NBOS counted here has an entry in etcd.
+Two paths: straight to the kernel with jupyter_client, and as a browser does it, through JupyterHub's proxy
+and the kernel's websocket. The sides take turns in blocks, so that both feel the same machine. Cells follow
+each other without a pause: what NBOS does after a reply (capture, append) is paid for by the next cell.
+After the last cell the number of committed entries is read back: every cell of NBOS counted here has an
+entry in etcd.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from direct import direct_nbos, direct_plain
+from direct import direct_nbos, direct_plain, is_idle
 from jupyter_client.blocking.client import BlockingKernelClient
 from measure import Running, Table, nbos_hub, percentile, ratio, stock_hub
 
@@ -43,9 +44,8 @@ def cell(client: BlockingKernelClient) -> float:
     took = time.perf_counter() - began
     while True:
         message = client.get_iopub_msg(timeout=60)
-        if message["parent_header"].get("msg_id") == msg_id and message["msg_type"] == "status":
-            if message["content"]["execution_state"] == "idle":
-                return took
+        if message["parent_header"].get("msg_id") == msg_id and is_idle(message):
+            return took
 
 
 async def cell_over_websocket(channels: Channels) -> float:

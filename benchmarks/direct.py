@@ -1,6 +1,7 @@
 """Kernels driven by jupyter_client in this very process: a plain one, and one of NBOS behind its router.
 
-Guarantees: the client of both sides is the same class with the same settings; the kernel has ended when the block ends.
+Guarantees: the client of both sides is the same class with the same settings; the kernel has ended when the
+block ends.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from typing import Any
 from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.manager import KernelManager
 from measure import PLAIN_KERNEL, Running
+
 from tests.system.nbosenv import kernel_environment, kernelspec_name
 
 
 @contextlib.contextmanager
 def running_kernel(name: str, env: dict[str, str] | None = None) -> Iterator[BlockingKernelClient]:
-    """A new kernel by the name of its kernelspec, with a client whose channels are open and that has answered once."""
+    """A new kernel by the name of its kernelspec, with a client whose channels are open and that has
+    answered once.
+    """
     with changed_environment(env or {}):
         manager = KernelManager(kernel_name=name)
         arguments: dict[str, Any] = {} if env is None else {"env": dict(os.environ)}
@@ -58,6 +62,14 @@ def direct_plain() -> Iterator[BlockingKernelClient]:
 @contextlib.contextmanager
 def direct_nbos(hub: Running) -> Iterator[BlockingKernelClient]:
     """A kernel of NBOS, as the Jupyter Server of user `direct` would start it."""
-    env = asyncio.run(kernel_environment(hub.hub, "direct", hub.directory))
+    env = nbos_environment(hub)
     with running_kernel(kernelspec_name(env), env) as client:
         yield client
+
+
+def nbos_environment(hub: Running) -> dict[str, str]:
+    return asyncio.run(kernel_environment(hub.hub, "direct", hub.directory))
+
+
+def is_idle(message: dict[str, Any]) -> bool:
+    return bool(message["msg_type"] == "status" and message["content"]["execution_state"] == "idle")

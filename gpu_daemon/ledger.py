@@ -279,9 +279,7 @@ class Ledger:
 
     def _fit_slice(self, resources: Resources, books: Sequence[_Book]) -> Fit | Busy:
         fitting = [
-            b
-            for b in books
-            if b.free_tpcs >= resources.tpcs and b.free_memory >= _slice_memory(b.device, resources)
+            b for b in books if b.free_tpcs >= resources.tpcs and b.free_memory >= share_of(b.device, resources)
         ]
         if not fitting:
             free = max((b.free_tpcs for b in books), default=0)
@@ -292,7 +290,7 @@ class Ledger:
             )
         book = min(fitting, key=lambda b: (b.free_tpcs, b.device.index))
         tpcs = _choose_tpcs(book, resources.tpcs)
-        return Fit((_share(book.device, tpcs, _slice_memory(book.device, resources), whole=False),))
+        return Fit((_share(book.device, tpcs, share_of(book.device, resources), whole=False),))
 
     def _users(self) -> str:
         count = len(self._grants)
@@ -324,8 +322,11 @@ def _model_is(device: Device, wanted: str) -> bool:
     return wanted.lower() in device.model.lower()
 
 
-def _slice_memory(device: Device, resources: Resources) -> int:
-    return resources.memory or device.memory * resources.tpcs // device.tpcs
+def share_of(device: Device, resources: Resources) -> int:
+    """Bytes of `device` that the request means: named, or all of a whole device, or a slice's proportional share."""
+    if resources.memory or resources.gpus:
+        return resources.memory or device.memory
+    return device.memory * resources.tpcs // max(device.tpcs, 1)
 
 
 def _choose_tpcs(book: _Book, count: int) -> tuple[int, ...]:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import subprocess
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from gpu_daemon.rundir import read_json, write_json
 from gpu_daemon.runtime import Exit, Handle, Launch, ReplicaRuntime, RuntimeFailed
 
 PASSED_ON = frozenset({"PATH", "HOME", "LANG", "TZ", "VIRTUAL_ENV", "LD_LIBRARY_PATH"})
@@ -62,6 +61,10 @@ class ProcessHandle(Handle):
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
+    def forget(self) -> None:
+        """Look at this process no more; it goes on."""
+        os.close(self._pidfd)
+
     def memory(self) -> int:
         try:
             return int(Path(f"/proc/{self.pid}/statm").read_bytes().split()[1]) * _PAGE
@@ -88,19 +91,21 @@ class ProcessRuntime(ReplicaRuntime):
             handle = await asyncio.to_thread(_spawn, launch, cwd)
         except OSError as err:
             raise RuntimeFailed(f"its process could not be started in {cwd}: {err}") from err
-        _write_json(launch.folder / "process.json", {"pid": handle.pid, "start": _start_time(handle.pid)})
+        write_json(launch.folder / "process.json", {"pid": handle.pid, "start": _start_time(handle.pid)})
         return handle
 
     async def find(self, folder: Path) -> ProcessHandle | None:
+        saved = read_json(folder / "process.json") or {}
+        pid = saved.get("pid")
+        if not isinstance(pid, int):
+            return None
         try:
-            saved = json.loads((folder / "process.json").read_text())
-            pid = int(saved["pid"])
             handle = ProcessHandle(pid, child=False)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, OverflowError):
             return None
         # Checked after the pidfd is open: from then on the pid cannot become another process's unseen.
         if _start_time(pid) != saved.get("start"):
-            os.close(handle._pidfd)
+            handle.forget()
             return None
         return handle
 
@@ -136,10 +141,3 @@ def _start_time(pid: int) -> int | None:
     except OSError:
         return None
     return None if fields[0] in "ZX" else int(fields[19])
-
-
-def _write_json(path: Path, value: object) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-    with os.fdopen(handle, "w") as file:
-        json.dump(value, file)
-    os.replace(name, path)

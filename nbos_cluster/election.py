@@ -3,12 +3,12 @@
 Guarantees, for one kernel (promises 1 and 2):
 - at most one claim of n exists, and none once n is decided;
 - only the holder of the claim, known by its token (the claim's revision), appends entry n;
-- n is claimed only while entry n-1 is in the log, so the log has no gap. The newest entry is never folded away
-  (`statelog.fold_txn`), and entry 0 is written when the kernel is made (`membership.create`);
+- n is claimed only while entry n-1 is in the log, so the log has no gap. The newest entry is never folded
+  away (`statelog.fold_txn`), and entry 0 is written when the kernel is made (`membership.create`);
 - a restart by the user deletes the claims, so what the old incarnation still runs can no longer be appended.
 
-Every transaction may be carried out twice (the member that answered may have died before its answer came): the
-`classify` functions recognise what their own first try has done.
+Every transaction may be carried out twice (the member that answered may have died before its answer came):
+the `classify` functions recognise what their own first try has done.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ class Won:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """taken: another replica holds n. stale: n is decided, `next` is free. behind: entry n-1 is not in the log yet.
-    epoch: the membership changed (or the kernel is gone); look again. `holder` is the claim that was in the way."""
+    """taken: another replica holds n. stale: n is decided, `next` is free. behind: entry n-1 is not in the
+    log yet. epoch: the membership changed (or the kernel is gone); look again. `holder` is the claim that was
+    in the way."""
 
     code: LostCode
     next: int | None
@@ -77,8 +78,8 @@ def renew_claim(
 ) -> Txn:
     """Claim n again for the execution that still runs, after the daemon's lease was lost. The token changes.
 
-    The same conditions as a first claim: whoever claimed n meanwhile, or decided it, keeps it. A replica that is no
-    member any more must not renew; the caller gives the epoch under which it saw itself as a member.
+    The same conditions as a first claim: whoever claimed n meanwhile, or decided it, keeps it. A replica that
+    is no member any more must not renew; the caller gives the epoch under which it saw itself as a member.
     """
     return _claim(kernel, n, epoch, claim, grant, lease)
 
@@ -101,7 +102,8 @@ def _claim(
 
 
 def classify(n: int, result: TxnResult, mine: ClaimRecord | None = None) -> Won | Lost:
-    """What came of `claim` or `renew_claim`. With `mine` given, our own claim from a first try counts as won."""
+    """What came of `claim` or `renew_claim`. With `mine` given, our own claim from a first try counts as
+    won."""
     if result.succeeded:
         return Won(result.revision)
     claim_kv, epoch_kv, before, newest = (_only(found) for found in result.responses)
@@ -120,13 +122,16 @@ def classify(n: int, result: TxnResult, mine: ClaimRecord | None = None) -> Won 
 
 
 def append(kernel: str, entry: LogEntry, token: int, *, grant_key: str = "") -> Txn:
-    """Write entry n and end its claim (and, where `grant_key` is given, its grant), if the claim still has `token`.
+    """Write entry n and end its claim (and, where `grant_key` is given, its grant), if the claim still has
+    `token`.
 
-    A grant released earlier is no hindrance. A restart by the user deletes the claim, so the incarnation needs no
-    comparison of its own.
+    A grant released earlier is no hindrance. A restart by the user deletes the claim, so the incarnation
+    needs no comparison of its own.
     """
     if entry.token != token:
-        raise ValueError(f"entry {entry.n} carries token {entry.token}, the claim has {token}; put the claim's in")
+        raise ValueError(
+            f"entry {entry.n} carries token {entry.token}, the claim has {token}; put the claim's in"
+        )
     log_key, claim_key = keys.log_entry(kernel, entry.n), keys.claim(kernel, entry.n)
     success = [op_put(log_key, records.encode(entry)), op_delete(claim_key)]
     if grant_key:

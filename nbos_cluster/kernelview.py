@@ -1,9 +1,9 @@
 """A process's own copy of one kernel's records, kept from a watch, without IO.
 
-Guarantees: after `apply(Snapshot)` the view is exactly what the snapshot holds, whatever it was before (a watch
-starts again with one after compaction); entries come out of `Delta.entries` in order, each once; `last` is the newest
-decided execution and never falls while the kernel lives. A record that cannot be read is kept out of the view and
-named in `errors`; the others are not held up by it.
+Guarantees: after `apply(Snapshot)` the view is exactly what the snapshot holds, whatever it was before (a
+watch starts again with one after compaction); entries come out of `Delta.entries` in order, each once; `last`
+is the newest decided execution and never falls while the kernel lives. A record that cannot be read is kept
+out of the view and named in `errors`; the others are not held up by it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,13 @@ class Delta:
 
     def __bool__(self) -> bool:
         return bool(
-            self.spec or self.epoch or self.checkpoint or self.gone or self.entries or self.replicas or self.claims
+            self.spec
+            or self.epoch
+            or self.checkpoint
+            or self.gone
+            or self.entries
+            or self.replicas
+            or self.claims
         )
 
 
@@ -46,12 +52,14 @@ class Held:
 
 
 class KernelView:
-    """spec/epoch/checkpoint with their revisions (`*_rev`, 0 = not there), replicas, claims and the entries held."""
+    """spec/epoch/checkpoint with their revisions (`*_rev`, 0 = not there), replicas, claims and the entries
+    held."""
 
     def __init__(self, kernel: str) -> None:
         self.kernel = kernel
         self.spec: KernelSpec | None = None
         self.spec_rev = 0
+        self.born = 0
         self.epoch: Epoch | None = None
         self.epoch_rev = 0
         self.checkpoint: Checkpoint | None = None
@@ -94,7 +102,9 @@ class KernelView:
         start, state = applied + 1, None
         if self.checkpoint is not None and applied < self.checkpoint.upto:
             start, state = self.checkpoint.upto + 1, self.checkpoint
-        reset = max((n for n, entry in self.log.items() if entry.kind == "reset" and n >= start), default=None)
+        reset = max(
+            (n for n, entry in self.log.items() if entry.kind == "reset" and n >= start), default=None
+        )
         if reset is not None and (state is not None or applied < 0):
             state, start = fold(state, self.entries(start, reset)), reset + 1
         return state, self.entries(start, self.last)
@@ -115,8 +125,13 @@ class KernelView:
     def from_snapshot(self, kvs: Iterable[KV], revision: int) -> Delta:
         delta = Delta()
         mine = {kv.key: kv for kv in kvs if kv.key.startswith(self._prefix)}
-        for key in [key for key in self._keys() if key not in mine]:
+        spec = mine.get(keys.spec(self.kernel))
+        # Deleted and made again under the same id while nobody looked: nothing of the old one counts.
+        another = spec is not None and self.born not in (0, spec.create_revision)
+        for key in [key for key in self._keys() if another or key not in mine]:
             self._delete(key, delta)
+        if another:
+            self._forget()
         for key in sorted(mine):
             self._put(mine[key], delta)
         return self._finish(delta, revision)
@@ -136,12 +151,19 @@ class KernelView:
         self.revision = max(self.revision, revision)
         delta.entries.sort(key=lambda entry: entry.n)
         if self.spec is None and delta.gone:
-            self.last, self._executor = max(self.log, default=-1), -1
+            self._forget()
         return delta
+
+    def _forget(self) -> None:
+        self.last, self._executor, self.born = max(self.log, default=-1), -1, 0
 
     def _keys(self) -> list[str]:
         k = self.kernel
-        there = [(keys.spec(k), self.spec), (keys.epoch(k), self.epoch), (keys.checkpoint(k), self.checkpoint)]
+        there = [
+            (keys.spec(k), self.spec),
+            (keys.epoch(k), self.epoch),
+            (keys.checkpoint(k), self.checkpoint),
+        ]
         return [
             *(key for key, record in there if record is not None),
             *(keys.replica(k, index) for index in self.replicas),
@@ -162,6 +184,7 @@ class KernelView:
         kind, _, rest = kv.key[len(self._prefix) :].partition("/")
         if kind == "spec" and kv.mod_revision != self.spec_rev:
             self.spec, self.spec_rev, delta.spec = records.decode(kv.value, KernelSpec), kv.mod_revision, True
+            self.born = kv.create_revision
         elif kind == "epoch" and kv.mod_revision != self.epoch_rev:
             self.epoch, self.epoch_rev, delta.epoch = records.decode(kv.value, Epoch), kv.mod_revision, True
         elif kind == "checkpoint" and kv.mod_revision != self.checkpoint_rev:
@@ -170,7 +193,9 @@ class KernelView:
         elif kind == "replicas":
             self._put_replica(int(rest), records.decode(kv.value, ReplicaRecord), delta)
         elif kind == "claims":
-            self._put_claim(int(rest), Held(records.decode(kv.value, ClaimRecord), kv.mod_revision, kv.lease), delta)
+            self._put_claim(
+                int(rest), Held(records.decode(kv.value, ClaimRecord), kv.mod_revision, kv.lease), delta
+            )
         elif kind == "log" and self.log_revs.get(int(rest)) != kv.mod_revision:
             self._put_entry(kv, records.decode(kv.value, LogEntry), delta)
 
@@ -208,8 +233,10 @@ class KernelView:
         elif kind == "claims" and self.claims.pop(int(rest), None) is not None:
             delta.claims.add(int(rest))
         elif kind == "log":
-            for held in (self.log, self.log_sizes, self.log_revs):
-                held.pop(int(rest), None)  # type: ignore[attr-defined]
+            n = int(rest)
+            self.log.pop(n, None)
+            self.log_sizes.pop(n, None)
+            self.log_revs.pop(n, None)
 
 
 class KernelViews:
@@ -219,7 +246,8 @@ class KernelViews:
         self.views: dict[str, KernelView] = {}
 
     def apply(self, item: Snapshot | Changes) -> dict[str, Delta]:
-        """What changed, by kernel. A kernel that was deleted is in the result once more (`gone`), then forgotten."""
+        """What changed, by kernel. A kernel that was deleted is in the result once more (`gone`), then
+        forgotten."""
         if isinstance(item, Snapshot):
             found: dict[str, list[KV]] = {k: [] for k in self.views}
             for kv in item.kvs:

@@ -1,7 +1,7 @@
 """The names of the records in etcd: the only module that knows how a key is spelt.
 
-Every key stands under `/nbos/v1`. Identifiers that come from outside are checked here before they become part of a
-key, so that no kernel id can reach into another kernel's records.
+Every key stands under `/nbos/v1`. Identifiers that come from outside are checked here before they become part
+of a key, so that no kernel id can reach into another kernel's records.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """etcd's words as plain data, so that every decision about records can be made without a connection.
 
-Election, state log, membership and views return a `Txn` and are told what came of it; `nbos_cluster.etcd` carries it
-out. Keys are text, values bytes. A revision that a key does not have is 0, as in etcd.
+Election, state log, membership and views return a `Txn` and are told what came of it; `nbos_cluster.etcd`
+carries it out. Keys are text, values bytes. A revision that a key does not have is 0, as in etcd.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class KV:
-    """One key as etcd holds it. lease is 0 where none keeps it; value is empty where only the key was asked for."""
+    """One key as etcd holds it. lease is 0 where none keeps it; value is empty where only the key was asked
+    for."""
 
     key: str
     value: bytes

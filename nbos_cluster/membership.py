@@ -1,8 +1,10 @@
-"""What the gateway changes about a kernel: made, planned anew, restarted by its user, deleted. Transactions, no IO.
+"""What the gateway changes about a kernel: made, planned anew, restarted by its user, deleted. Transactions,
+no IO.
 
-Guarantees: a kernel comes into being whole (spec, epoch and entry 0, the origin, in one transaction); every change of
-membership raises the epoch, so that no claim made on the old one succeeds; a restart ends all claims in the same
-transaction that raises the incarnation, so nothing the old processes still run reaches the log.
+Guarantees: a kernel comes into being whole (spec, epoch and entry 0, the origin, in one transaction); every
+change of membership raises the epoch, so that no claim made on the old one succeeds; a restart ends all
+claims in the same transaction that raises the incarnation, so nothing the old processes still run reaches the
+log.
 """
 
 from __future__ import annotations
@@ -53,21 +55,25 @@ def classify_create(spec: KernelSpec, result: TxnResult) -> Created | Exists:
         return Created(result.revision)
     found = result.responses[0]
     if not found:
-        raise records.RecordError(f"kernel {spec.kernel} has an epoch but no spec; delete what is left of it first")
+        raise records.RecordError(
+            f"kernel {spec.kernel} has an epoch but no spec; delete what is left of it first"
+        )
     if found[0].value == records.encode(spec):
         return Created(found[0].mod_revision)
     return Exists(records.decode(found[0].value, KernelSpec))
 
 
 def replan(view: KernelView, placement: dict[str, str]) -> Txn:
-    """Give the kernel's replicas other hosts; the epoch rises. Fails when anybody changed spec or epoch since `view`."""
+    """Give the kernel's replicas other hosts; the epoch rises. Fails when anybody changed spec or epoch since
+    `view`."""
     spec, epoch = _known(view)
     new = replace(spec, placement=placement, replicas=len(placement))
     return _change(view, new, Epoch(epoch=epoch.epoch + 1, incarnation=epoch.incarnation))
 
 
 def respec(view: KernelView, spec: KernelSpec) -> Txn:
-    """Replace the spec (resources, durable, …) without touching the epoch; fails when it changed since `view`."""
+    """Replace the spec (resources, durable, …) without touching the epoch; fails when it changed since
+    `view`."""
     return Txn(
         [mod_is(keys.spec(spec.kernel), view.spec_rev)],
         [op_put(keys.spec(spec.kernel), records.encode(spec))],

@@ -1,8 +1,8 @@
 """The values in etcd: typed records, encoded one way (MessagePack through msgspec), defined only here.
 
-Every record carries its type and the version of the format, so that a newer daemon can say clearly that it does not
-understand an older or newer record. Sizes are bytes, times are Unix seconds (for people; no decision compares clocks
-of two machines).
+Every record carries its type and the version of the format, so that a newer daemon can say clearly that it
+does not understand an older or newer record. Sizes are bytes, times are Unix seconds (for people; no decision
+compares clocks of two machines).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Base of everything that is stored: frozen, keyword-only."""
 
 
-class Resources(Record):
+class Resources(Record, frozen=True):
     """What one execution asks of a host's GPUs. All zero: a CPU cell, which never waits for a GPU.
 
-    gpus: whole devices. tpcs: a slice of that many TPCs on one device (then gpus is 0). memory: bytes of device
-    memory on each device, 0 = all of a whole device, or a slice's proportional share.
+    gpus: whole devices. tpcs: a slice of that many TPCs on one device (then gpus is 0). memory: bytes of
+    device memory on each device, 0 = all of a whole device, or a slice's proportional share.
     """
 
     gpus: int = 0
@@ -35,7 +35,7 @@ class Resources(Record):
         return self.gpus > 0 or self.tpcs > 0
 
 
-class Device(Record):
+class Device(Record, frozen=True):
     """One GPU of a host. kind says whether NVML found it or the simulator plays it."""
 
     uuid: str
@@ -48,7 +48,7 @@ class Device(Record):
     reason: str = ""
 
 
-class HostRecord(Record, tag="host"):
+class HostRecord(Record, frozen=True, tag="host"):
     name: str
     address: str
     pid: int
@@ -61,7 +61,7 @@ class HostRecord(Record, tag="host"):
     since: float = 0.0
 
 
-class DeviceShare(Record):
+class DeviceShare(Record, frozen=True):
     """The part of one device that a grant holds. tpcs are TPC numbers; all of them for a whole device."""
 
     uuid: str
@@ -73,7 +73,7 @@ class DeviceShare(Record):
     kind: Literal["nvml", "simulated"]
 
 
-class GrantRecord(Record, tag="grant"):
+class GrantRecord(Record, frozen=True, tag="grant"):
     grant: str
     host: str
     owner: str
@@ -84,12 +84,12 @@ class GrantRecord(Record, tag="grant"):
     since: float = 0.0
 
 
-class KernelSpec(Record, tag="kernel"):
+class KernelSpec(Record, frozen=True, tag="kernel"):
     """What a kernel should be. Written by the gateway; the daemons carry out the part `placement` gives them.
 
-    placement: host name by replica index. incarnation rises on restart by the user: daemons replace the processes.
-    key and the CurveZMQ pair (Z85) belong to this kernel alone and are given to its own replicas and router.
-    memory_limit: bytes of resident memory per replica, 0 = none.
+    placement: host name by replica index. incarnation rises on restart by the user: daemons replace the
+    processes. key and the CurveZMQ pair (Z85) belong to this kernel alone and are given to its own replicas
+    and router. memory_limit: bytes of resident memory per replica, 0 = none.
     """
 
     kernel: str
@@ -111,12 +111,12 @@ class KernelSpec(Record, tag="kernel"):
     created: float = 0.0
 
 
-class Epoch(Record, tag="epoch"):
+class Epoch(Record, frozen=True, tag="epoch"):
     epoch: int
     incarnation: int
 
 
-class Ports(Record):
+class Ports(Record, frozen=True):
     shell: int
     iopub: int
     stdin: int
@@ -124,7 +124,7 @@ class Ports(Record):
     hb: int
 
 
-class ReplicaRecord(Record, tag="replica"):
+class ReplicaRecord(Record, frozen=True, tag="replica"):
     """A replica that runs (or is being started) on a host; under the daemon's lease."""
 
     index: int
@@ -141,7 +141,7 @@ class ReplicaRecord(Record, tag="replica"):
     reason: str = ""
 
 
-class ClaimRecord(Record, tag="claim"):
+class ClaimRecord(Record, frozen=True, tag="claim"):
     """Makes one replica the executor of n. Its mod_revision is the fencing token."""
 
     n: int
@@ -152,7 +152,7 @@ class ClaimRecord(Record, tag="claim"):
     started: float = 0.0
 
 
-class Frame(Record):
+class Frame(Record, frozen=True):
     """A run of bytes: inline, or blobs (content hashes, in order) that joined give it."""
 
     size: int
@@ -160,17 +160,18 @@ class Frame(Record):
     blobs: tuple[str, ...] = ()
 
 
-class Component(Record):
-    """Variables that share objects, pickled together. frames[0] is the pickle stream (protocol 5), the rest are its
-    out-of-band buffers in order."""
+class Component(Record, frozen=True):
+    """Variables that share objects, pickled together. frames[0] is the pickle stream (protocol 5), the rest
+    are its out-of-band buffers in order."""
 
     names: tuple[str, ...]
     digest: str
     frames: tuple[Frame, ...]
 
 
-class Effects(Record):
-    """What a cell changed outside the namespace. None or missing: unchanged. environ: None removes the variable."""
+class Effects(Record, frozen=True):
+    """What a cell changed outside the namespace. None or missing: unchanged. environ: None removes the
+    variable."""
 
     cwd: str | None = None
     environ: dict[str, str | None] = {}
@@ -181,11 +182,12 @@ class Effects(Record):
 EntryKind = Literal["origin", "cell", "sync", "abandoned", "reset"]
 
 
-class LogEntry(Record, tag="entry"):
+class LogEntry(Record, frozen=True, tag="entry"):
     """What execution n changed. An abandoned entry changes nothing and says why in `reason`.
 
-    components replace, name by name, what stood before; `deleted` names are gone; `lost` names hold values that could
-    not be replicated, with the reason. digest-named blobs stand in the blob store before the entry is appended.
+    components replace, name by name, what stood before; `deleted` names are gone; `lost` names hold values
+    that could not be replicated, with the reason. digest-named blobs stand in the blob store before the entry
+    is appended.
     """
 
     n: int
@@ -204,8 +206,9 @@ class LogEntry(Record, tag="entry"):
     at: float = 0.0
 
 
-class Checkpoint(Record, tag="checkpoint"):
-    """The log up to and including `upto`, folded. `history` holds (execution_count, source) of the latest cells."""
+class Checkpoint(Record, frozen=True, tag="checkpoint"):
+    """The log up to and including `upto`, folded. `history` holds (execution_count, source) of the latest
+    cells."""
 
     upto: int
     incarnation: int = 1
@@ -216,7 +219,7 @@ class Checkpoint(Record, tag="checkpoint"):
     history: tuple[tuple[int, str], ...] = ()
 
 
-class QueueTicket(Record, tag="ticket"):
+class QueueTicket(Record, frozen=True, tag="ticket"):
     ticket: str
     host: str
     owner: str

@@ -1,4 +1,5 @@
-"""The state log: folding entries into a checkpoint, what must leave them for the blob store, when to fold. No IO.
+"""The state log: folding entries into a checkpoint, what must leave them for the blob store, when to fold. No
+IO.
 
 Guarantees (tests/unit/cluster/test_fold.py tries to break them):
 - applying entries one by one gives what applying `fold` of a prefix and then the rest gives;
@@ -40,11 +41,13 @@ HISTORY_BYTES = 128 * 1024
 FOLD_ENTRIES = 64
 FOLD_BYTES = 256 * 1024
 LAG_FACTOR = 4
-"""How many times the limits above a lagging replica may hold a fold back, before it gets a whole state instead."""
+"""How many times the limits above a lagging replica may hold a fold back, before it gets a whole state
+instead."""
 
 
 def fold(state: Checkpoint | None, entries: Sequence[LogEntry]) -> Checkpoint:
-    """The checkpoint after `entries`, which must follow `state` without a gap. ValueError when they do not."""
+    """The checkpoint after `entries`, which must follow `state` without a gap. ValueError when they do
+    not."""
     upto = state.upto if state is not None else (entries[0].n - 1 if entries else -1)
     state = state or Checkpoint(upto=upto)
     for entry in entries:
@@ -67,7 +70,10 @@ def _step(state: Checkpoint, entry: LogEntry) -> Checkpoint:
         upto=entry.n,
         incarnation=entry.incarnation,
         execution_count=entry.execution_count or state.execution_count,
-        components=(*_without(state.components, written | gone), *_without(entry.components, set(entry.lost))),
+        components=(
+            *_without(state.components, written | gone),
+            *_without(entry.components, set(entry.lost)),
+        ),
         lost={k: v for k, v in state.lost.items() if k not in written and k not in gone} | entry.lost,
         effects=merge_effects(state.effects, entry.effects),
         history=_history(state.history, entry),
@@ -75,7 +81,8 @@ def _step(state: Checkpoint, entry: LogEntry) -> Checkpoint:
 
 
 def _without(components: Iterable[Component], names: set[str]) -> list[Component]:
-    """Components without `names`. What stays of a group keeps its stream and says which names of it still count."""
+    """Components without `names`. What stays of a group keeps its stream and says which names of it still
+    count."""
     kept = []
     for component in components:
         if names.isdisjoint(component.names):
@@ -86,7 +93,8 @@ def _without(components: Iterable[Component], names: set[str]) -> list[Component
 
 
 def merge_effects(old: Effects, new: Effects) -> Effects:
-    """Both, the newer last. A removed variable stays as None, so that a replica that starts removes it too."""
+    """Both, the newer last. A removed variable stays as None, so that a replica that starts removes it
+    too."""
     return Effects(
         cwd=new.cwd if new.cwd is not None else old.cwd,
         environ={**old.environ, **new.environ},
@@ -167,8 +175,8 @@ def _map_frames(record: Checkpoint | LogEntry, change: Callable[[Frame], Frame])
 def plan_fold(sizes: dict[int, int], last: int, applied: Iterable[int] = ()) -> int | None:
     """Up to which entry the log should be folded now; None when it is short enough.
 
-    sizes: bytes of each entry held, by number. last: the newest entry, which always stays. applied: how far each
-    replica has come; a fold waits for the slowest, but not for ever (it then gets a whole state).
+    sizes: bytes of each entry held, by number. last: the newest entry, which always stays. applied: how far
+    each replica has come; a fold waits for the slowest, but not for ever (it then gets a whole state).
     """
     count, size = len(sizes), sum(sizes.values())
     if count <= FOLD_ENTRIES and size <= FOLD_BYTES:
@@ -182,8 +190,8 @@ def plan_fold(sizes: dict[int, int], last: int, applied: Iterable[int] = ()) -> 
 def fold_txn(kernel: str, old_rev: int, new: Checkpoint, upto: int, *, upto_rev: int = 0) -> Txn:
     """Put the checkpoint and delete the entries it holds, in one step.
 
-    old_rev: revision of the checkpoint it was folded from, 0 for none. upto_rev: revision of entry `upto`, where
-    known; it tells this kernel from one made under the same id after a deletion.
+    old_rev: revision of the checkpoint it was folded from, 0 for none. upto_rev: revision of entry `upto`,
+    where known; it tells this kernel from one made under the same id after a deletion.
     """
     if new.upto != upto:
         raise ValueError(f"the checkpoint holds the log up to {new.upto}, not {upto}")

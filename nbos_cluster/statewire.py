@@ -1,7 +1,8 @@
 """Entries and states as they travel between a replica and its daemon (docs/protocol.md), to and from records.
 
-A replica runs user code, so what comes from it is checked here before it becomes a record: numbers, names, offsets,
-hashes and sizes. What only the daemon may say (token, replica, incarnation, time) is never read from the message.
+A replica runs user code, so what comes from it is checked here before it becomes a record: numbers, names,
+offsets, hashes and sizes. What only the daemon may say (token, replica, incarnation, time) is never read from
+the message.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class EntryError(ValueError):
 
 
 def entry_from_wire(msg: Message, payload: bytes) -> LogEntry:
-    """The entry a replica wants appended. token, replica, incarnation and time are for the daemon to fill in."""
+    """The entry a replica wants appended. token, replica, incarnation and time are for the daemon to fill
+    in."""
     kind = _text(msg, "kind")
     if kind not in ("cell", "sync"):
         raise EntryError(f"a replica appends entries of kind cell or sync, not {kind[:40]!r}")
@@ -37,7 +39,7 @@ def entry_from_wire(msg: Message, payload: bytes) -> LogEntry:
         kind=cast(EntryKind, kind),
         status=cast(Any, status),
         execution_count=_count(msg, "execution_count", 0),
-        source=_text(msg, "source", "", limit=0),
+        source=_text(msg, "source", "", limit=0).encode("utf-8", "replace").decode(),
         components=_components(msg.get("components", []), payload),
         deleted=_texts(msg.get("deleted", []), "deleted"),
         lost=_table(msg.get("lost", {}), "lost"),
@@ -140,13 +142,17 @@ def _frame(raw: object, payload: bytes) -> Frame:
     if "at" in item:
         at = _count(item, "at")
         if at + size > len(payload):
-            raise EntryError(f"a frame of {size} bytes at {at} is outside the payload of {len(payload)} bytes")
+            raise EntryError(
+                f"a frame of {size} bytes at {at} is outside the payload of {len(payload)} bytes"
+            )
         return Frame(size=size, data=payload[at : at + size])
     hashes = _texts(item.get("blobs"), "blobs")
     if not all(_HASH.fullmatch(h) for h in hashes):
         raise EntryError("a frame's blobs are sha256 hashes in lower-case hex")
     if size > len(hashes) * BLOB_CHUNK or (size == 0) != (not hashes):
-        raise EntryError(f"a frame of {size} bytes does not fit {len(hashes)} blobs of at most {BLOB_CHUNK} bytes")
+        raise EntryError(
+            f"a frame of {size} bytes does not fit {len(hashes)} blobs of at most {BLOB_CHUNK} bytes"
+        )
     return Frame(size=size, blobs=hashes)
 
 
@@ -156,7 +162,9 @@ def _effects(raw: object) -> Effects:
     environ = _dict(item.get("environ") or {}, "environ")
     return Effects(
         cwd=None if cwd is None else _text(item, "cwd"),
-        environ={_str(k, "environ"): None if v is None else _str(v, "environ", 0) for k, v in environ.items()},
+        environ={
+            _str(k, "environ"): None if v is None else _str(v, "environ", 0) for k, v in environ.items()
+        },
         sys_path=None if path is None else _texts(path, "sys_path"),
         packages=_table(item.get("packages") or {}, "packages"),
     )
@@ -179,11 +187,17 @@ def _str(raw: object, what: str, limit: int = MAX_TEXT) -> str:
         raise EntryError(f"{what} must be text, not {type(raw).__name__}")
     if limit and len(raw) > limit:
         raise EntryError(f"{what} has {len(raw)} characters, at most {limit} are kept")
-    try:
-        raw.encode()
-    except UnicodeEncodeError as err:
-        raise EntryError(f"{what} holds a character that is not Unicode text: {err.reason}") from err
+    if what != "source" and not _encodable(raw):
+        raise EntryError(f"{what} holds a lone surrogate, which is no text: {ascii(raw)[:80]}")
     return raw
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _text(item: Message, name: str, default: str | None = None, limit: int = MAX_TEXT) -> str:

@@ -1,13 +1,16 @@
-"""The frames between a replica and its daemon (Unix socket), standard library only: it runs in the user's image.
+"""The frames between a replica and its daemon (Unix socket), standard library only: it runs in the user's
+image.
 
-A frame is `u32 header length, u32 payload length` (big endian), a JSON object, then raw bytes. The JSON object has a
-`type`; requests carry an `id`, and the reply repeats it under `re`. docs/protocol.md lists the messages.
+A frame is `u32 header length, u32 payload length` (big endian), a JSON object, then raw bytes. The JSON
+object has a `type`; requests carry an `id`, and the reply repeats it under `re`. docs/protocol.md lists the
+messages.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import struct
 from typing import Any
 
@@ -46,16 +49,42 @@ def pack(message: Message, payload: bytes | bytearray | memoryview = b"") -> lis
 
 
 async def read(reader: asyncio.StreamReader) -> tuple[Message, bytes]:
-    """The next frame. Raises asyncio.IncompleteReadError at the end of the stream, WireError on a broken frame."""
+    """The next frame. Raises asyncio.IncompleteReadError at the end of the stream, WireError on a broken
+    frame."""
     head, size = _PREFIX.unpack(await reader.readexactly(_PREFIX.size))
     _check(head, size)
+    message = _header(await reader.readexactly(head))
+    return message, await reader.readexactly(size) if size else b""
+
+
+def receive(sock: socket.socket) -> tuple[Message, bytes]:
+    """The next frame of a blocking socket. Raises EOFError at the end of the stream, WireError on a broken
+    frame."""
+    head, size = _PREFIX.unpack(_exactly(sock, _PREFIX.size))
+    _check(head, size)
+    message = _header(bytes(_exactly(sock, head)))
+    return message, bytes(_exactly(sock, size)) if size else b""
+
+
+def _exactly(sock: socket.socket, size: int) -> bytearray:
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        got = sock.recv_into(view)
+        if not got:
+            raise EOFError("the other side closed the connection")
+        view = view[got:]
+    return data
+
+
+def _header(raw: bytes) -> Message:
     try:
-        message = json.loads(await reader.readexactly(head))
+        message = json.loads(raw)
     except ValueError as err:
         raise WireError(f"a frame's header is not JSON: {err}") from err
     if not isinstance(message, dict) or not isinstance(message.get("type", message.get("re")), str | int):
         raise WireError("a frame's header is no object with a 'type' or 're'")
-    return message, await reader.readexactly(size) if size else b""
+    return message
 
 
 def _check(header: int, payload: int) -> None:

@@ -34,13 +34,36 @@ def options_form(limits: Limits, chosen: KernelOptions) -> str:
 <legend>What new kernels start with</legend>
 <p>A GPU is held only while a cell runs. A cell may ask for something else with <code>%%gpu</code> or
 <code>%%cpu</code> in its first line.</p>
-{_number("replicas", "Replicas", 1, limits.replicas, chosen.replicas,
-         f"Copies of the kernel on different hosts, 1 to {limits.replicas}. With 3, any two may be lost.")}
+{
+        _number(
+            "replicas",
+            "Replicas",
+            1,
+            limits.replicas,
+            chosen.replicas,
+            f"Copies of the kernel on different hosts, 1 to {limits.replicas}. With 3, any two may be lost.",
+        )
+    }
 {_number("gpus", "Whole GPUs per cell", 0, limits.gpus, chosen.gpus, _bound("GPU", "GPUs", limits.gpus))}
-{_number("tpcs", "Slice of one GPU, in TPCs", 0, limits.tpcs, chosen.tpcs,
-         _bound("TPC", "TPCs", limits.tpcs) + " Instead of whole GPUs; 1 TPC is 2 SMs.")}
-{_text("memory", "GPU memory on each device", show_size(chosen.memory) if chosen.memory else "", limits.memory == 0,
-       f"For example 20G; at most {show_size(limits.memory)}. Empty: all of a whole GPU, a slice's share of a slice.")}
+{
+        _number(
+            "tpcs",
+            "Slice of one GPU, in TPCs",
+            0,
+            limits.tpcs,
+            chosen.tpcs,
+            _bound("TPC", "TPCs", limits.tpcs) + " Instead of whole GPUs; 1 TPC is 2 SMs.",
+        )
+    }
+{
+        _text(
+            "memory",
+            "GPU memory on each device",
+            show_size(chosen.memory) if chosen.memory else "",
+            limits.memory == 0,
+            f"For example 20G; at most {show_size(limits.memory)}. Empty: all of a whole GPU, a slice's share of a slice.",
+        )
+    }
 {_text("model", "GPU model", chosen.model, limits.gpus == 0 and limits.tpcs == 0, "Empty: any model.")}
 </fieldset>"""
 
@@ -52,10 +75,22 @@ def _bound(one: str, many: str, limit: int) -> str:
 
 
 def _number(name: str, label: str, low: int, high: int, value: int, text: str) -> str:
-    return _NUMBER.format(name=name, label=escape(label), low=low, high=high, value=min(max(value, low), high),
-                          help=escape(text), disabled=" disabled" if high == 0 else "")
+    return _NUMBER.format(
+        name=name,
+        label=escape(label),
+        low=low,
+        high=high,
+        value=min(max(value, low), high),
+        help=escape(text),
+        disabled=" disabled" if high == 0 else "",
+    )
 
 
 def _text(name: str, label: str, value: str, disabled: bool, text: str) -> str:
-    return _TEXT.format(name=name, label=escape(label), value=escape(value, quote=True), help=escape(text),
-                        disabled=" disabled" if disabled else "")
+    return _TEXT.format(
+        name=name,
+        label=escape(label),
+        value=escape(value, quote=True),
+        help=escape(text),
+        disabled=" disabled" if disabled else "",
+    )

@@ -66,7 +66,9 @@ def read_limits(config: Mapping[str, Any]) -> LimitTable:
     """
     unknown = set(config) - {"default", "users", "groups"}
     if unknown:
-        raise LimitsError(f"limits: unknown part {sorted(unknown)[0]!r}; there are 'default', 'users' and 'groups'")
+        raise LimitsError(
+            f"limits: unknown part {sorted(unknown)[0]!r}; there are 'default', 'users' and 'groups'"
+        )
     return LimitTable(
         default=replace(Limits(), **_entry("default", config.get("default", {}))),
         users={name: _entry(f"users.{name}", one) for name, one in _mapping(config, "users").items()},

@@ -72,8 +72,9 @@ def check_options(options: KernelOptions, limits: Limits) -> None:
     for name, unit in (("replicas", "replicas"), ("gpus", "whole GPUs"), ("tpcs", "TPCs")):
         asked, bound = getattr(options, name), getattr(limits, name)
         if asked > bound:
-            raise OptionError(name, f"{asked} {unit} asked for, your limit is {bound}; ask for at most {bound}",
-                              limit=True)
+            raise OptionError(
+                name, f"{asked} {unit} asked for, your limit is {bound}; ask for at most {bound}", limit=True
+            )
     if options.memory > limits.memory:
         bound_text = show_size(limits.memory)
         raise OptionError(
@@ -85,7 +86,9 @@ def check_options(options: KernelOptions, limits: Limits) -> None:
     if options.gpus and options.tpcs:
         raise OptionError("tpcs", "whole GPUs and a slice exclude each other; set GPUs or TPCs to 0")
     if (options.memory or options.model) and not (options.gpus or options.tpcs):
-        raise OptionError("memory", "GPU memory or a GPU model without a GPU; ask for GPUs or a slice of TPCs as well")
+        raise OptionError(
+            "memory", "GPU memory or a GPU model without a GPU; ask for GPUs or a slice of TPCs as well"
+        )
 
 
 def options_from_form(form: Mapping[str, list[str]], limits: Limits) -> dict[str, Any]:
@@ -120,5 +123,7 @@ def _memory(data: Mapping[str, Any]) -> int:
 def _model(data: Mapping[str, Any]) -> str:
     value = data.get("model", "")
     if not isinstance(value, str) or len(value) > 64 or not value.isprintable():
-        raise OptionError("model", "model must be a GPU's name, at most 64 printable characters, or empty for any")
+        raise OptionError(
+            "model", "model must be a GPU's name, at most 64 printable characters, or empty for any"
+        )
     return value

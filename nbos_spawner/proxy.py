@@ -26,7 +26,15 @@ MAX_MESSAGE = 512 * 1024 * 1024
 MAX_BODY = 4 * 1024 * 1024 * 1024
 """Bytes of one response; it is streamed, never held."""
 
-_HOP_BY_HOP = {"connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"}
+_HOP_BY_HOP = {
+    "connection",
+    "keep-alive",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+}
 
 
 class NotebookProxyHandler(handlers.ProxyHandler):

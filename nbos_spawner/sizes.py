@@ -19,9 +19,11 @@ def parse_size(value: object) -> int:
     match = _SIZE.match(value)
     if not match:
         raise ValueError(f"{value[:40]!r} is no size; write bytes or e.g. '20G', '512M'")
-    return int(float(match[1]) * _UNITS[match[2].upper()]) if "." in match[1] else int(match[1]) * _UNITS[
-        match[2].upper()
-    ]
+    return (
+        int(float(match[1]) * _UNITS[match[2].upper()])
+        if "." in match[1]
+        else int(match[1]) * _UNITS[match[2].upper()]
+    )
 
 
 def show_size(size: int) -> str:

@@ -108,7 +108,10 @@ class NBOSSpawnerMixin:
             await asyncio.sleep(2)
             shown = min(90, shown + 10)
             waited = int(time.monotonic() - began)
-            yield {"progress": shown, "message": f"The server's process runs; waiting for it to answer ({waited} s)"}
+            yield {
+                "progress": shown,
+                "message": f"The server's process runs; waiting for it to answer ({waited} s)",
+            }
 
 
 def _describe(options: KernelOptions) -> str:

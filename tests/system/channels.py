@@ -1,7 +1,7 @@
 """A kernel's websocket as a browser sees it: what was sent, what came back, in order and with the time.
 
-Guarantees: nothing waits without a deadline; a message is given to the cell whose request is its parent and to nobody
-else; when the websocket closes, every cell that still waits ends with ConnectionLost.
+Guarantees: nothing waits without a deadline; a message is given to the cell whose request is its parent and
+to nobody else; when the websocket closes, every cell that still waits ends with ConnectionLost.
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ class Cell:
     def story(self) -> str:
         got = ", ".join(message.type for message in self.messages[-12:]) or "nothing"
         reply = "no reply" if self.reply is None else f"reply {self.reply.content.get('status')}"
-        return f"{reply}; {len(self.messages)} messages on iopub, the last: {got}; text: {self.written()[-400:]!r}"
+        text = self.written()[-400:]
+        return f"{reply}; {len(self.messages)} messages on iopub, the last: {got}; text: {text!r}"
 
 
 class Channels:
@@ -151,14 +152,17 @@ class Channels:
         self.subprotocol = subprotocol
         self._cells: dict[str, Cell] = {}
         self.unclaimed: list[Message] = []
-        """Messages on iopub whose parent is no request of this connection (kernel restarts, comms, other clients)."""
+        """Messages on iopub whose parent is no request of this connection (kernel restarts, comms, other
+        clients).
+        """
         self.closed = asyncio.Event()
         self._reader = asyncio.create_task(self._read())
 
     @classmethod
     async def open(cls, url: str, headers: dict[str, str], timeout: float = 30.0) -> Channels:
-        """Connect to `url` (ws://…/api/kernels/<id>/channels), the way JupyterLab does: with the v1 subprotocol, and
-        without one when nobody on the way confirms it."""
+        """Connect to `url` (ws://…/api/kernels/<id>/channels), the way JupyterLab does: with the v1
+        subprotocol, and without one when nobody on the way confirms it.
+        """
         session = uuid.uuid4().hex
         request = HTTPRequest(f"{url}?session_id={session}", headers=headers, connect_timeout=timeout)
         async with asyncio.timeout(timeout):
@@ -270,8 +274,10 @@ class Channels:
             if frame is None:
                 await self._lose(f"the server closed the websocket (code {self._socket.close_code})")
                 return
-            v1 = self.subprotocol and isinstance(frame, bytes)
-            await self._dispatch(unpack_v1(frame) if v1 else unpack_legacy(frame))
+            if self.subprotocol and isinstance(frame, bytes):
+                await self._dispatch(unpack_v1(frame))
+            else:
+                await self._dispatch(unpack_legacy(frame))
 
     async def _dispatch(self, message: Message) -> None:
         cell = self._cells.get(message.parent.get("msg_id", ""))

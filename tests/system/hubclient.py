@@ -1,7 +1,7 @@
 """A small client of JupyterHub for tests and benchmarks: users, their servers, their kernels.
 
-Guarantees: every call has a deadline and says in its error what was asked of whom and what came back. It knows nothing of
-NBOS, so that the same script drives a stock JupyterHub beside ours.
+Guarantees: every call has a deadline and says in its error what was asked of whom and what came back. It
+knows nothing of NBOS, so that the same script drives a stock JupyterHub beside ours.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
 
-from tests.system.channels import Channels, Json
+from tests.system.channels import Channels
+from tests.system.messages import Json
 
 T = TypeVar("T")
 
@@ -75,7 +76,7 @@ async def call(
 
 @dataclass(frozen=True)
 class Hub:
-    """A JupyterHub at `url` (http://host:port, or with a base path) and a token, an admin's for most calls."""
+    """A JupyterHub at `url` (http://host:port/…) and a token, an admin's for most calls."""
 
     url: str
     token: str

@@ -1,7 +1,8 @@
-"""The two ways a Jupyter message travels over a websocket, chosen by the subprotocol that server and proxies agree on.
+"""The two ways a Jupyter message travels over a websocket, chosen by the subprotocol that server and
+proxies agree on.
 
-`v1.kernel.websocket.jupyter.org` is what JupyterLab asks for. A proxy that passes on no subprotocol (the Python
-configurable-http-proxy 0.4) leaves the older one: JSON text, or binary when there are buffers.
+`v1.kernel.websocket.jupyter.org` is what JupyterLab asks for. A proxy that passes on no subprotocol (the
+Python configurable-http-proxy 0.4) leaves the older one: JSON text, or binary when there are buffers.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class Message:
 
 
 def pack_v1(message: Message) -> bytes:
-    """One frame of the v1 subprotocol: the number of offsets, the offsets (u64, little endian), then the parts."""
+    """One frame of the v1 subprotocol: the number of offsets, the offsets (u64, little endian), then the
+    parts.
+    """
     bodies = (message.header, message.parent, message.metadata, message.content)
     parts = [message.channel.encode(), *(json.dumps(body).encode() for body in bodies), *message.buffers]
     offsets = [8 * (len(parts) + 2)]

@@ -1,0 +1,143 @@
+"""What NBOS takes while nobody does anything, and what a kernel leaves in etcd.
+
+Resident memory and processor time of every process of `nbos up`, by kind, with three hosts and idle kernels
+of three replicas each. "Ours" are the daemons, the gateway, the routers, the replicas and `nbos up` itself;
+JupyterHub, its proxy, the Jupyter Server and etcd are shown, and counted apart. With --cells N one kernel
+then runs N cells and the bytes that etcd holds for it are counted (keys and values below its prefix).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import statistics
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import psutil
+from measure import Running, Table, nbos_hub
+
+from nbos_cluster import keys
+from nbos_cluster.etcd import Etcd
+from tests.system.hubclient import Server
+from tests.system.nbosenv import etcd_of, settled
+
+KINDS = {
+    "nbos_spawner.gateway": "gateway",
+    "nbos_spawner.proxy": "proxy",
+    "nbos_kernel": "replica",
+    "nbos_provisioner": "router",
+    "gpu_daemon": "daemon",
+    "nbos.cli": "nbos up",
+    "singleuser": "Jupyter Server",
+    "jupyterhub": "JupyterHub",
+    "etcd": "etcd",
+}
+OURS = ("nbos up", "daemon", "gateway", "router", "replica")
+BARS = {"router": "≤ 60", "daemon": "≤ 120"}
+
+
+def kind_of(process: psutil.Process) -> str:
+    """By the first word of the table that stands in the command line's program or module."""
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+        words = process.cmdline()[:6]
+        for fragment, kind in KINDS.items():
+            if any(fragment in Path(word).name or word.startswith(fragment) for word in words):
+                return kind
+    return "other"
+
+
+def family(hub: Running) -> list[psutil.Process]:
+    """Everything `nbos up` started: its descendants, and what was started in its state directory and left
+    its parent.
+    """
+    found = {process.pid: process for process in [hub.process, *hub.process.children(recursive=True)]}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if any(str(hub.directory) in word for word in process.cmdline()):
+                found.setdefault(process.pid, process)
+    return [process for process in found.values() if process.is_running()]
+
+
+async def start_kernels(hub: Running, count: int) -> tuple[Server, list[str]]:
+    server = await hub.server("footprint")
+    kernels = []
+    for _ in range(count):
+        kernel = await hub.start_kernel(server)
+        channels = await server.open(kernel)
+        await channels.execute("x = 1")
+        await channels.close()
+        await settled(hub.hub, kernel, timeout=60)
+        kernels.append(kernel)
+    return server, kernels
+
+
+def idle(hub: Running, seconds: float) -> Table:
+    processes = family(hub)
+    began = {process: processor_seconds(process) for process in processes}
+    start = time.perf_counter()
+    time.sleep(seconds)  # the measurement itself, not a wait for a condition
+    took = time.perf_counter() - start
+    memory: dict[str, list[float]] = defaultdict(list)
+    busy: dict[str, float] = defaultdict(float)
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            kind = kind_of(process)
+            memory[kind].append(process.memory_info().rss / 1e6)
+            busy[kind] += (processor_seconds(process) - began[process]) / took * 100
+    return tabulate(memory, busy, seconds)
+
+
+def processor_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def tabulate(memory: dict[str, list[float]], busy: dict[str, float], seconds: float) -> Table:
+    columns = ("process", "how many", "MB each", "largest MB", "bar", "% of one core, all")
+    table = Table(f"An idle cluster over {seconds:g} s", columns)
+    for kind in sorted(memory, key=lambda kind: (kind not in OURS, kind)):
+        sizes = memory[kind]
+        middle, largest = statistics.median(sizes), max(sizes)
+        row = (str(len(sizes)), f"{middle:.0f}", f"{largest:.0f}", BARS.get(kind, ""), f"{busy[kind]:.2f}")
+        table.add(kind, *row)
+    table.add("ours together", "", "", "", "< 3", f"{sum(busy[kind] for kind in OURS):.2f}")
+    return table
+
+
+async def bytes_after(hub: Running, server: Server, kernel: str, cells: int) -> str:
+    channels = await server.open(kernel)
+    began = time.perf_counter()
+    for number in range(cells):
+        await channels.execute(f"x = {number}", timeout=60)
+    await channels.close()
+    took = time.perf_counter() - began
+    await settled(hub.hub, kernel)
+    endpoints, tls = etcd_of(hub.directory)
+    async with Etcd(endpoints, tls=tls) as etcd:
+        found, _ = await etcd.range(keys.kernel(kernel))
+        status = await etcd.status()
+    held = sum(len(kv.key.encode()) + len(kv.value) for kv in found)
+    return (
+        f"after {cells} cells ({took / max(cells, 1) * 1e3:.1f} ms each): {held:,} bytes in {len(found)} keys "
+        f"(bar: < 5,000,000 after 10,000); etcd says {status}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--kernels", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--cells", type=int, default=0, help="then run so many cells (10000: a few minutes)")
+    options = parser.parse_args()
+    with nbos_hub() as hub:
+        server, kernels = asyncio.run(start_kernels(hub, options.kernels))
+        print(idle(hub, options.seconds).render(), flush=True)
+        if options.cells:
+            print(asyncio.run(bytes_after(hub, server, kernels[0], options.cells)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""Bids: may this replica run execution n? Room on the devices first, then one etcd transaction, which is the election.
+
+Guarantees: a reservation whose claim is lost is given back; a bid that waits is told why and at which place, at once, at
+each change and every two seconds, and ends on `cancel`, when somebody else takes or decides n, and with its process. A
+repeated bid (the socket was lost, the answer with it) joins the first or gets its answer again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from dataclasses import dataclass, field
+
+from gpu_daemon import ledger, queue
+from gpu_daemon.fleet import ReplicaId
+from gpu_daemon.limits import over_limit
+from gpu_daemon.replica import Held, LocalReplica
+from gpu_daemon.requests import BidRequest
+from gpu_daemon.site import Site, plain
+from gpu_daemon.transactions import withdraw
+from nbos_cluster import election
+from nbos_cluster.etcd import EtcdError, EtcdUnavailable, LeaseGone
+from nbos_cluster.kernelview import KernelView
+from nbos_cluster.records import ClaimRecord, GrantRecord, KernelSpec
+from nbos_cluster.wire import Message
+
+REPEAT = 2.0
+"""Seconds after which a waiting bid is told again how things stand."""
+
+ETCD_PAUSE = 0.3
+EPOCH_TRIES = 5
+
+
+class Yielded(Exception):  # noqa: N818  an answer, not a mistake
+    """The bid's answer is a yield."""
+
+    def __init__(self, code: str, reason: str, next: int | None = None) -> None:
+        super().__init__(reason)
+        self.answer: Message = {"answer": "yield", "code": code, "reason": reason, "next": next}
+
+
+@dataclass
+class OpenBid:
+    """A bid that is not answered yet."""
+
+    replica: LocalReplica
+    request: BidRequest
+    grant_name: str
+    task: asyncio.Task[Message] | None = None
+    granted: asyncio.Future[GrantRecord] | None = None
+    """Set while it stands in the queue."""
+    ended: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    """Its exception is the yield that ends the wait."""
+
+    def end(self, code: str, reason: str, next: int | None = None) -> None:
+        if not self.ended.done():
+            self.ended.set_exception(Yielded(code, reason, next))
+            self.ended.exception()  # Read here, so that nobody having to wait for it is no complaint.
+
+    @property
+    def over(self) -> bool:
+        return self.ended.done()
+
+
+class Bidding:
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._open: dict[ReplicaId, OpenBid] = {}
+        self._queued: dict[str, OpenBid] = {}
+        self._repeater: asyncio.Task[None] | None = None
+        self.told: dict[str, tuple[OpenBid, queue.Tell, float]] = {}
+        """What each waiting bid was told last, by the name of its future grant, and since when it waits (Unix time)."""
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    async def bid(self, replica: LocalReplica, request: BidRequest) -> Message:
+        """The answer. Returns when it is decided, which for a waiting bid may take as long as others compute."""
+        held = replica.held
+        if held is not None and held.n == request.n:
+            return _lead(held)
+        bid = self._open.get(replica.id)
+        if bid is not None and bid.request.n != request.n:
+            bid.end("cancelled", f"the replica bids for execution {request.n} now")
+            bid = None
+        if bid is None or bid.over:
+            bid = OpenBid(replica, request, uuid.uuid4().hex[:16])
+            self._open[replica.id] = bid
+            bid.task = self._site.spawn(self._run(bid), f"bid of {replica.name} for {request.n}")
+        assert bid.task is not None
+        # The bid outlives a lost socket: the replica repeats it and finds its place in the queue kept.
+        return await asyncio.shield(bid.task)
+
+    def cancel(self, replica: LocalReplica, n: int) -> None:
+        bid = self._open.get(replica.id)
+        if bid is not None and bid.request.n == n:
+            bid.end("cancelled", f"execution {n} was cancelled while it waited")
+
+    def replica_died(self, replica: LocalReplica) -> None:
+        bid = self._open.pop(replica.id, None)
+        if bid is not None:
+            bid.end("cancelled", "the replica's process ended")
+
+    def kernel_changed(self, view: KernelView) -> None:
+        """Ends the waits that the records have decided."""
+        for bid in [b for b in self._open.values() if b.replica.id.kernel == view.kernel]:
+            n = bid.request.n
+            held = view.claim_of(n)
+            if view.last >= n:
+                bid.end("stale", f"execution {n} is decided already", view.last + 1)
+            elif held is not None and (held.record.replica, held.record.host) != (bid.replica.id.index, self._site.host):
+                bid.end("taken", f"replica {held.record.replica} on {held.record.host} runs execution {n}")
+
+    def drain(self) -> None:
+        for bid in self._open.values():
+            bid.end("draining", f"host {self._site.host} takes no new cells")
+
+    def waiting_of(self, kernel: str) -> list[Message]:
+        """For `status`: who of this kernel waits here."""
+        return [
+            {"n": bid.request.n, "host": self._site.host, "since": since, **_tell(bid, tell)}
+            for bid, tell, since in self.told.values()
+            if bid.replica.id.kernel == kernel
+        ]
+
+    # -- one bid ------------------------------------------------------------------------------------------------------
+
+    async def _run(self, bid: OpenBid) -> Message:
+        grant: GrantRecord | None = None
+        held: Held | None = None
+        try:
+            spec = self._check(bid)
+            if bid.request.resources.wants_gpu:
+                grant = await self._reserve(bid, spec)
+            held = await self._claim(bid, grant)
+            return _lead(held)
+        except Yielded as yielded:
+            return yielded.answer
+        except EtcdError as err:
+            return Yielded("unavailable", f"etcd refused the claim: {err}").answer
+        finally:
+            if self._open.get(bid.replica.id) is bid:
+                del self._open[bid.replica.id]
+            if grant is not None and held is None:
+                self._site.rundir.save_grant(bid.replica.id, None)
+                self.grant_ended(grant.grant, used=False)
+
+    def _check(self, bid: OpenBid) -> KernelSpec:
+        """What is known without asking anybody. Raises Yielded."""
+        request, replica, site = bid.request, bid.replica, self._site
+        if site.draining or site.stopping:
+            raise Yielded("draining", f"host {site.host} takes no new cells")
+        view = site.view(replica.id.kernel)
+        if view is None or view.spec is None or view.epoch is None:
+            raise Yielded("unavailable", f"kernel {replica.id.kernel} is not (or no longer) known")
+        if view.spec.placement.get(str(replica.id.index)) != site.host:
+            raise Yielded("draining", f"replica {replica.id.index} is being moved away from host {site.host}")
+        if request.n <= view.last:
+            raise Yielded("stale", f"execution {request.n} is decided already", view.last + 1)
+        if request.applied < request.n - 1:
+            reason = f"replica {replica.id.index} has applied the log up to {request.applied}, not {request.n - 1}"
+            raise Yielded("behind", reason, max(view.last, request.applied) + 1)
+        over = over_limit(request.resources, view.spec.max_resources, site.ledger.devices)
+        if over:
+            raise Yielded("impossible", over)
+        return view.spec
+
+    async def _reserve(self, bid: OpenBid, spec: KernelSpec) -> GrantRecord:
+        """Room on the devices, waiting for it where the bid says so. Raises Yielded."""
+        id, request = bid.replica.id, bid.request
+        wish = ledger.Request(bid.grant_name, spec.owner, id.kernel, id.index, request.n, request.resources)
+        granted: asyncio.Future[GrantRecord] = asyncio.get_running_loop().create_future()
+        bid.granted = granted
+        self._queued[bid.grant_name] = bid
+        now = self._site.now()
+        self._carry_out(self._site.queue.handle(queue.Arrive(wish, now, request.wait)))
+        try:
+            await asyncio.wait({granted, bid.ended}, return_when=asyncio.FIRST_COMPLETED)
+            if bid.over and not granted.done():
+                bid.ended.result()
+            return granted.result()
+        finally:
+            bid.granted = None
+            self._queued.pop(bid.grant_name, None)
+            self.told.pop(bid.grant_name, None)
+            if not granted.done():
+                self._carry_out(self._site.queue.handle(queue.Leave(bid.grant_name, self._site.now())))
+
+    async def _claim(self, bid: OpenBid, grant: GrantRecord | None) -> Held:
+        """The election. Raises Yielded."""
+        replica, request, site = bid.replica, bid.request, self._site
+        record = ClaimRecord(
+            n=request.n,
+            replica=replica.id.index,
+            host=site.host,
+            attempt=request.attempt,
+            grant=grant.grant if grant is not None else "",
+            started=time.time(),
+        )
+        if grant is not None:
+            site.rundir.save_grant(replica.id, grant)
+        handle = replica.handle
+        token = await self._claim_txn(bid, record, grant)
+        held = Held(request.n, token, record, grant)
+        if bid.over or replica.handle is not handle:
+            # Its process ended while etcd answered: nothing ran, so n is free again for another replica.
+            site.spawn(self._withdraw(replica.id.kernel, held), f"withdrawing the claim of {replica.name}")
+            bid.ended.result()
+            raise Yielded("cancelled", "the replica's process ended")
+        replica.held = held
+        return held
+
+    async def _claim_txn(self, bid: OpenBid, record: ClaimRecord, grant: GrantRecord | None) -> int:
+        kernel, n, site = bid.replica.id.kernel, bid.request.n, self._site
+        tries = 0
+        while True:
+            view = site.view(kernel)
+            if bid.over:
+                bid.ended.result()
+            if view is None or view.epoch is None:
+                raise Yielded("unavailable", f"kernel {kernel} is not (or no longer) known")
+            epoch, revision = view.epoch, view.epoch_rev
+            try:
+                result = await site.commit(
+                    election.claim(kernel, n, epoch=epoch, claim=record, grant=grant, lease=site.lease_id)
+                )
+            except (EtcdUnavailable, LeaseGone) as err:
+                await self._wait_for_etcd(bid, err)
+                continue
+            match election.classify(n, result, record):
+                case election.Won(token):
+                    return token
+                case election.Lost("epoch", _, reason) if tries < EPOCH_TRIES:
+                    tries += 1
+                    if not await site.until(lambda: _epoch_moved(site.view(kernel), revision), 1.0):
+                        raise Yielded("unavailable", reason)
+                    self._check(bid)
+                case election.Lost(code, next, reason):
+                    raise Yielded("unavailable" if code == "epoch" else code, reason, next)
+
+    async def _wait_for_etcd(self, bid: OpenBid, err: EtcdUnavailable | LeaseGone) -> None:
+        """Returns when it is time to try again. Raises Yielded when the bid does not want to wait."""
+        reason = self._site.away_text() if isinstance(err, EtcdUnavailable) else "this host's lease is being renewed"
+        if isinstance(err, EtcdUnavailable) and not bid.request.wait:
+            raise Yielded("unavailable", reason) from err
+        if bid.replica.session is not None and bid.request.wait:
+            bid.replica.session.push(
+                {"type": "waiting", "n": bid.request.n, "reason": reason, "position": 1, "of": 1, "estimate": None}
+            )
+        await asyncio.wait({bid.ended}, timeout=ETCD_PAUSE)
+
+    async def _withdraw(self, kernel: str, held: Held) -> None:
+        await self._site.commit_for_sure(lambda: withdraw(kernel, held.n, held.token, held.grant))
+
+    # -- the queue ----------------------------------------------------------------------------------------------------
+
+    def grant_ended(self, name: str, used: bool = True) -> None:
+        """A grant is given back; whoever waits for the room gets it."""
+        self._carry_out(self._site.queue.handle(queue.Ended(name, self._site.now(), used)))
+
+    def room_changed(self) -> None:
+        self._carry_out(self._site.queue.handle(queue.Room(self._site.now())))
+
+    def _carry_out(self, instructions: list[queue.Instruction]) -> None:
+        for step in instructions:
+            name = step.grant.grant if isinstance(step, queue.Admit) else step.grant
+            bid = self._queued.get(name)
+            if isinstance(step, queue.Tell):
+                if bid is not None:
+                    self._tell(bid, step)
+                continue
+            granted = bid.granted if bid is not None else None
+            if granted is None or granted.done():
+                if isinstance(step, queue.Admit):
+                    self.grant_ended(name, used=False)
+            elif isinstance(step, queue.Admit):
+                granted.set_result(step.grant)
+            else:
+                granted.set_exception(Yielded(step.code, step.reason))
+
+    def _tell(self, bid: OpenBid, tell: queue.Tell) -> None:
+        since = self.told[tell.grant][2] if tell.grant in self.told else time.time()
+        self.told[tell.grant] = (bid, tell, since)
+        if bid.replica.session is not None:
+            bid.replica.session.push({"type": "waiting", "n": bid.request.n, **_tell(bid, tell)})
+        if self._repeater is None or self._repeater.done():
+            self._repeater = self._site.spawn(self._repeat(), "telling those who wait")
+
+    async def _repeat(self) -> None:
+        """Runs only while somebody waits, so an idle daemon sleeps."""
+        while len(self._site.queue):
+            await asyncio.sleep(REPEAT)
+            self._carry_out(list(self._site.queue.tell_all(self._site.now())))
+
+
+def _tell(bid: OpenBid, tell: queue.Tell) -> Message:
+    return {"reason": tell.reason, "position": tell.position, "of": tell.of, "estimate": tell.estimate}
+
+
+def _lead(held: Held) -> Message:
+    return {"answer": "lead", "token": held.token, "grant": plain(held.grant) if held.grant is not None else None}
+
+
+def _epoch_moved(view: KernelView | None, revision: int) -> bool:
+    return view is None or view.epoch_rev != revision
+

@@ -1,0 +1,252 @@
+"""What a replica's claim comes to: entry appended, claim renewed after a lost lease, or execution abandoned.
+
+Guarantees: only the replica that holds claim n appends entry n; while etcd is away an append waits and is repeated, never
+dropped; when a replica dies with a claim, n is abandoned with the reason and its grant is given back, whatever etcd
+does meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from msgspec.structs import replace
+
+from gpu_daemon.bidding import Bidding
+from gpu_daemon.folding import Folding
+from gpu_daemon.replica import Held, LocalReplica
+from gpu_daemon.requests import RequestError
+from gpu_daemon.site import RETRY_LAST, Site, log
+from gpu_daemon.transactions import abandon_held, end_grant, grant_key
+from nbos_cluster import election, statelog
+from nbos_cluster.etcd import EtcdError, EtcdUnavailable
+from nbos_cluster.kernelview import KernelView
+from nbos_cluster.kv import TxnResult
+from nbos_cluster.records import ClaimRecord, GrantRecord, LogEntry
+from nbos_cluster.statewire import EntryError, entry_from_wire
+from nbos_cluster.wire import ENTRY_LIMIT, Message
+
+
+class AppendRefused(RuntimeError):
+    """The entry does not go into the log. code: `fenced`, `too_large` or `unavailable`."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+class Commits:
+    def __init__(self, site: Site, bidding: Bidding) -> None:
+        self._site = site
+        self._bidding = bidding
+        self.folding = Folding(site)
+
+    # -- append -------------------------------------------------------------------------------------------------------
+
+    async def append(self, replica: LocalReplica, raw: Message, token: int, payload: bytes) -> None:
+        """Put the entry into the log; returns when it is there. Raises AppendRefused or RequestError."""
+        try:
+            entry = entry_from_wire(raw, payload)
+        except EntryError as err:
+            raise RequestError(str(err)) from err
+        if self._appended(replica, entry.n, token):
+            return
+        held = replica.held
+        if held is None or held.n != entry.n or not held.knows(token):
+            raise AppendRefused("fenced", f"replica {replica.id.index} does not hold the claim of execution {entry.n}")
+        entry = replace(entry, replica=replica.id.index, incarnation=replica.incarnation, at=time.time())
+        entry = await self._fitting(replica, entry)
+        await self._append_txn(replica, held, entry)
+        self.end_grant(replica, held, recorded=False)
+        if replica.held is held:
+            replica.held = None
+        replica.appended = (entry.n, held.token)
+        replica.applied = max(replica.applied, entry.n)
+        self.folding.consider(replica.id.kernel)
+
+    def _appended(self, replica: LocalReplica, n: int, token: int) -> bool:
+        """Whether this very append was carried out before, and only its answer was lost."""
+        if replica.appended == (n, token):
+            return True
+        view = self._site.view(replica.id.kernel)
+        there = view.log.get(n) if view is not None else None
+        return there is not None and (there.token, there.replica) == (token, replica.id.index)
+
+    async def _fitting(self, replica: LocalReplica, entry: LogEntry) -> LogEntry:
+        """The entry within the limit: what is too much for it is stored as blobs first."""
+        spill = statelog.spill(entry)
+        if not spill.fits:
+            size = statelog.size_of(spill.record)
+            raise AppendRefused("too_large", f"entry {entry.n} has {size} bytes without its values, limit {ENTRY_LIMIT}")
+        owner = self._owner(replica)
+        for digest, data in spill.blobs.items():
+            await asyncio.to_thread(self._site.blobs.put, owner, digest, data)
+        assert isinstance(spill.record, LogEntry)
+        return spill.record
+
+    async def _append_txn(self, replica: LocalReplica, held: Held, entry: LogEntry) -> None:
+        kernel = replica.id.kernel
+        while True:
+            # The token may change while etcd is away: the lease was lost, the claim renewed.
+            token, claim_grant = held.token, held.claim.grant
+            key = grant_key(held.grant) if held.grant is not None and claim_grant else ""
+            try:
+                txn = election.append(kernel, replace(entry, token=token), token, grant_key=key)
+                outcome = election.classify_append(entry.n, token, await self._site.commit(txn))
+            except EtcdUnavailable:
+                if replica.handle is None:
+                    raise AppendRefused("unavailable", self._site.away_text()) from None
+                await asyncio.sleep(RETRY_LAST / 4)
+                continue
+            except EtcdError as err:
+                raise AppendRefused("unavailable", f"etcd refused the entry: {err}") from err
+            if not isinstance(outcome, election.Fenced):
+                return
+            if outcome.decided or not await self._renewed(replica, held, token):
+                raise AppendRefused("fenced", outcome.reason)
+
+    async def _renewed(self, replica: LocalReplica, held: Held, token: int) -> bool:
+        """Whether the claim that ended with its lease is ours again (or was replaced meanwhile by its renewal)."""
+        if held.token != token:
+            return True
+        return await self.renew(replica, held)
+
+    # -- the grant ----------------------------------------------------------------------------------------------------
+
+    def release(self, replica: LocalReplica, n: int) -> None:
+        """The cell ended; its devices are free for others while its state is captured."""
+        held = replica.held
+        if held is not None and held.n == n and held.grant is not None:
+            self.end_grant(replica, held)
+
+    def end_grant(self, replica: LocalReplica, held: Held, recorded: bool = True) -> None:
+        """recorded: the grant's record is still in etcd and must go."""
+        grant, held.grant = held.grant, None
+        if grant is None:
+            return
+        self._site.rundir.save_grant(replica.id, None)
+        self._bidding.grant_ended(grant.grant)
+        if recorded:
+            self._delete_grant(grant)
+
+    def _delete_grant(self, grant: GrantRecord) -> None:
+        self._site.spawn(self._site.commit_for_sure(lambda: end_grant(grant)), f"deleting grant {grant.grant}")
+
+    # -- renewing -----------------------------------------------------------------------------------------------------
+
+    async def lease_is_new(self) -> None:
+        """Everything under the old lease is gone: claim again what runs, or end it."""
+        for replica in list(self._site.replicas.values()):
+            if replica.held is not None:
+                await self.renew_or_end(replica, replica.held)
+
+    async def renew_or_end(self, replica: LocalReplica, held: Held) -> None:
+        if await self.renew(replica, held) or replica.held is not held:
+            return
+        reason = f"execution {held.n} was taken over while host {self._site.host} was cut off"
+        log.warning("%s is fenced: %s", replica.name, reason)
+        replica.held, grant = None, held.grant
+        replica.end(f"fenced: {reason}")
+        if grant is not None and replica.handle is None:
+            self._bidding.grant_ended(grant.grant)
+        elif grant is not None:
+            # The process still has the device: its grant ends with it.
+            replica.orphaned = grant
+
+    async def renew(self, replica: LocalReplica, held: Held) -> bool:
+        """Claim n again under the present lease. The new token is pushed to the replica."""
+        kernel, site = replica.id.kernel, self._site
+        view = site.view(kernel)
+        if view is None or view.epoch is None or view.spec is None or view.spec.incarnation != replica.incarnation:
+            return False
+        if view.spec.placement.get(str(replica.id.index)) != site.host:
+            return False
+        epoch = view.epoch
+        result = await site.commit_for_sure(
+            lambda: election.renew_claim(
+                kernel, held.n, epoch=epoch, claim=held.claim, grant=held.grant, lease=site.lease_id
+            )
+        )
+        outcome = election.classify(held.n, result, held.claim)
+        if not isinstance(outcome, election.Won):
+            return False
+        if outcome.token != held.token:
+            held.old_tokens.add(held.token)
+            held.token = outcome.token
+            replica.push({"type": "token", "n": held.n, "token": held.token})
+        return True
+
+    # -- abandoning ---------------------------------------------------------------------------------------------------
+
+    def replica_died(self, replica: LocalReplica, reason: str) -> None:
+        """Its process is gone: what it held ends at once here, and in etcd as soon as that answers."""
+        self._bidding.replica_died(replica)
+        held, replica.held = replica.held, None
+        orphaned, replica.orphaned = replica.orphaned, None
+        if orphaned is not None:
+            self._site.rundir.save_grant(replica.id, None)
+            self._bidding.grant_ended(orphaned.grant)
+            self._delete_grant(orphaned)
+        if held is None:
+            return
+        grant = held.grant
+        self.end_grant(replica, held, recorded=False)
+        if not self._site.stopping:
+            # On a host that shuts down the claim ends with the lease instead, and the cell runs again elsewhere.
+            work = self.abandon(replica.id.kernel, held.n, held.token, reason, grant, replica.incarnation)
+            self._site.spawn(work, f"abandoning execution {held.n} of {replica.name}")
+
+    async def abandon(
+        self, kernel: str, n: int, token: int, reason: str, grant: GrantRecord | None, incarnation: int
+    ) -> None:
+        at = time.time()
+        result = await self._site.commit_for_sure(
+            lambda: abandon_held(kernel, n, token, reason, grant=grant, incarnation=incarnation, at=at)
+        )
+        outcome = election.classify_abandon(n, result)
+        log.info("execution %d of kernel %s abandoned (%s): %s", n, kernel, reason, outcome)
+        if isinstance(outcome, election.Fenced) and grant is not None:
+            self._delete_grant(grant)
+
+    async def abandon_free(self, kernel: str, n: int, reason: str) -> None:
+        """For `outcome`: decide that n, which nobody holds, changes nothing. Raises EtcdUnavailable."""
+        view = self._site.view(kernel)
+        incarnation = view.epoch.incarnation if view is not None and view.epoch is not None else 1
+        txn = election.abandon(kernel, n, reason, incarnation=incarnation, at=time.time())
+        result: TxnResult = await self._site.commit(txn)
+        if not isinstance(election.classify_abandon(n, result), election.Fenced):
+            await self._site.until(lambda: _decided(self._site.view(kernel), n), 1.0)
+
+    # -- after a restart of the daemon --------------------------------------------------------------------------------
+
+    async def resume(self, replica: LocalReplica, n: int, token: int) -> None:
+        """A replica that this daemon does not know to hold anything says that it runs n: check, and take it up."""
+        view = self._site.view(replica.id.kernel)
+        if view is None or self._appended(replica, n, token) or replica.held is not None:
+            return
+        grant = self._site.rundir.load_grant(replica.id)
+        grant = grant if grant is not None and grant.grant in self._site.ledger.grants else None
+        claim = view.claim_of(n)
+        if claim is not None and (claim.record.replica, claim.record.host) == (replica.id.index, self._site.host):
+            replica.held = Held(n, claim.token, claim.record, grant, {token})
+            if claim.token != token:
+                replica.push({"type": "token", "n": n, "token": claim.token})
+            return
+        record = _claim_record(replica, n, self._site.host, grant)
+        replica.held = Held(n, token, record, grant)
+        await self.renew_or_end(replica, replica.held)
+
+    def _owner(self, replica: LocalReplica) -> str:
+        view = self._site.view(replica.id.kernel)
+        if view is None or view.spec is None:
+            raise AppendRefused("fenced", f"kernel {replica.id.kernel} is gone")
+        return view.spec.owner
+
+
+def _claim_record(replica: LocalReplica, n: int, host: str, grant: GrantRecord | None) -> ClaimRecord:
+    name = grant.grant if grant is not None else ""
+    return ClaimRecord(n=n, replica=replica.id.index, host=host, grant=name, started=time.time())
+
+
+def _decided(view: KernelView | None, n: int) -> bool:
+    return view is None or view.last >= n

@@ -1,0 +1,121 @@
+"""What a replica may ask, read and checked. No IO. A replica runs user code: nothing in a message is taken on trust."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from nbos_cluster.records import Ports, Resources
+from nbos_cluster.wire import Message
+
+MAX_NUMBER = 10**12
+MAX_TEXT = 4096
+MAX_LOST = 10_000
+
+
+class RequestError(ValueError):
+    """The request breaks the protocol; says which field and how. `code` is what `error` says in the reply."""
+
+    def __init__(self, text: str, code: str = "malformed") -> None:
+        super().__init__(text)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class HelloRequest:
+    pid: int
+    python: str
+    ip: str
+    ports: Ports | None
+    applied: int
+    running: tuple[int, int] | None
+    """n and token of the execution it runs, or has run without an answer to its append."""
+
+
+@dataclass(frozen=True)
+class BidRequest:
+    n: int
+    attempt: int
+    kind: Literal["cell", "sync"]
+    resources: Resources
+    wait: bool
+    applied: int
+
+
+def hello(message: Message) -> HelloRequest:
+    running = message.get("running")
+    if running is not None and not isinstance(running, dict):
+        raise RequestError("running must be null or an object with n and token")
+    raw = message.get("ports")
+    ports = None
+    if raw is not None:
+        if not isinstance(raw, dict):
+            raise RequestError("ports must be an object")
+        ports = Ports(**{name: number(raw, name, most=65535) for name in Ports.__struct_fields__})
+    return HelloRequest(
+        pid=number(message, "pid"),
+        python=text(message, "python", ""),
+        ip=text(message, "ip", ""),
+        ports=ports,
+        applied=number(message, "applied", least=-1),
+        running=(number(running, "n"), number(running, "token", most=1 << 62)) if running is not None else None,
+    )
+
+
+def bid(message: Message) -> BidRequest:
+    kind = text(message, "kind", "cell")
+    if kind not in ("cell", "sync"):
+        raise RequestError(f"kind must be cell or sync, not {kind[:40]!r}")
+    return BidRequest(
+        n=number(message, "n", least=1),
+        attempt=number(message, "attempt", default=1),
+        kind=cast(Literal["cell", "sync"], kind),
+        resources=resources(message.get("resources")),
+        wait=flag(message, "wait"),
+        applied=number(message, "applied", least=-1),
+    )
+
+
+def resources(raw: object) -> Resources:
+    if raw is None:
+        return Resources()
+    if not isinstance(raw, dict):
+        raise RequestError("resources must be an object with gpus, tpcs, memory and model")
+    unknown = set(raw) - set(Resources.__struct_fields__)
+    if unknown:
+        raise RequestError(f"resources has an unknown field {sorted(unknown)[0][:40]!r}")
+    return Resources(
+        gpus=number(raw, "gpus", default=0),
+        tpcs=number(raw, "tpcs", default=0),
+        memory=number(raw, "memory", default=0, most=1 << 60),
+        model=text(raw, "model", ""),
+    )
+
+
+def number(message: Message, name: str, *, default: int | None = None, least: int = 0, most: int = MAX_NUMBER) -> int:
+    value = message.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise RequestError(f"{name} must be a whole number from {least} to {most}, not {str(value)[:40]!r}")
+    return value
+
+
+def text(message: Message, name: str, default: str | None = None) -> str:
+    value = message.get(name, default)
+    if not isinstance(value, str) or len(value) > MAX_TEXT:
+        raise RequestError(f"{name} must be a text of at most {MAX_TEXT} characters")
+    # A lone surrogate passes JSON but no UTF-8 encoder behind it.
+    return value.encode("utf-8", "replace").decode()
+
+
+def flag(message: Message, name: str) -> bool:
+    value = message.get(name, False)
+    if not isinstance(value, bool):
+        raise RequestError(f"{name} must be true or false")
+    return value
+
+
+def lost(message: Message) -> dict[str, str]:
+    raw = message.get("lost") or {}
+    if not isinstance(raw, dict) or len(raw) > MAX_LOST:
+        raise RequestError(f"lost must be an object of at most {MAX_LOST} names")
+    return {str(name)[:MAX_TEXT]: text(raw, name) for name in raw}

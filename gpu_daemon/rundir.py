@@ -1,0 +1,133 @@
+"""What a daemon keeps on its own disk, so that after a crash it finds its lease, its replicas and their grants again.
+
+    <run>/lease.json                the lease's id
+    <run>/r/<12 digits>-<index>/    one replica: replica.json, grant.json, connection.json, process.json, log, s (socket)
+
+Everything is for this user alone (folders 0700, files 0600). Names are short because the path of a Unix socket may have
+107 bytes only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from gpu_daemon.fleet import ReplicaId
+from nbos_cluster import records
+from nbos_cluster.records import GrantRecord
+
+SOCKET_PATH_LIMIT = 107
+"""Bytes of `sun_path` on Linux, without the final zero."""
+
+
+class RunDirError(RuntimeError):
+    """The run directory cannot be used; says why and the way out."""
+
+
+class RunDir:
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.replicas = self.path / "r"
+        self._lock: IO[bytes] | None = None
+
+    def open(self) -> None:
+        """Make the folders and take the lock. Raises RunDirError when another daemon uses it or its path is too long."""
+        longest = self.socket(ReplicaId("k", 99))
+        size = len(os.fsencode(longest))
+        if size > SOCKET_PATH_LIMIT:
+            raise RunDirError(
+                f"run directory {self.path} leads to socket paths of {size} bytes, Unix allows {SOCKET_PATH_LIMIT}; "
+                f"choose one that is at least {size - SOCKET_PATH_LIMIT} bytes shorter"
+            )
+        for folder in (self.path, self.replicas):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.chmod(0o700)
+        self._lock = open(self.path / "lock", "wb")  # noqa: SIM115  held as long as the daemon lives
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as err:
+            raise RunDirError(f"another gpu_daemon uses {self.path}; give each daemon a run directory of its own") from err
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def folder(self, id: ReplicaId) -> Path:
+        return self.replicas / f"{hashlib.sha256(id.kernel.encode()).hexdigest()[:12]}-{id.index}"
+
+    def make_folder(self, id: ReplicaId) -> Path:
+        folder = self.folder(id)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return folder
+
+    def socket(self, id: ReplicaId) -> Path:
+        return self.folder(id) / "s"
+
+    def forget(self, id: ReplicaId) -> None:
+        shutil.rmtree(self.folder(id), ignore_errors=True)
+
+    def saved_replicas(self) -> Iterator[tuple[ReplicaId, dict[str, Any]]]:
+        """The replicas that were started here, with what `save_replica` was given. Unreadable ones are left out."""
+        for folder in sorted(self.replicas.iterdir()):
+            saved = read_json(folder / "replica.json")
+            if saved is not None and isinstance(saved.get("kernel"), str) and isinstance(saved.get("index"), int):
+                yield ReplicaId(saved["kernel"], saved["index"]), saved
+
+    def save_replica(self, id: ReplicaId, **fields: object) -> None:
+        write_json(self.folder(id) / "replica.json", {"kernel": id.kernel, "index": id.index, **fields})
+
+    def load_replica(self, id: ReplicaId) -> dict[str, Any]:
+        return read_json(self.folder(id) / "replica.json") or {}
+
+    def save_grant(self, id: ReplicaId, grant: GrantRecord | None) -> None:
+        path = self.folder(id) / "grant"
+        if grant is None:
+            path.unlink(missing_ok=True)
+        else:
+            write(path, records.encode(grant))
+
+    def load_grant(self, id: ReplicaId) -> GrantRecord | None:
+        try:
+            return records.decode((self.folder(id) / "grant").read_bytes(), GrantRecord)
+        except (OSError, records.RecordError):
+            return None
+
+    def save_lease(self, lease: int) -> None:
+        write_json(self.path / "lease.json", {"lease": lease})
+
+    def load_lease(self) -> int:
+        lease = (read_json(self.path / "lease.json") or {}).get("lease", 0)
+        return lease if isinstance(lease, int) else 0
+
+
+def write(path: Path, data: bytes) -> None:
+    """Whole or not at all, readable for this user only. Not synced: after a power cut no replica is left to find."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def write_json(path: Path, value: object) -> None:
+    write(path, json.dumps(value).encode())
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None

@@ -1,0 +1,169 @@
+"""What the parts of one daemon share: its settings, etcd, lease, copies of the records, devices, replicas and tasks.
+
+No part reaches into another's insides; they meet here. Everything belongs to the daemon's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+
+from gpu_daemon.blobs import BlobStore
+from gpu_daemon.fleet import ReplicaId
+from gpu_daemon.ledger import Ledger
+from gpu_daemon.queue import FairQueue
+from gpu_daemon.rundir import RunDir
+from nbos_cluster.etcd import Etcd, EtcdError, EtcdUnavailable, Lease
+from nbos_cluster.kernelview import KernelView, KernelViews
+from nbos_cluster.kv import Txn, TxnResult
+
+if TYPE_CHECKING:
+    from gpu_daemon.replica import LocalReplica
+
+T = TypeVar("T")
+log = logging.getLogger("gpu_daemon")
+
+RETRY_FIRST = 0.1
+RETRY_LAST = 1.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was configured. address: what other hosts call this host. ip: what replicas bind to."""
+
+    host: str
+    run_dir: Path
+    address: str = "127.0.0.1"
+    ip: str = "127.0.0.1"
+    lease_ttl: float = 3.0
+    max_replicas: int = 64
+    stop_replicas_on_exit: bool = True
+    replica_command: tuple[str, ...] = ()
+
+
+@dataclass
+class Site:
+    settings: Settings
+    etcd: Etcd
+    ledger: Ledger
+    queue: FairQueue
+    blobs: BlobStore
+    rundir: RunDir
+    views: KernelViews = field(default_factory=KernelViews)
+    replicas: dict[ReplicaId, LocalReplica] = field(default_factory=dict)
+    draining: bool = False
+    stopping: bool = False
+    away_since: float | None = None
+    """Unix time since which etcd does not answer; None while it does."""
+    lease: Lease | None = None
+    synced: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set once the records have been read for the first time."""
+    _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def host(self) -> str:
+        return self.settings.host
+
+    @property
+    def lease_id(self) -> int:
+        return self.lease.id if self.lease is not None else 0
+
+    def now(self) -> float:
+        """Seconds of the monotonic clock that queue and fleet count in."""
+        return time.monotonic()
+
+    def view(self, kernel: str) -> KernelView | None:
+        return self.views.views.get(kernel)
+
+    # -- tasks --------------------------------------------------------------------------------------------------------
+
+    def spawn(self, work: Coroutine[Any, Any, T], what: str) -> asyncio.Task[T]:
+        """Run in the background; a failure is logged with what it was doing, and never ends the daemon."""
+        task = asyncio.create_task(work, name=what)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s failed", task.get_name(), exc_info=error)
+
+    async def cancel_tasks(self) -> None:
+        tasks = [t for t in self._tasks if t is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # -- etcd ---------------------------------------------------------------------------------------------------------
+
+    async def commit(self, txn: Txn) -> TxnResult:
+        """Carry out one transaction. Raises EtcdUnavailable."""
+        try:
+            result = await self.etcd.txn(txn.compare, txn.success, txn.failure)
+        except EtcdUnavailable:
+            self.note_away()
+            raise
+        self.note_back()
+        return result
+
+    async def commit_for_sure(self, txn: Callable[[], Txn]) -> TxnResult:
+        """Carry out a transaction, waiting for etcd for as long as it is away. `txn` is built anew for every try."""
+        delay = RETRY_FIRST
+        while True:
+            try:
+                return await self.commit(txn())
+            except (EtcdUnavailable, EtcdError) as err:
+                if isinstance(err, EtcdError):
+                    log.error("etcd refused a transaction, it is tried again: %s", err)
+                await asyncio.sleep(delay)
+                delay = min(2 * delay, RETRY_LAST)
+
+    def note_away(self) -> None:
+        if self.away_since is None:
+            self.away_since = time.time()
+            log.warning("etcd does not answer; running cells run on, new ones wait")
+
+    def note_back(self) -> None:
+        if self.away_since is not None:
+            log.warning("etcd answers again after %.1f s", time.time() - self.away_since)
+            self.away_since = None
+
+    def away_text(self) -> str:
+        since = self.away_since if self.away_since is not None else time.time()
+        return f"etcd is away since {time.strftime('%H:%M:%S', time.localtime(since))}"
+
+    # -- waiting for the local copy -----------------------------------------------------------------------------------
+
+    def notify(self) -> None:
+        """The local copy of the records changed."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def until(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Wait until the local copy satisfies `condition`; False when it did not within `seconds`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not condition():
+                    await self._changed.wait()
+        return condition()
+
+
+def plain(value: Any) -> Any:
+    """A record as JSON types with every field in it (msgspec's own leaves out what has its default)."""
+    if isinstance(value, msgspec.Struct):
+        return {name: plain(getattr(value, name)) for name in value.__struct_fields__}
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(v) for v in value]
+    return value

@@ -1,0 +1,138 @@
+"""NumPy views and torch tensors keep what they share: the base buffer travels once, views are rebuilt on it.
+
+Both libraries lose this under plain pickle, even inside one stream. A library is touched only when the user's program
+imported it. Sources: numpy `ndarray.__array_interface__` (arrays.interface), torch `_rebuild_tensor_v2` in torch/_utils.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+class Window:
+    """Memory of `base` from `offset` on, seen through other strides; what `numpy.asarray` needs to make a view of it."""
+
+    def __init__(self, base: Any, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], typestr: str) -> None:
+        self.base = base
+        address = base.__array_interface__["data"][0] + offset
+        self.__array_interface__ = {
+            "data": (address, not base.flags.writeable),
+            "shape": shape,
+            "strides": strides,
+            "typestr": typestr,
+            "version": 3,
+        }
+
+
+def owner(array: Any) -> Any:
+    """The array that stands at the end of the chain of views, `array` itself when it is no view of an array."""
+    numpy = sys.modules["numpy"]
+    while True:
+        base = array.base
+        if isinstance(base, Window):
+            base = base.base
+        if not isinstance(base, numpy.ndarray):
+            return array
+        array = base
+
+
+def reduce_array(array: Any) -> Any:
+    """A reduction of a view onto its owner, or NotImplemented for an array that owns its memory."""
+    root = owner(array)
+    if root is array or type(root) is not type(array) or root.size == 0 or array.size == 0:
+        return NotImplemented
+    offset = array.__array_interface__["data"][0] - root.__array_interface__["data"][0]
+    dtype = array.dtype
+    if dtype.hasobject and dtype != root.dtype:
+        return NotImplemented  # a view of other type on object references cannot be made from outside
+    return rebuild_view, (root, offset, array.shape, array.strides, dtype, bool(array.flags.writeable))
+
+
+def rebuild_view(root: Any, offset: int, shape: Any, strides: Any, dtype: Any, writeable: bool) -> Any:
+    import numpy
+
+    if root.flags.c_contiguous and not dtype.hasobject:
+        view = numpy.ndarray(shape, dtype, root, offset, strides)
+    else:
+        view = numpy.asarray(Window(root, offset, shape, strides, _typestr(dtype)))
+        if view.dtype != dtype:
+            view.dtype = dtype
+    if not writeable:
+        view.flags.writeable = False
+    return view
+
+
+def _typestr(dtype: Any) -> str:
+    return "|O" if dtype == object else f"|V{dtype.itemsize}" if dtype.fields else str(dtype.str)
+
+
+class Storages:
+    """One stand-in per torch storage for the length of a capture: what shares the storage shares the stand-in."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, int], Storage] = {}
+
+    def of(self, tensor: Any) -> Storage:
+        storage = tensor.untyped_storage()
+        key = (str(storage.device), storage.data_ptr())
+        if not key[1]:
+            return Storage(storage)
+        held = self._held.get(key)
+        if held is None:
+            held = self._held[key] = Storage(storage)
+        return held
+
+
+class Storage:
+    """The bytes of a torch storage and the device they belong to."""
+
+    def __init__(self, storage: Any) -> None:
+        self.storage = storage
+
+    def __reduce__(self) -> Any:
+        torch = sys.modules["torch"]
+        raw = torch.empty(0, dtype=torch.uint8, device=self.storage.device).set_(self.storage).cpu().numpy()
+        return rebuild_storage, (raw, str(self.storage.device))
+
+
+def rebuild_storage(raw: Any, device: str) -> Any:
+    import torch
+
+    tensor = torch.from_numpy(raw if raw.flags.writeable else raw.copy())
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        device = "cpu"  # a standby without a free device: the values are kept, on the host
+    return tensor.to(device).untyped_storage()
+
+
+def reduce_tensor(tensor: Any, storages: Storages) -> Any:
+    """A reduction of a plain dense torch tensor or parameter; NotImplemented for every other kind."""
+    torch = sys.modules["torch"]
+    kind = type(tensor)
+    if kind not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_quantized:
+        return NotImplemented
+    if not tensor.is_leaf or tensor.device.type not in ("cpu", "cuda") or tensor._backward_hooks:
+        return NotImplemented
+    if tensor.is_conj() or tensor.is_neg():
+        return NotImplemented
+    where = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad)
+    state = {"grad": tensor.grad, "dict": tensor.__dict__ or None}
+    return rebuild_tensor, (kind is not torch.Tensor, storages.of(tensor), *where), state, None, None, set_tensor_state
+
+
+def rebuild_tensor(
+    parameter: bool, storage: Any, offset: int, shape: Any, stride: Any, dtype: Any, requires_grad: bool
+) -> Any:
+    import torch
+
+    tensor = torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, shape, stride)
+    if parameter:
+        return torch.nn.Parameter(tensor, requires_grad)
+    return tensor.requires_grad_(requires_grad) if requires_grad else tensor
+
+
+def set_tensor_state(tensor: Any, state: dict[str, Any]) -> None:
+    if state["grad"] is not None:
+        tensor.grad = state["grad"]
+    if state["dict"]:
+        tensor.__dict__.update(state["dict"])

@@ -1,0 +1,51 @@
+"""Which names of the namespace are the user's, and which values are cheap to compare.
+
+IPython keeps names of its own in the user's namespace. They count as the user's only once the user put another value
+there. Of IPython's caches the results (`_`, `__`, `___`, `_<n>`) are state; `Out`, `In`, `_i…` are rebuilt from the log.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_RESULT = re.compile(r"^_{1,3}$|^_[0-9]+$")
+_NUMBERED = re.compile(r"^_([0-9]+)$")
+
+MACHINERY = frozenset({"__name__", "__doc__", "__builtins__", "__builtin__", "__loader__", "__package__", "__spec__", "__session__"})
+_ABSENT = object()
+
+_ATOMS = frozenset({type(None), bool, int, float, complex, type(Ellipsis), type(NotImplemented)})
+_TEXTS = frozenset({str, bytes})
+TEXT_LIMIT = 64 * 1024
+"""Longer strings are state like any object: two variables may share one."""
+
+
+def user_variables(namespace: Mapping[str, Any], hidden: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(name, value) of everything the user put there. `hidden`: what IPython put there (`shell.user_ns_hidden`)."""
+    for name, value in list(namespace.items()):
+        if type(name) is not str or name in MACHINERY:
+            continue
+        if hidden.get(name, _ABSENT) is value and not _RESULT.match(name):
+            continue
+        yield name, value
+
+
+def result_number(name: str) -> int | None:
+    """7 for `_7`, the cached result of cell 7; None for every other name."""
+    match = _NUMBERED.match(name)
+    return int(match[1]) if match else None
+
+
+def is_atom(value: Any, depth: int = 3) -> bool:
+    """True for values that can neither change nor share anything that can: identity proves that they are the same."""
+    kind = type(value)
+    if kind in _ATOMS or kind is types.ModuleType:
+        return True
+    if kind in _TEXTS:
+        return len(value) <= TEXT_LIMIT
+    if kind is tuple and depth and len(value) <= 16:
+        return all(is_atom(item, depth - 1) for item in value)
+    return False

@@ -1,0 +1,133 @@
+"""What a cell changes outside the namespace: working directory, environment, sys.path, installed packages.
+
+`Watcher.changes()` compares with what it saw last; `apply()` brings a standby to the same place and returns what it could not
+do. Variables that belong to one replica (its grant, its own NBOS_ settings) are never carried over.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+_OWN = ("CUDA_VISIBLE_DEVICES", "NBOS_", "JPY_", "HOSTNAME")
+
+WireEffects = dict[str, Any]
+
+
+class Watcher:
+    """What this process's surroundings were when the log last agreed with them."""
+
+    def __init__(self) -> None:
+        self._cwd = _cwd()
+        self._environ = _environ()
+        self._sys_path = list(sys.path)
+        self._sites = _site_marks()
+        self._packages: dict[str, str] | None = None
+
+    def prepare(self) -> None:
+        """Called before the first cell: the versions to compare with, when a cell installs something. Costs some 10 ms."""
+        if self._packages is None:
+            self._packages = _versions()
+
+    def changes(self) -> WireEffects:
+        """What is different now, in the form of an entry's `effects`; remembers it."""
+        found: WireEffects = {}
+        cwd, environ = _cwd(), _environ()
+        if cwd != self._cwd:
+            found["cwd"], self._cwd = cwd, cwd
+        if environ != self._environ:
+            found["environ"] = _difference(self._environ, environ)
+            self._environ = environ
+        if sys.path != self._sys_path:
+            self._sys_path = list(sys.path)
+            found["sys_path"] = [str(part) for part in self._sys_path]
+        sites = _site_marks()
+        if sites != self._sites:
+            self._sites = sites
+            importlib.invalidate_caches()
+            versions = _versions()
+            new = {k: v for k, v in versions.items() if (self._packages or {}).get(k) != v}
+            if self._packages is not None and new:
+                found["packages"] = new
+            self._packages = versions
+        return found
+
+    def apply(self, effects: Mapping[str, Any]) -> dict[str, str]:
+        """Do the same here. Returns what could not be done, by a name for it, with the reason."""
+        failed: dict[str, str] = {}
+        if effects.get("cwd"):
+            try:
+                os.chdir(effects["cwd"])
+            except OSError as err:
+                failed["%cd"] = f"working directory {effects['cwd']}: {err.strerror or err}"
+        for name, value in (effects.get("environ") or {}).items():
+            if value is None:
+                os.environ.pop(name, None)
+            elif not name.startswith(_OWN):
+                os.environ[name] = value
+        if effects.get("sys_path") is not None:
+            sys.path[:] = effects["sys_path"]
+            importlib.invalidate_caches()
+        failed.update(_install(effects.get("packages") or {}))
+        self._cwd, self._environ, self._sys_path = _cwd(), _environ(), list(sys.path)
+        self._sites = _site_marks()
+        return failed
+
+
+def _cwd() -> str:
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""  # the directory was removed under us
+
+
+def _environ() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(_OWN)}
+
+
+def _difference(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str | None]:
+    changed: dict[str, str | None] = {name: value for name, value in after.items() if before.get(name) != value}
+    changed.update({name: None for name in before if name not in after})
+    return changed
+
+
+def _site_marks() -> tuple[tuple[str, int], ...]:
+    """Modification times of the directories packages are installed into."""
+    marks = []
+    for path in sys.path:
+        if path.endswith(("site-packages", "dist-packages")):
+            try:
+                marks.append((path, os.stat(path).st_mtime_ns))
+            except OSError:
+                continue  # named in sys.path, not there
+    return tuple(marks)
+
+
+def _versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions():
+        name = distribution.metadata["Name"]
+        if name and name not in found:
+            found[name] = distribution.version
+    return found
+
+
+def _install(packages: Mapping[str, str]) -> dict[str, str]:
+    """Install what is not there yet, exactly in these versions, without their dependencies (which stand in the same list)."""
+    importlib.invalidate_caches()
+    here = _versions() if packages else {}
+    missing = [f"{name}=={version}" for name, version in packages.items() if here.get(name) != version]
+    if not missing:
+        return {}
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-input", *missing]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    importlib.invalidate_caches()
+    if done.returncode == 0:
+        return {}
+    why = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+    return {"%pip": f"{' '.join(missing)}: {why}"[:300]}

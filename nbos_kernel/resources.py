@@ -1,0 +1,111 @@
+"""What a cell asks of the GPUs: `%%gpu …` or `%%cpu` in its first line, else its metadata, else the kernel's default.
+
+    %%gpu 2                     two whole devices
+    %%gpu 1 model=H100          a device of a model
+    %%gpu tpcs=16 mem=20G       a slice of one device
+
+Pure functions. Errors name the argument and what is allowed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+Resources = dict[str, Any]
+
+NONE: Resources = {"gpus": 0, "tpcs": 0, "memory": 0, "model": ""}
+USAGE = "%%gpu [number of devices] [tpcs=N] [mem=SIZE, such as 20G] [model=NAME]"
+MAX_GPUS = 64
+MAX_TPCS = 512
+
+_FIRST = re.compile(r"\A[ \t]*(?:\r?\n[ \t]*)*%%(gpu|cpu)(?:[ \t]+([^\r\n]*))?[ \t]*(?=\r?\n|\Z)")
+_SIZE = re.compile(r"^(\d+(?:\.\d+)?)([kmgt]?)i?b?$", re.IGNORECASE)
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+class BadResources(ValueError):
+    """The cell asks for something that cannot be meant; says what is allowed."""
+
+
+def of_cell(code: str, metadata: Mapping[str, Any], default: Mapping[str, Any]) -> Resources:
+    """What this cell asks for. Raises BadResources."""
+    line = _FIRST.match(code)
+    if line is not None:
+        return parse(line[1], line[2] or "")
+    asked = (metadata.get("nbos") or {}).get("resources")
+    if asked is not None:
+        return checked(asked)
+    return {**NONE, **default}
+
+
+def blank_first_line(code: str) -> str:
+    """The cell with a valid `%%gpu`/`%%cpu` line emptied, so that line numbers in tracebacks stay right."""
+    line = _FIRST.match(code)
+    if line is None:
+        return code
+    try:
+        parse(line[1], line[2] or "")
+    except BadResources:
+        return code  # left standing: the magic of that name explains what is wrong
+    return "\n" * code[: line.end()].count("\n") + code[line.end() :]
+
+
+def parse(magic: str, arguments: str) -> Resources:
+    """The resources of one `%%gpu` or `%%cpu` line. Raises BadResources."""
+    words = arguments.split()
+    if magic == "cpu":
+        if words:
+            raise BadResources(f"%%cpu takes no arguments, got {arguments.strip()!r}")
+        return dict(NONE)
+    asked: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            key, value = "gpus", word
+        key = {"mem": "memory", "gpu": "gpus", "tpc": "tpcs"}.get(key, key)
+        if key not in NONE:
+            raise BadResources(f"%%gpu does not know {key!r}; usage: {USAGE}")
+        if key in asked:
+            raise BadResources(f"%%gpu got {key!r} twice; usage: {USAGE}")
+        asked[key] = size(value) if key == "memory" else value if key == "model" else _number(key, value)
+    if not asked.get("gpus") and not asked.get("tpcs"):
+        if "gpus" in asked or "tpcs" in asked:
+            raise BadResources(f"%%gpu asks for nothing; use %%cpu for a cell without GPUs, or {USAGE}")
+        asked["gpus"] = 1
+    return checked(asked)
+
+
+def checked(asked: Mapping[str, Any]) -> Resources:
+    """`asked` completed and checked. Raises BadResources that names the limit."""
+    unknown = set(asked) - set(NONE)
+    if unknown:
+        raise BadResources(f"unknown resources {', '.join(sorted(unknown))}; known: gpus, tpcs, memory, model")
+    full = {**NONE, **asked}
+    for key, most in (("gpus", MAX_GPUS), ("tpcs", MAX_TPCS), ("memory", 2**50)):
+        value = full[key]
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+            raise BadResources(f"{key} must be a whole number from 0 to {most}, got {value!r}")
+    if not isinstance(full["model"], str):
+        raise BadResources(f"model must be a text, got {full['model']!r}")
+    if full["gpus"] and full["tpcs"]:
+        raise BadResources(
+            f"a cell asks either for whole devices or for a slice, not for {full['gpus']} devices and "
+            f"{full['tpcs']} TPCs; leave one of them out"
+        )
+    return full
+
+
+def size(text: str) -> int:
+    """Bytes in a size such as 512M, 20G or 1.5GiB. Raises BadResources."""
+    match = _SIZE.match(text)
+    if match is None:
+        raise BadResources(f"{text!r} is no size; write it like 512M or 20G")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def _number(key: str, text: str) -> int:
+    if not text.isdecimal():
+        raise BadResources(f"{key} must be a whole number, got {text!r}; usage: {USAGE}")
+    return int(text)

@@ -1,0 +1,133 @@
+"""Whom to ask to run one execution, when, and what their answers come to. No IO, no clock.
+
+Guarantees: the preferred replica is asked first and alone; the others as soon as it yields, is lost, or has been silent
+for SILENCE; nobody is asked twice at a time; every answer leads to a lead, a new number, a refusal, or a next time to act.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+SILENCE = 0.15
+"""Seconds after which a replica that says nothing no longer keeps the others from being asked."""
+
+FIRST_RETRY = 0.05
+LAST_RETRY = 1.0
+
+_SOON = {"behind", "taken"}
+_WAIT = {"busy", "unavailable"}
+
+
+@dataclass(slots=True)
+class Ask:
+    """A question to one replica. `code` is empty while it has not answered."""
+
+    at: float
+    wait: bool
+    code: str = ""
+    reason: str = ""
+    waiting: bool = False
+
+    def open(self) -> bool:
+        return not self.code
+
+    def silent(self, now: float) -> bool:
+        return self.open() and (self.waiting or self.wait or now >= self.at + SILENCE)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What to do now: ask these replicas (index, wait), or give up; `wake` is when to ask again what to do."""
+
+    asks: tuple[tuple[int, bool], ...] = ()
+    impossible: str = ""
+    shown: str = ""
+    wake: float | None = None
+
+
+@dataclass(slots=True)
+class Election:
+    """The election of one (number, attempt)."""
+
+    asks: dict[int, Ask] = field(default_factory=dict)
+    opened: bool = False
+    waiting: bool = False
+    retry_at: float | None = None
+    backoff: float = FIRST_RETRY
+    unknown: set[int] = field(default_factory=set)
+    """Replicas that were lost before they answered: they may have claimed the execution."""
+
+    def answer(self, replica: int, code: str, reason: str) -> None:
+        ask = self.asks.get(replica)
+        if ask is not None:
+            ask.code, ask.reason = code, reason
+            self.opened = True
+
+    def waits(self, replica: int, reason: str) -> None:
+        ask = self.asks.get(replica)
+        if ask is not None:
+            ask.waiting, ask.reason = True, reason
+
+    def lost(self, replica: int) -> None:
+        ask = self.asks.pop(replica, None)
+        if ask is not None:
+            self.opened = True
+            if ask.open():
+                self.unknown.add(replica)
+
+    def open_asks(self) -> list[int]:
+        return [index for index, ask in self.asks.items() if ask.open()]
+
+    def step(self, up: Collection[int], preferred: int | None, now: float) -> Step:
+        if not up:
+            return Step()
+        if not self.asks and not self.opened:
+            first = preferred if preferred in up else min(up)
+            assert first is not None
+            return self._ask([first], now)
+        if any(ask.silent(now) for ask in self.asks.values()):
+            self.opened = True
+        fresh = [index for index in sorted(up) if index not in self.asks] if self.opened else []
+        if fresh:
+            return self._ask(fresh, now)
+        due = [ask.at + SILENCE for ask in self.asks.values() if ask.open() and not ask.silent(now)]
+        return Step(wake=min(due)) if due else self._all_answered(now)
+
+    def _ask(self, replicas: list[int], now: float) -> Step:
+        for index in replicas:
+            self.asks[index] = Ask(now, self.waiting)
+        asks = tuple((index, self.waiting) for index in replicas)
+        return Step(asks, wake=None if self.waiting else now + SILENCE)
+
+    def _all_answered(self, now: float) -> Step:
+        closed = {index: ask for index, ask in self.asks.items() if not ask.open()}
+        if not closed:
+            return Step()
+        if len(closed) == len(self.asks) and all(ask.code == "impossible" for ask in closed.values()):
+            return Step(impossible="; ".join(sorted({ask.reason for ask in closed.values()})))
+        queue = [index for index, ask in closed.items() if ask.code in _WAIT and not ask.wait]
+        if queue:
+            self.waiting = True
+            shown = closed[queue[0]].reason
+            return Step(self._ask(queue, now).asks, shown=shown, wake=self._retry(closed, queue, now))
+        again = [index for index, ask in closed.items() if ask.code != "impossible"]
+        if not again:
+            return Step()
+        wake = self._retry(closed, [], now)
+        if wake is not None and now >= wake:
+            self.retry_at = None
+            self.backoff = min(self.backoff * 2, LAST_RETRY)
+            return self._ask(again, now)
+        slow = next((closed[i].reason for i in again if closed[i].code not in _SOON), "")
+        return Step(wake=wake, shown=slow)
+
+    def _retry(self, closed: dict[int, Ask], asked: list[int], now: float) -> float | None:
+        """When those that yielded for a passing reason are asked again."""
+        left = [ask for index, ask in closed.items() if index not in asked and ask.code != "impossible"]
+        if not left:
+            return None
+        if self.retry_at is None:
+            quick = any(ask.code in _SOON for ask in left)
+            self.retry_at = now + (self.backoff if quick else LAST_RETRY)
+        return self.retry_at

@@ -1,0 +1,144 @@
+"""The replicas of one kernel as its router sees them: who is up, who is the current executor, whose output counts.
+
+Guarantees: output passes only from the current executor and under its current fencing token or a newer one of its own;
+what a candidate says before its lead is known is held, in order and bounded, and thrown away when another one leads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .instructions import Connect, Disconnect, Instruction, Member
+
+HOLD_MESSAGES = 2000
+"""Messages held per candidate. Shell and iopub are two connections: a lead may arrive after the first outputs."""
+
+_PREFIX = b"nbos."
+
+
+def token_of(topic: bytes) -> tuple[int, bytes] | None:
+    """(token, the topic without the prefix) of a replica's topic `nbos.<token>.<topic>`."""
+    parts = topic.split(b".", 2)
+    if len(parts) != 3 or parts[0] != b"nbos" or not parts[1].isdigit():
+        return None
+    return int(parts[1]), parts[2]
+
+
+class Fleet:
+    """`up`: connected replicas; `executor`: whoever forwarded requests go to (None: nobody is up)."""
+
+    def __init__(self) -> None:
+        self.members: dict[int, Member] = {}
+        self.up: set[int] = set()
+        self.connected_to: dict[int, tuple[str, tuple[tuple[str, int], ...], int]] = {}
+        self.executor: int | None = None
+        self.token = -1
+        self.epoch = -1
+        self.banned: set[tuple[int, int]] = set()
+        self._held: dict[int, list[tuple[int, bytes, list[Any]]]] = {}
+        self.prefix = b"nbos.-1."
+
+    def name(self, index: int) -> str:
+        member = self.members.get(index)
+        return f"replica {index} on host {member.host}" if member and member.host else f"replica {index}"
+
+    def appoint(self, index: int | None, token: int = -1) -> None:
+        """Make `index` the executor. Without a token the next output of it tells which one it has."""
+        self.executor, self.token = index, token
+        self.prefix = _PREFIX + b"%d." % token
+
+    def best(self) -> int | None:
+        """The replica that has applied most; the lowest index among equals."""
+        if not self.up:
+            return None
+        return min(self.up, key=lambda index: (-self._applied(index), index))
+
+    def _applied(self, index: int) -> int:
+        member = self.members.get(index)
+        return member.applied if member else -1
+
+    def current(self) -> int | None:
+        """The executor, after choosing one when there is none."""
+        if self.executor is None or self.executor not in self.up:
+            best = self.best()
+            if best != self.executor or best is None:
+                self.appoint(best)
+        return self.executor
+
+    def admit(self, replica: int, topic: bytes) -> bytes | None:
+        """The topic for the client when this message of `replica` is to be passed on."""
+        found = token_of(topic)
+        if found is None or replica != self.executor or found[0] < self.token:
+            return None
+        if found[0] > self.token:
+            self.appoint(replica, found[0])
+        return found[1]
+
+    def hold(self, replica: int, topic: bytes, frames: list[Any]) -> None:
+        found = token_of(topic)
+        held = self._held.setdefault(replica, [])
+        if found is not None and found[0] > self.token and len(held) < HOLD_MESSAGES:
+            held.append((found[0], found[1], frames))
+
+    def released(self, replica: int, token: int) -> list[tuple[bytes, list[Any]]]:
+        """What `replica` said under `token` before its lead was known; what the others said is dropped."""
+        held = self._held.pop(replica, [])
+        self._held.clear()
+        return [(topic, frames) for its, topic, frames in held if its >= token]
+
+    def update(self, epoch: int, members: tuple[Member, ...]) -> tuple[list[Instruction], list[tuple[int, str]]]:
+        """Take in a membership list: (connections to make and end, replicas lost by it)."""
+        if epoch < self.epoch:
+            return [], []
+        self.epoch = epoch
+        old, self.members = self.members, {member.index: member for member in members}
+        for index in old:
+            if index in self.members and self.members[index].applied < old[index].applied:
+                self._keep_applied(index, old[index].applied)
+        todo: list[Instruction] = []
+        lost = self._leave(todo, old)
+        for member in members:
+            target = (member.ip, tuple(sorted(member.ports.items())), member.pid)
+            fresh = (member.index, member.pid) not in self.banned
+            if member.reachable and fresh and self.connected_to.get(member.index) != target:
+                self.connected_to[member.index] = target
+                todo.append(Connect(member.index, member.ip, member.ports))
+        return todo, lost
+
+    def _keep_applied(self, index: int, applied: int) -> None:
+        now = self.members[index]
+        if now.applied == -1 and now.state == "ready":
+            self.members[index] = Member(
+                now.index, now.host, now.state, now.ip, now.ports, applied, now.pid, now.reason
+            )
+
+    def _leave(self, todo: list[Instruction], old: dict[int, Member]) -> list[tuple[int, str]]:
+        lost = []
+        for index, (ip, ports, pid) in list(self.connected_to.items()):
+            member = self.members.get(index)
+            same = member is not None and (member.ip, tuple(sorted(member.ports.items())), member.pid) == (
+                ip,
+                ports,
+                pid,
+            )
+            if member is not None and member.reachable and same:
+                continue
+            reason = "it is no longer a member" if member is None else member.reason or f"it is {member.state}"
+            if index in old and member is not None and member.reachable:
+                reason = "it was started again"
+            del self.connected_to[index]
+            todo.append(Disconnect(index))
+            if index in self.up:
+                lost.append((index, reason))
+        return lost
+
+    def reset(self) -> list[Instruction]:
+        """Forget every process there is: the replicas that follow are new ones."""
+        self.banned = {(index, target[2]) for index, target in self.connected_to.items() if target[2]}
+        gone: list[Instruction] = [Disconnect(index) for index in self.connected_to]
+        self.connected_to.clear()
+        self.up.clear()
+        self.members.clear()
+        self._held.clear()
+        self.appoint(None)
+        return gone

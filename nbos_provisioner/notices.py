@@ -1,0 +1,100 @@
+"""What the router tells the user in a cell's output: why it waits, that its replica was lost, what became of it."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from .execution import Execution
+from .outbox import Outbox
+
+NOBODY = 1.0
+"""Seconds a cell waits for any replica before its output says so."""
+
+
+class Notices:
+    def __init__(self, out: Outbox) -> None:
+        self.out = out
+        self._later: list[str] = []
+
+    def deliver(self, execution: Execution) -> None:
+        """Say in this cell's output what happened to earlier ones after their end."""
+        if not execution.silent:
+            for text in self._later:
+                self.out.note(text, execution.message.header)
+            self._later.clear()
+
+    def forget(self) -> None:
+        self._later.clear()
+
+    def add(self, text: str) -> None:
+        self._later.append(text)
+
+    def unsynced(self, name: str) -> None:
+        self.add(
+            f"{name} was lost before changes made between cells (widgets, subshells, the debugger) were stored; "
+            "variables they changed are as they were before"
+        )
+
+    def waits(self, execution: Execution, content: dict[str, Any]) -> None:
+        """Show or update why a cell waits: content of nbos_waiting."""
+        text = f"waiting: {content.get('reason') or 'nobody can run this cell now'}"
+        if isinstance(content.get("position"), int):
+            text += f" (position {content['position']} of {content.get('of', content['position'])}"
+            text += f" on {content['host']})" if content.get("host") else ")"
+        if isinstance(content.get("estimate"), int | float) and content["estimate"] >= 0:
+            text += f", about {content['estimate']:.0f} s"
+        self._show(execution, f"NBOS: {text}; interrupt the cell to leave the queue")
+
+    def nobody(self, execution: Execution, reachable: bool, now: float) -> None:
+        if not execution.cell or execution.led:
+            return
+        if not reachable and now >= execution.started + NOBODY and not execution.display:
+            self._show(execution, "NBOS: waiting: no replica of this kernel can be reached; interrupt to give up")
+
+    def runs(self, execution: Execution, name: str, now: float) -> None:
+        if execution.display:
+            waited = now - execution.started
+            self._show(execution, f"NBOS: waited {waited:.1f} s, runs on {name}")
+            execution.display = ""
+
+    def clear(self, execution: Execution) -> None:
+        if execution.display:
+            self._show(execution, "")
+            execution.display = ""
+
+    def _show(self, execution: Execution, text: str) -> None:
+        if execution.silent or not execution.cell:
+            return
+        kind = "update_display_data" if execution.display else "display_data"
+        execution.display = execution.display or f"nbos-{uuid.uuid4().hex}"
+        content = {
+            "data": {"text/plain": text},
+            "metadata": {},
+            "transient": {"display_id": execution.display},
+        }
+        self.out.publish(kind, content, execution.message.header, kind.encode())
+
+    def lost(self, execution: Execution, name: str, reason: str) -> None:
+        self._note(execution, f"{name} was lost while this cell ran ({reason}); asking what became of it")
+
+    def claimed(self, execution: Execution, name: str) -> None:
+        self._note(execution, f"{name} still holds this cell; waiting until it comes back or its claim ends")
+
+    def resumed(self, execution: Execution, name: str) -> None:
+        self._note(execution, f"{name} is back and has gone on with this cell; output in between may be missing")
+
+    def reruns(self, execution: Execution, name: str) -> None:
+        self._note(execution, f"{name} is gone; the cell runs again from its beginning on another replica")
+
+    def later(self, execution: Execution, name: str, reason: str) -> None:
+        what = "the changes of the previous cell" if execution.cell else "changes made between cells"
+        self.add(
+            f"{name} was lost before {what} were stored ({reason}); the variables are as they were before. "
+            "Run it again if you need it"
+        )
+
+    def _note(self, execution: Execution, text: str) -> None:
+        self.out.log(f"execution {execution.n}: {text}")
+        if execution.cell and not execution.silent:
+            self.out.note(text, execution.message.header)

@@ -1,0 +1,322 @@
+"""The router as a state machine: what clients and replicas say goes in, what to send where comes out. No IO, no clock.
+
+Guarantees: messages of the main shell are handled in their order (only comms pass a queue of cells, because a running
+cell may wait for them); requests that nobody can answer yet are held until somebody can; replicas' outputs reach the
+clients only from the current executor under its current fencing token. The numbered executions are `runner.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+from . import execution as executions
+from .execution import Execution, Phase
+from .fleet import Fleet
+from .forwarding import Forwarding
+from .instructions import (
+    Channel,
+    Client,
+    Event,
+    FromReplica,
+    Instruction,
+    Lost,
+    Members,
+    Output,
+    Publish,
+    Reset,
+    ToClient,
+    ToReplica,
+    Up,
+)
+from .members import members_from
+from .messages import DELIMITER, BadMessage, Message, Signer, load, parse, text
+from .outbox import Outbox
+from .runner import Runner
+
+SYNC_AFTER = 0.3
+"""Seconds without a message before changes made between cells are replicated."""
+
+STATUS_PATIENCE = 1.0
+_COMMS = {"comm_open", "comm_msg", "comm_close"}
+QUEUE_LIMIT = 10_000
+"""Messages held for the executor at most; further ones are dropped with a log line."""
+
+
+class RouterCore:
+    def __init__(self, signer: Signer, *, rerun: bool = True, ports: dict[str, int] | None = None) -> None:
+        self.out = Outbox(signer)
+        self.fleet = Fleet()
+        self.runner = Runner(self.fleet, self.out, rerun=rerun)
+        self.runner.on_over = self._over
+        self.runner.on_executor = self._flush_comms
+        self.forwarding = Forwarding(self.fleet, self.out)
+        self.ports = ports or {}
+        self.queue: deque[Message] = deque()
+        self.held: deque[tuple[Channel, Message]] = deque()
+        self._doomed: set[str] = set()
+        self._asked: dict[str, int] = {}
+        self._ask_status_at: float | None = None
+        self._sync_at: float | None = None
+        self._pump_due = False
+        self._handlers = {
+            Client: self._client,
+            FromReplica: self._from_replica,
+            Output: self._output,
+            Up: self._up,
+            Lost: self._lost,
+            Members: self._members,
+            Reset: self._reset,
+        }
+
+    def handle(self, event: Event, now: float) -> list[Instruction]:
+        """Take in one event; what is to be done, in order."""
+        handler: Any = self._handlers.get(type(event))
+        if handler is not None:
+            try:
+                handler(event, now)
+            except BadMessage as err:
+                self.out.log(f"a message was dropped: {err}")
+        if type(event) is not Output or self._pump_due:
+            self._pump_due = False
+            self._pump(now)
+        return self.out.take()
+
+    def deadline(self) -> float | None:
+        """When a Tick is due at the latest."""
+        times = (self.runner.deadline(), self._sync_at, self._ask_status_at)
+        return min((at for at in times if at is not None), default=None)
+
+    @property
+    def watched(self) -> int | None:
+        """The replica whose heartbeat matters now: the executor of a running cell."""
+        active = self.runner.active
+        return active.executor if active is not None and active.phase is Phase.RUNNING else None
+
+    # -- clients
+
+    def _client(self, event: Client, now: float) -> None:
+        message = event.message
+        if event.channel == "stdin":
+            self._stdin(message)
+        elif message.msg_type == "connect_request":
+            self._answer(event.channel, message, {"status": "ok", **self.ports})
+        elif event.channel == "control":
+            self._control(message, now)
+        elif len(self.queue) + len(self.held) >= QUEUE_LIMIT:
+            self.out.log(f"{message} was dropped: {QUEUE_LIMIT} messages wait already")
+        elif message.subshell is not None or (message.msg_type in _COMMS and self._running()):
+            self.held.append(("shell", message))
+        else:
+            self.queue.append(message)
+
+    def _running(self) -> bool:
+        active = self.runner.active
+        return active is not None and active.phase is Phase.RUNNING
+
+    def _stdin(self, message: Message) -> None:
+        replica = self.fleet.executor
+        if replica in self.fleet.up and replica is not None:
+            self.out.append(ToReplica(replica, "stdin", message.wire()))
+
+    def _control(self, message: Message, now: float) -> None:
+        if message.msg_type == "shutdown_request":
+            restart = bool(message.content.get("restart", False))
+            self._answer("control", message, {"status": "ok", "restart": restart})
+            self.out.tell({"event": "shutdown_requested", "restart": restart})
+        elif message.msg_type == "interrupt_request":
+            whose = self.runner.interrupt(now)
+            if whose == "left" or (whose == "none" and self.fleet.current() is None):
+                self._answer("control", message, {"status": "ok"})
+            else:
+                self.held.append(("control", message))
+        else:
+            self.held.append(("control", message))
+
+    def _answer(self, channel: Channel, message: Message, content: dict[str, Any]) -> None:
+        self.out.status("busy", message.header)
+        self.out.reply(message, content, channel)
+        self.out.status("idle", message.header)
+
+    # -- the queue
+
+    def _pump(self, now: float) -> None:
+        """Move on whatever can be moved on."""
+        self._ask_status(now)
+        self.runner.step(now)
+        replica = self.fleet.current()
+        while self.held and replica is not None:
+            channel, message = self.held.popleft()
+            self.forwarding.send(channel, message, replica)
+        while self.queue and self._next(self.queue[0], replica, now):
+            replica = self.fleet.current()
+        self._sync(now)
+
+    def _next(self, head: Message, replica: int | None, now: float) -> bool:
+        """Handle the head of the queue; False when it has to wait."""
+        active = self.runner.active
+        if head.msg_type != "execute_request":
+            if replica is None or (active is not None and active.phase is not Phase.RUNNING):
+                return False
+            self.queue.popleft()
+            self.forwarding.send("shell", head, replica)
+            return True
+        if active is not None:
+            return False
+        self.queue.popleft()
+        if head.msg_id in self._doomed:
+            self._doomed.discard(head.msg_id)
+            self._answer("shell", head, {"status": "aborted"})
+            return True
+        try:
+            cell = executions.cell(head, now)
+        except BadMessage as err:
+            self.out.log(f"{head} was dropped: {err}")
+            return True
+        self.runner.start(cell, now)
+        return True
+
+    def _flush_comms(self) -> None:
+        """A cell has begun to run: comms that came before it was known where go there, past the queued cells."""
+        replica = self.fleet.executor
+        if replica is None or not self.queue:
+            return
+        for message in [message for message in self.queue if message.msg_type in _COMMS]:
+            self.queue.remove(message)
+            self.forwarding.send("shell", message, replica)
+
+    def _over(self, execution: Execution) -> None:
+        if execution.cell and execution.failed and execution.stop_on_error and not execution.silent:
+            self._doomed.update(m.msg_id for m in self.queue if m.msg_type == "execute_request")
+
+    # -- between cells
+
+    def _sync(self, now: float) -> None:
+        if not self.forwarding.dirty or self.runner.active is not None or self.queue:
+            self._sync_at = None
+        elif self._sync_at is None:
+            self._sync_at = now + SYNC_AFTER
+        elif now >= self._sync_at:
+            self._sync_at = None
+            if self.forwarding.open_work():
+                return
+            self.forwarding.dirty = False
+            _, frames = self.out.signer.make("nbos_sync_request", {})
+            self.runner.start(Execution(parse(frames), "sync", silent=True, started=now), now)
+
+    def _ask_status(self, now: float) -> None:
+        if self.runner.next_n is not None or not self.fleet.up:
+            self._ask_status_at = None
+        elif self._ask_status_at is None or now >= self._ask_status_at:
+            self._ask_status_at = now + STATUS_PATIENCE
+            for replica in self.fleet.up:
+                self._asked[self.out.ask(replica, "nbos_status_request", {})] = replica
+
+    # -- replicas
+
+    def _from_replica(self, event: FromReplica, now: float) -> None:
+        message, replica = event.message, event.replica
+        parent = message.parent
+        if event.channel == "stdin":
+            if replica == self.fleet.executor:
+                self.out.append(ToClient("stdin", message.wire()))
+        elif event.channel == "control" and parent.get("session") == self.out.signer.session:
+            self._answered(replica, message, parent, now)
+        elif event.channel == "shell" and (
+            message.msg_type.startswith("nbos_") or self.runner.owns(parent.get("msg_id", ""))
+        ):
+            self.runner.message(replica, message, parent, now)
+        else:
+            self.forwarding.reply(replica, event.channel, message, parent)
+
+    def _answered(self, replica: int, message: Message, parent: dict[str, Any], now: float) -> None:
+        """A reply to one of the router's own requests."""
+        if message.msg_type == "nbos_outcome_reply":
+            self.runner.outcome(replica, message, parent, now)
+        elif message.msg_type == "nbos_status_reply" and self.runner.next_n is None:
+            content = message.content
+            if not isinstance(content.get("next"), int):
+                return
+            self._asked.clear()
+            self.runner.next_n = content["next"]
+            if content.get("executor") in self.fleet.up and not self._running():
+                self.fleet.appoint(content["executor"])
+
+    def _output(self, event: Output, now: float) -> None:
+        frames, fleet = event.frames, self.fleet
+        topic = text(frames[0])
+        if event.replica == fleet.executor and topic.startswith(fleet.prefix):
+            topic = topic[len(fleet.prefix) :]
+        elif topic == b"nbos.members":
+            content = load(frames[6], "content") if len(frames) > 6 else {}
+            self._pump_due = True
+            return self._members(members_from(content), now)
+        else:
+            admitted = fleet.admit(event.replica, topic)
+            if admitted is None:
+                if self.runner.asking(event.replica):
+                    fleet.hold(event.replica, topic, frames)
+                return
+            topic = admitted
+        if topic.endswith(b"status"):
+            self._status(event.replica, topic, frames)
+        else:
+            self.out.append(Publish([topic, *frames[1:]]))
+
+    def _status(self, replica: int, topic: bytes, frames: list[Any]) -> None:
+        """Pass on a status, unless the router keeps the account of it."""
+        if len(frames) < 7 or text(frames[1]) != DELIMITER:
+            raise BadMessage(f"a status of {self.fleet.name(replica)} has {len(frames)} frames")
+        parent, state = load(frames[4], "parent header"), load(frames[6], "content").get("execution_state")
+        msg_id = parent.get("msg_id", "")
+        if state == "starting" or str(parent.get("msg_type", "")).startswith("nbos_"):
+            return
+        if parent.get("session") == self.out.signer.session:
+            return
+        if self.runner.owns(msg_id):
+            if state == "idle" and self.runner.idle(replica, msg_id):
+                self.out.append(Publish([topic, *frames[1:]]))
+                self.runner.after_idle(msg_id)
+                self._pump_due = True
+            return
+        self.forwarding.status(msg_id, str(state))
+        self.out.append(Publish([topic, *frames[1:]]))
+
+    def _up(self, event: Up, now: float) -> None:
+        self.fleet.up.add(event.replica)
+        self.out.tell({"event": "up", "replica": event.replica, "up": sorted(self.fleet.up)})
+
+    def _lost(self, event: Lost, now: float) -> None:
+        if event.replica not in self.fleet.up:
+            return
+        self.fleet.up.discard(event.replica)
+        self.out.log(f"{self.fleet.name(event.replica)} was lost: {event.reason}")
+        self.out.tell({"event": "lost", "replica": event.replica, "up": sorted(self.fleet.up)})
+        if event.replica == self.fleet.executor:
+            if self.forwarding.dirty:
+                self.forwarding.dirty = False
+                self.runner.notices.unsynced(self.fleet.name(event.replica))
+            self.fleet.appoint(None)
+        again = self.forwarding.lost(event.replica)
+        self.held.extendleft((c, m) for c, m in reversed(again) if c == "control")
+        self.queue.extendleft(m for c, m in reversed(again) if c != "control")
+        self.runner.lost(event.replica, event.reason, now)
+
+    def _members(self, event: Members, now: float) -> None:
+        todo, lost = self.fleet.update(event.epoch, event.members)
+        for index, reason in lost:
+            self._lost(Lost(index, reason), now)
+        self._extend(todo)
+
+    def _reset(self, event: Reset, now: float) -> None:
+        for index in sorted(self.fleet.up):
+            self.forwarding.lost(index)
+        self.runner.abort()
+        self._doomed.update(m.msg_id for m in self.queue if m.msg_type == "execute_request")
+        self.forwarding.dirty, self._sync_at = False, None
+        self._extend(self.fleet.reset())
+
+    def _extend(self, instructions: Iterable[Instruction]) -> None:
+        for instruction in instructions:
+            self.out.append(instruction)

@@ -1,0 +1,413 @@
+"""The numbered executions: who runs the next one, its answers to the client, and what happens when its executor is lost.
+
+Guarantees: one execution at a time; each cell gets exactly one busy, one reply and one idle, whatever the replicas do;
+a lead for an older token, a second reply, and anything of a replica that is not the executor change nothing.
+`active` is the execution in hand; `unsettled` one that was answered, but whose entry is not known to be in the log.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, Literal
+
+from .election import Election
+from .execution import Execution, Phase
+from .fleet import Fleet
+from .instructions import Publish, ToClient, ToReplica
+from .messages import Message
+from .notices import NOBODY, Notices
+from .outbox import Outbox, error
+from .settlement import Settlement, Verdict
+
+IDLE_PATIENCE = 1.0
+"""Seconds after its reply in which an execution's idle is awaited from its executor; then the router says it."""
+
+SYNC_PATIENCE = 1.0
+SYNC_TRIES = 8
+REMEMBERED = 512
+
+
+class Runner:
+    def __init__(self, fleet: Fleet, out: Outbox, *, rerun: bool = True) -> None:
+        self.fleet = fleet
+        self.out = out
+        self.rerun = rerun
+        self.notices = Notices(out)
+        self.active: Execution | None = None
+        self.unsettled: Execution | None = None
+        self.settlement: Settlement | None = None
+        self.next_n: int | None = None
+        self.on_over: Callable[[Execution], None] = lambda execution: None
+        self.on_executor: Callable[[], None] = lambda: None
+        self._asks = 0
+        self._closed: OrderedDict[str, int] = OrderedDict()
+        self._left: dict[str, int] = {}
+
+    # -- starting and asking
+
+    def start(self, execution: Execution, now: float) -> None:
+        """Take `execution` in hand. There must be none."""
+        assert self.active is None, (self.active, execution)
+        self.active = execution
+        if execution.cell:
+            self.out.status("busy", execution.message.header)
+            self.notices.deliver(execution)
+        self.step(now)
+
+    def step(self, now: float) -> None:
+        """Do what is due for the settlement and the execution in hand."""
+        if self.settlement is not None:
+            self._ask_outcome(self.settlement, now)
+        execution = self.active
+        if execution is None:
+            return
+        if execution.phase is Phase.ASKING:
+            self._step_election(execution, now)
+        if execution.replied and execution.idle_by is not None and now >= execution.idle_by:
+            self._say_idle(execution)
+            self._finish(execution)
+
+    def _step_election(self, execution: Execution, now: float) -> None:
+        self.notices.nobody(execution, bool(self.fleet.up) and self.next_n is not None, now)
+        if self.next_n is None or (self.settlement is not None and self._settled() is self.unsettled):
+            return
+        if execution.n != self.next_n:
+            execution.n, execution.election = self.next_n, Election()
+        current = self.fleet.current()
+        up = self.fleet.up if execution.cell else {current} & self.fleet.up
+        if not execution.cell and (execution.tries > SYNC_TRIES or now > execution.started + SYNC_PATIENCE):
+            return self._drop_sync(execution)
+        step = execution.election.step(up, current, now)  # type: ignore[arg-type]
+        execution.wake = step.wake
+        for replica, wait in step.asks:
+            self._ask(execution, replica, wait)
+        if step.shown:
+            self.notices.waits(execution, {"reason": step.shown})
+        if step.impossible:
+            self._conclude(execution, error("NBOSResourceError", step.impossible))
+
+    def _ask(self, execution: Execution, replica: int, wait: bool) -> None:
+        # Every question differs from the last: a replica's Session drops a signature that it has seen.
+        self._asks += 1
+        execution.tries += 1
+        order = {"n": execution.n, "attempt": execution.attempt, "wait": wait, "ask": self._asks}
+        frames = self.out.signer.with_metadata(execution.message, {"nbos_execution": order})
+        self.out.append(ToReplica(replica, "shell", frames))
+
+    def _drop_sync(self, execution: Execution) -> None:
+        self.out.log(f"sync {execution.n} was not taken; the next execution replicates what it would have")
+        execution.phase = Phase.OVER
+        self.active = None
+        self.on_over(execution)
+
+    def asking(self, replica: int) -> bool:
+        """Whether `replica` may become the executor by a lead that is on its way."""
+        active = self.active
+        return active is not None and active.phase is not Phase.OVER and replica in active.election.asks
+
+    # -- what replicas say
+
+    def owns(self, msg_id: str) -> bool:
+        """Whether `msg_id` is an execution of this machine's (now, or not long ago)."""
+        active, unsettled = self.active, self.unsettled
+        return (
+            (active is not None and active.msg_id == msg_id)
+            or (unsettled is not None and unsettled.msg_id == msg_id)
+            or msg_id in self._closed
+        )
+
+    def message(self, replica: int, message: Message, parent: dict[str, Any], now: float) -> None:
+        """An execute_reply, or one of the nbos_ messages on shell."""
+        active = self.active
+        mine = active if active is not None and active.msg_id == parent.get("msg_id") else None
+        kind = message.msg_type
+        if kind == "execute_reply":
+            if mine is not None and mine.phase is Phase.RUNNING and replica == mine.executor:
+                self._replied(mine, message, now)
+        elif kind == "nbos_lead":
+            self._lead(replica, message, mine, parent, now)
+        elif kind == "nbos_yield" and mine is not None:
+            self._yielded(mine, replica, message.content, now)
+        elif kind == "nbos_waiting" and mine is not None:
+            self._waiting(mine, replica, message.content)
+        elif kind in ("nbos_committed", "nbos_failed"):
+            self._ended(replica, kind, message.content, parent, now)
+
+    def _lead(
+        self, replica: int, message: Message, mine: Execution | None, parent: dict[str, Any], now: float
+    ) -> None:
+        n, token = int(message.content.get("n", -1)), int(message.content.get("token", -1))
+        if mine is None or mine.phase is Phase.OVER:
+            return self._late_lead(replica, n, parent)
+        if n != mine.n or (mine.led and token <= mine.token) or mine.replied:
+            return self.out.log(f"lead of {self.fleet.name(replica)} for {n} under {token} comes too late")
+        for other in mine.election.open_asks():
+            if other != replica:
+                self.out.ask(other, "nbos_cancel_request", {"n": n})
+        self.unsettled = None if self.unsettled is not self._settled() else self.unsettled
+        mine.led, mine.executor, mine.token, mine.wake = True, replica, token, None
+        mine.phase = Phase.RUNNING
+        if self.settlement is not None and self._settled() is mine:
+            self.settlement = None
+        mine.message_session = message.header.get("session", "")
+        self.next_n = n + 1
+        self.fleet.appoint(replica, token)
+        if not mine.cell:
+            return self._finish(mine)
+        self.notices.runs(mine, self.fleet.name(replica), now)
+        for topic, frames in self.fleet.released(replica, token):
+            self.out.append(Publish([topic, *frames[1:]]))
+        self.on_executor()
+
+    def _late_lead(self, replica: int, n: int, parent: dict[str, Any]) -> None:
+        """A lead for an execution that has left: when its user interrupted it, it must not run on unseen."""
+        if parent.get("msg_id") in self._left:
+            self.out.ask(replica, "interrupt_request", {})
+        elif parent.get("msg_type") != "nbos_sync_request":
+            return
+        if self.next_n is not None:
+            self.next_n = max(self.next_n, n + 1)
+
+    def _yielded(self, mine: Execution, replica: int, content: dict[str, Any], now: float) -> None:
+        code, reason = str(content.get("code", "")), str(content.get("reason", ""))
+        if mine.phase is not Phase.ASKING or content.get("n") != mine.n:
+            return
+        mine.election.answer(replica, code, reason)
+        following = content.get("next")
+        decided = code == "stale" and (mine.led or (bool(mine.election.unknown) and following == mine.n + 1))
+        if decided or (code == "taken" and mine.election.unknown):
+            lost = mine.executor if mine.led else min(mine.election.unknown)
+            return self._settle(mine, lost if lost is not None else -1, "it was lost as it was asked", now)
+        if code == "stale" and isinstance(following, int) and following > mine.n:
+            self.next_n = following
+        self._step_election(mine, now)
+
+    def _waiting(self, mine: Execution, replica: int, content: dict[str, Any]) -> None:
+        if mine.phase is Phase.ASKING and content.get("n") == mine.n:
+            mine.election.waits(replica, str(content.get("reason", "")))
+            self.notices.waits(mine, content)
+
+    def _ended(self, replica: int, kind: str, content: dict[str, Any], parent: dict[str, Any], now: float) -> None:
+        for execution in (self.unsettled, self.active):
+            if execution is None or execution.msg_id != parent.get("msg_id") or execution.executor != replica:
+                continue
+            if kind == "nbos_failed":
+                reason = str(content.get("reason", "its claim was lost"))
+                return self._settle(execution, replica, reason, now)
+            execution.committed = True
+            if execution is self.unsettled:
+                if self._settled() is execution:
+                    self.settlement = None
+                self.unsettled = None
+
+    # -- the client's view
+
+    def _replied(self, execution: Execution, message: Message, now: float) -> None:
+        if execution.replied:
+            return
+        execution.failed = message.content.get("status") == "error"
+        self.out.append(ToClient("shell", message.wire()))
+        execution.replied, execution.idle_by = True, now + IDLE_PATIENCE
+        self.on_over(execution)
+        if execution.idle:
+            self._finish(execution)
+
+    def idle(self, replica: int, msg_id: str) -> bool:
+        """The executor has said idle for `msg_id`: whether to pass it on."""
+        execution = self.active
+        if execution is None or execution.msg_id != msg_id or execution.idle:
+            return False
+        if execution.phase is not Phase.RUNNING or execution.executor != replica:
+            return False
+        execution.idle = True
+        return True
+
+    def after_idle(self, msg_id: str) -> None:
+        execution = self.active
+        if execution is not None and execution.msg_id == msg_id and execution.idle and execution.replied:
+            self._finish(execution)
+
+    def deadline(self) -> float | None:
+        """When `step` has something to do at the latest."""
+        times = [self.settlement.wake(self.fleet.up)] if self.settlement is not None else []
+        if self.active is not None:
+            execution = self.active
+            times += [execution.wake if execution.phase is Phase.ASKING else None, execution.idle_by]
+            if execution.phase is Phase.ASKING and execution.cell and not self.fleet.up and not execution.display:
+                times.append(execution.started + NOBODY)
+        return min((at for at in times if at is not None), default=None)
+
+    def _say_idle(self, execution: Execution) -> None:
+        if not execution.idle:
+            execution.idle = True
+            self.out.status("idle", execution.message.header)
+
+    def _conclude(self, execution: Execution, content: dict[str, Any]) -> None:
+        """Answer a cell in the replica's stead, and be done with it."""
+        self.notices.clear(execution)
+        if not execution.cell:
+            return self._finish(execution)
+        if not execution.replied:
+            if content["status"] == "error":
+                execution.failed = True
+                shown = {key: content[key] for key in ("ename", "evalue", "traceback")}
+                self.out.publish("error", shown, execution.message.header)
+            self.out.reply(execution.message, content)
+            execution.replied = True
+            self.on_over(execution)
+        self._say_idle(execution)
+        self._finish(execution)
+
+    def _finish(self, execution: Execution) -> None:
+        execution.phase = Phase.OVER
+        self._closed[execution.msg_id] = execution.n
+        if len(self._closed) > REMEMBERED:
+            self._closed.popitem(last=False)
+        if execution.led and not execution.committed:
+            self.unsettled = execution
+        if self.active is execution:
+            self.active = None
+        if not execution.cell:
+            self.on_over(execution)
+
+    # -- interrupts, losses, restarts
+
+    def interrupt(self, now: float) -> Literal["executor", "left", "none"]:
+        """Who has to do with an interrupt: the executor, nobody any more (the cell has left), or no cell at all."""
+        execution = self.active
+        if execution is None or not execution.cell:
+            return "none"
+        if execution.phase is Phase.RUNNING:
+            return "executor"
+        self._left[execution.msg_id] = execution.n
+        if len(self._left) > REMEMBERED:
+            self._left.pop(next(iter(self._left)))
+        for replica in execution.election.open_asks():
+            self.out.ask(replica, "nbos_cancel_request", {"n": execution.n})
+        lost = execution.phase is Phase.SETTLING and self.settlement is not None
+        if lost:
+            assert self.settlement is not None
+            self.settlement.abandon, self.settlement.due = True, now
+            execution.led = True
+        why = "interrupted while it waited for its lost replica" if lost else "the cell left the queue"
+        self._conclude(execution, error("KeyboardInterrupt", why))
+        return "left"
+
+    def lost(self, replica: int, reason: str, now: float) -> None:
+        """A replica's connection is gone."""
+        for execution in (self.unsettled, self.active):
+            if execution is None or self._settled() is execution:
+                continue
+            if execution.phase is Phase.ASKING:
+                execution.election.lost(replica)
+            elif execution.executor == replica and not execution.committed:
+                self._settle(execution, replica, reason, now)
+        self.step(now)
+
+    def abort(self) -> None:
+        """The kernel is restarted: whatever waits for it is answered."""
+        if self.active is not None:
+            execution = self.active
+            execution.led = False
+            if execution.cell:
+                self._conclude(execution, error("NBOSKernelRestarted", "the kernel was restarted"))
+            else:
+                self._drop_sync(execution)
+        self.unsettled = self.settlement = self.next_n = None
+        self.notices.forget()
+
+    # -- settling
+
+    def _settled(self) -> Execution | None:
+        """The execution that the settlement is about."""
+        if self.settlement is None:
+            return None
+        for execution in (self.unsettled, self.active):
+            if execution is not None and execution.n == self.settlement.n and execution.phase is not Phase.ASKING:
+                return execution
+        return None
+
+    def _settle(self, execution: Execution, lost: int, reason: str, now: float) -> None:
+        name = self.fleet.name(lost)
+        if execution.replied and execution is self.active:
+            self._say_idle(execution)
+            self._finish(execution)
+        over = execution.phase is Phase.OVER
+        if not over:
+            execution.phase = Phase.SETTLING
+            if execution.led:
+                self.notices.lost(execution, name, reason)
+        abandon = over or not execution.cell or not self.rerun or execution.attempt > 1
+        self.settlement = Settlement(execution.n, lost, reason, abandon, execution.message_session, due=now)
+        self._ask_outcome(self.settlement, now)
+
+    def _ask_outcome(self, settlement: Settlement, now: float) -> None:
+        whom = settlement.whom(self.fleet.up, now)
+        if whom is not None:
+            content = {"n": settlement.n, "abandon": settlement.abandon}
+            settlement.asking(whom, self.out.ask(whom, "nbos_outcome_request", content), now)
+
+    def outcome(self, replica: int, message: Message, parent: dict[str, Any], now: float) -> None:
+        """A daemon's word on the execution that is being settled."""
+        settlement = self.settlement
+        if settlement is None or parent.get("msg_id") != settlement.asked:
+            return
+        execution = self._settled()
+        session = str(message.header.get("session", ""))
+        verdict = settlement.answer(message.content, replica, session, now)
+        if execution is None:
+            self.settlement = None
+        elif verdict in (Verdict.WAIT, Verdict.ASK_AGAIN):
+            if verdict is Verdict.WAIT and not settlement.told and execution is self.active:
+                settlement.told = True
+                self.notices.claimed(execution, self.fleet.name(settlement.lost))
+        else:
+            self.settlement = None
+            self._decided(execution, settlement, verdict, message.content, now)
+        self.step(now)
+
+    def _decided(
+        self, execution: Execution, settlement: Settlement, verdict: Verdict, content: dict[str, Any], now: float
+    ) -> None:
+        name = self.fleet.name(settlement.lost)
+        if verdict is Verdict.RESUME:
+            execution.phase = Phase.RUNNING if execution is self.active else Phase.OVER
+            if execution is self.active:
+                self.fleet.appoint(settlement.lost, execution.token)
+                self.notices.resumed(execution, name)
+                self.on_executor()
+            return
+        if verdict is Verdict.RERUN:
+            if execution.led:
+                execution.attempt += 1
+                self.notices.reruns(execution, name)
+            execution.phase, execution.election = Phase.ASKING, Election(opened=True)
+            return
+        self.next_n = max(self.next_n or 0, execution.n + 1)
+        execution.committed = True
+        if execution is self.unsettled:
+            self.unsettled = None
+            if verdict is Verdict.ABANDONED:
+                self.notices.later(execution, name, str(content.get("reason") or settlement.reason))
+            return
+        ending = _ending(verdict, content, name, settlement.reason, execution.led)
+        execution.led = False
+        self._conclude(execution, ending)
+
+
+def _ending(verdict: Verdict, content: dict[str, Any], name: str, reason: str, led: bool) -> dict[str, Any]:
+    """The reply to a cell whose executor is gone."""
+    if verdict is Verdict.ABANDONED:
+        why = str(content.get("reason") or reason)
+        return error(
+            "NBOSReplicaDied",
+            f"{name} died while this cell ran: {why}. The variables are as they were before this cell.",
+        )
+    if not led:
+        # Its lead was never heard: what is committed under this number may be another server's cell.
+        return error("NBOSReplyLost", f"{name} was lost as this cell began; see whether it ran, else run it again")
+    if content.get("status") == "error":
+        return error("NBOSReplyLost", f"the cell raised an error; its traceback was lost with {name}")
+    count = content.get("execution_count", 0)
+    return {"status": "ok", "execution_count": count, "user_expressions": {}, "payload": []}

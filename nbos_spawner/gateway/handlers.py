@@ -1,0 +1,165 @@
+"""The HTTP API of docs/protocol.md, section 3.
+
+It must guarantee: nothing of a request is acted on before its token was checked; a body over 1 MiB is refused with
+413 without being held in memory; every refusal is JSON with a code and a sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from tornado.web import HTTPError, RequestHandler, stream_request_body
+
+from nbos_cluster.etcd import EtcdUnavailable
+
+from .auth import Caller, HubUsers
+from .errors import ApiError, unavailable
+from .kernels import Kernels
+from .models import is_ready, kernel_model, may_see, status_model
+from .requests import MAX_BODY, read_kernel_wanted
+from .watching import ClusterWatch
+
+log = logging.getLogger("nbos.gateway")
+
+LONGEST_WAIT = 25.0
+"""Seconds that `wait=ready` holds a request open; below the usual time-outs of proxies."""
+
+
+class JsonHandler(RequestHandler):
+    """Answers and refusals as JSON."""
+
+    def initialize(self, kernels: Kernels, watch: ClusterWatch, users: HubUsers) -> None:
+        self.kernels = kernels
+        self.watch = watch
+        self.users = users
+
+    def set_default_headers(self) -> None:
+        self.set_header("Content-Type", "application/json")
+        self.set_header("Cache-Control", "no-store")
+        self.set_header("X-Content-Type-Options", "nosniff")
+
+    def check_xsrf_cookie(self) -> None:
+        """No cookie is ever looked at here, so there is nothing to forge."""
+
+    def answer(self, body: Any, status: int = 200) -> None:
+        self.set_status(status)
+        self.finish(json.dumps(body))
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        err = (kwargs.get("exc_info") or (None, None, None))[1]
+        if isinstance(err, EtcdUnavailable):
+            err = unavailable(str(err))
+        if isinstance(err, ApiError):
+            self.answer({"error": err.code, "message": err.message}, err.status)
+            return
+        words = {405: "this call does not exist", 404: "there is nothing here; see docs/protocol.md"}
+        message = words.get(status_code, "an error in the gateway; its log says more")
+        if isinstance(err, HTTPError) and status_code < 500 and status_code not in words:
+            message = err.log_message or err.reason or message
+        self.answer({"error": f"http_{status_code}", "message": message}, status_code)
+
+    def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
+        if not isinstance(value, ApiError | EtcdUnavailable):
+            super().log_exception(typ, value, tb)
+
+
+class NotFoundHandler(JsonHandler):
+    def prepare(self) -> None:
+        raise HTTPError(404)
+
+
+class HealthHandler(JsonHandler):
+    """GET api/health: no token; says nothing but whether the gateway can work."""
+
+    async def get(self) -> None:
+        reason = self.watch.failed
+        if not reason and not self.watch.ready.is_set():
+            reason = "the gateway has not read the cluster's records yet"
+        if not reason:
+            try:
+                await self.kernels.etcd.status()
+            except EtcdUnavailable:
+                reason = "etcd does not answer"
+        self.answer(
+            {"status": "unavailable", "reason": reason} if reason else {"status": "ok"},
+            503 if reason else 200,
+        )
+
+
+@stream_request_body
+class AuthenticatedHandler(JsonHandler):
+    """Checks the token when the headers are in, then takes the body, up to its bound."""
+
+    caller: Caller
+
+    async def prepare(self) -> None:
+        self._body = bytearray()
+        self._too_long = False
+        self.caller = await self.users.caller(self)
+        if not self.watch.ready.is_set() and not await self.watch.until(self.watch.ready.is_set, 3.0):
+            raise unavailable("the gateway has not read the cluster's records yet; is etcd running?")
+
+    def data_received(self, chunk: bytes) -> None:
+        # What is too long is read on, but not kept: refusing in the middle would break the caller's connection
+        # before it can read why.
+        self._too_long = self._too_long or len(self._body) + len(chunk) > MAX_BODY
+        if self._too_long:
+            self._body.clear()
+        else:
+            self._body += chunk
+
+    def body(self) -> bytes:
+        if self._too_long:
+            raise ApiError(413, "too_large", f"a request has at most {MAX_BODY} bytes")
+        return bytes(self._body)
+
+    def model(self, kernel_id: str) -> dict[str, Any]:
+        view = self.kernels.find(self.caller, kernel_id)
+        owner = view.spec is not None and view.spec.owner == self.caller.name and self.caller.kind == "user"
+        return kernel_model(view, secrets=owner)
+
+
+class KernelsHandler(AuthenticatedHandler):
+    def get(self) -> None:
+        views = [v for v in self.kernels.copy.living() if v.spec is not None and may_see(self.caller, v.spec)]
+        self.answer([self.model(view.kernel) for view in sorted(views, key=lambda v: v.kernel)])
+
+    async def post(self) -> None:
+        wanted = read_kernel_wanted(self.body())
+        view, made = await self.kernels.make(self.caller, wanted)
+        self.answer(self.model(view.kernel), 201 if made else 200)
+
+
+class KernelHandler(AuthenticatedHandler):
+    async def get(self, kernel_id: str) -> None:
+        wait = self.get_query_argument("wait", "")
+        if wait not in ("", "ready"):
+            raise ApiError(400, "malformed", f"wait={wait[:40]!r} is unknown; use wait=ready")
+        model = self.model(kernel_id)
+        if wait and not is_ready(model):
+            await self.watch.until(lambda: self._ready_or_gone(kernel_id), LONGEST_WAIT)
+            model = self.model(kernel_id)
+        self.answer(model)
+
+    def _ready_or_gone(self, kernel_id: str) -> bool:
+        view = self.kernels.copy.kernel(kernel_id)
+        return view is None or is_ready(kernel_model(view, secrets=False))
+
+    async def delete(self, kernel_id: str) -> None:
+        await self.kernels.delete(self.caller, kernel_id)
+        self.set_status(204)
+        self.finish()
+
+
+class RestartHandler(AuthenticatedHandler):
+    async def post(self, kernel_id: str) -> None:
+        self.body()
+        await self.kernels.restart(self.caller, kernel_id)
+        self.answer(self.model(kernel_id))
+
+
+class StatusHandler(AuthenticatedHandler):
+    def get(self) -> None:
+        self.answer(status_model(self.kernels.copy, self.caller))

@@ -1,0 +1,154 @@
+"""What callers are shown: KernelModel and the status, as plain JSON (docs/protocol.md, section 3). No IO.
+
+Who sees what is decided here: a kernel's secrets go to its owner only; others' kernels, grants and places in queues
+to Hub admins only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from nbos_cluster.kernelview import KernelView
+from nbos_cluster.records import GrantRecord, HostRecord, KernelSpec
+from nbos_cluster.statelog import fold
+
+from .auth import Caller
+from .copy import ClusterCopy
+
+
+def may_see(caller: Caller, spec: KernelSpec) -> bool:
+    return caller.admin or (caller.kind == "user" and caller.name == spec.owner)
+
+
+def kernel_model(view: KernelView, *, secrets: bool) -> dict[str, Any]:
+    """KernelModel of a kernel that has a spec."""
+    spec = view.spec
+    if spec is None:
+        raise LookupError(f"kernel {view.kernel} has no spec")
+    model: dict[str, Any] = {
+        "kernel_id": spec.kernel,
+        "owner": spec.owner,
+        "replicas": spec.replicas,
+        "epoch": view.epoch.epoch if view.epoch else 0,
+        "incarnation": spec.incarnation,
+        "created": spec.created,
+        "resources": resources_model(spec.resources),
+        "members": [member_model(view, spec, index) for index in sorted(spec.placement, key=int)],
+        "last": view.last,
+        "executor": view.executor,
+        "lost": lost_names(view),
+    }
+    if secrets:
+        model["connection"] = {
+            "key": spec.key,
+            "signature_scheme": "hmac-sha256",
+            "curve_publickey": spec.curve_publickey,
+            "curve_secretkey": spec.curve_secretkey,
+        }
+    return model
+
+
+def member_model(view: KernelView, spec: KernelSpec, index: str) -> dict[str, Any]:
+    """One replica. `state` is 'missing' while no daemon says anything about it."""
+    record = view.replicas.get(int(index))
+    executing = view.executor == int(index)
+    model: dict[str, Any] = {
+        "index": int(index),
+        "host": spec.placement[index],
+        "state": "missing",
+        "ip": "",
+        "ports": None,
+        "applied": -1,
+        "pid": 0,
+        "role": "executor" if executing else "standby",
+        "reason": "",
+    }
+    if record is not None and record.host == spec.placement[index]:
+        model |= {
+            "state": record.state if record.incarnation == spec.incarnation else "starting",
+            "ip": record.ip,
+            "ports": msgspec.to_builtins(record.ports),
+            "applied": record.applied,
+            "pid": record.pid,
+            "reason": record.reason,
+        }
+    return model
+
+
+def lost_names(view: KernelView) -> dict[str, str]:
+    """The variables that are not replicated, with the reasons: what the log says now, and what replicas could not load."""
+    first = view.checkpoint.upto + 1 if view.checkpoint else 0
+    entries = [view.log[n] for n in sorted(view.log) if n >= first]
+    lost = dict(fold(view.checkpoint, entries).lost) if entries or view.checkpoint else {}
+    for record in view.replicas.values():
+        for name, reason in record.lost.items():
+            lost.setdefault(name, f"{reason} (replica {record.index})")
+    return lost
+
+
+def is_ready(model: dict[str, Any]) -> bool:
+    return any(member["state"] == "ready" for member in model["members"])
+
+
+def resources_model(resources: Any) -> dict[str, Any]:
+    return {
+        "gpus": resources.gpus,
+        "tpcs": resources.tpcs,
+        "memory": resources.memory,
+        "model": resources.model,
+    }
+
+
+def status_model(copy: ClusterCopy, caller: Caller) -> dict[str, Any]:
+    """Everything that the caller may see of the cluster."""
+    views = [v for v in copy.living() if v.spec is not None and may_see(caller, v.spec)]
+    counts = copy.replicas_on()
+    return {
+        "hosts": [_host_model(host, copy, caller, counts) for _, host in sorted(copy.hosts.items())],
+        "away": sorted(copy.absent),
+        "queues": [
+            msgspec.to_builtins(t) | {"ticket": t.ticket} for t in copy.tickets_of(v.kernel for v in views)
+        ],
+        "waiting": len(copy.tickets),
+        "kernels": [kernel_model(v, secrets=False) for v in sorted(views, key=lambda v: v.kernel)],
+        "unreadable": dict(copy.unreadable) if caller.admin else {},
+    }
+
+
+def _host_model(
+    host: HostRecord, copy: ClusterCopy, caller: Caller, counts: dict[str, int]
+) -> dict[str, Any]:
+    grants = list(copy.grants.get(host.name, {}).values())
+    mine = [g for g in grants if caller.admin or (caller.kind == "user" and g.owner == caller.name)]
+    return {
+        "name": host.name,
+        "address": host.address,
+        "pid": host.pid,
+        "version": host.version,
+        "draining": host.draining,
+        "since": host.since,
+        "cpus": host.cpus,
+        "memory": host.memory,
+        "replicas": counts.get(host.name, 0),
+        "max_replicas": host.max_replicas,
+        "devices": [_device_model(device, grants) for device in host.devices],
+        "grants": [msgspec.to_builtins(g) for g in mine],
+    }
+
+
+def _device_model(device: Any, grants: list[GrantRecord]) -> dict[str, Any]:
+    shares = [s for g in grants for s in g.shares if s.uuid == device.uuid]
+    return {
+        "uuid": device.uuid,
+        "index": device.index,
+        "model": device.model,
+        "kind": device.kind,
+        "tpcs": device.tpcs,
+        "tpcs_granted": sum(len(s.tpcs) for s in shares),
+        "memory": device.memory,
+        "memory_granted": sum(s.memory for s in shares),
+        "healthy": device.healthy,
+        "reason": device.reason,
+    }

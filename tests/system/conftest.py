@@ -1,0 +1,34 @@
+"""Fixtures for tests against real processes; what they hold lives in modules of its own."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from .etcdserver import EtcdServer
+
+
+@pytest.fixture
+async def etcd(tmp_path: Path) -> AsyncIterator[EtcdServer]:
+    """A running etcd without TLS."""
+    server = EtcdServer(tmp_path)
+    server.start()
+    try:
+        await server.ready()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+async def tls_etcd(tmp_path: Path) -> AsyncIterator[EtcdServer]:
+    """A running etcd that wants a client certificate."""
+    server = EtcdServer(tmp_path, tls=True)
+    server.start()
+    try:
+        await server.ready()
+        yield server
+    finally:
+        server.stop()

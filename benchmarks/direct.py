@@ -68,7 +68,7 @@ def direct_nbos(hub: Running) -> Iterator[BlockingKernelClient]:
 
 
 def nbos_environment(hub: Running) -> dict[str, str]:
-    return asyncio.run(kernel_environment(hub.hub, "direct", hub.directory))
+    return asyncio.run(kernel_environment(hub.hub, "direct"))
 
 
 def is_idle(message: dict[str, Any]) -> bool:

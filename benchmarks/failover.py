@@ -96,9 +96,7 @@ async def measure(side: Running, rounds: int) -> Felt:
         await kill_between(side, channels, kernel, number, felt)
     for number in range(rounds):
         await kill_during(side, channels, kernel, number, felt)
-    await (
-        channels.close()
-    )  # the kernel ends with its hub: deleting a plain one in its automatic restart is refused
+    await channels.close()  # the kernel ends with its hub: deleting a plain one in its automatic restart is refused
     return felt
 
 
@@ -110,12 +108,8 @@ def report(plain: Felt, nbos: Felt) -> str:
         table.add("between cells: next reply", name, f"{between[0]:.2f}", f"{between[1]:.2f}", "≤ 1 s")
         table.add("during a cell: user told", name, f"{during[0]:.2f}", f"{during[1]:.2f}", "≤ 2 s")
     rounds = len(nbos.between)
-    table.add(
-        "variable still there", "", f"{plain.kept}/{rounds}", f"{nbos.kept}/{rounds}", f"{rounds}/{rounds}"
-    )
-    words = [
-        f"{name} said: {word}" for name, felt in (("plain", plain), ("NBOS", nbos)) for word in felt.words
-    ]
+    table.add("variable still there", "", f"{plain.kept}/{rounds}", f"{nbos.kept}/{rounds}", f"{rounds}/{rounds}")
+    words = [f"{name} said: {word}" for name, felt in (("plain", plain), ("NBOS", nbos)) for word in felt.words]
     return "\n".join([table.render(), "", *words])
 
 

@@ -107,9 +107,7 @@ async def measure_websocket(stock: Running, nbos: Running, rounds: int) -> dict[
 
 
 def report(paths: dict[str, dict[str, Samples]]) -> str:
-    table = Table(
-        "Output, request to idle, milliseconds (median)", ("path", "", "plain", "NBOS", "ratio", "bar")
-    )
+    table = Table("Output, request to idle, milliseconds (median)", ("path", "", "plain", "NBOS", "ratio", "bar"))
     middle: Callable[[list[float]], float] = lambda took: statistics.median(took) if took else 0.0  # noqa: E731
     notes = []
     for path, cases in paths.items():

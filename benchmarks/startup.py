@@ -64,9 +64,7 @@ def main() -> None:
     for what, of in (("median", statistics.median), ("slowest", max)):
         a, b = of(plain), of(nbos)
         bar = "≤ 3 ×" if what == "median" else ""
-        table.add(
-            f"new kernel to first reply, {what} of {len(plain)}", f"{a:.2f}", f"{b:.2f}", ratio(b, a), bar
-        )
+        table.add(f"new kernel to first reply, {what} of {len(plain)}", f"{a:.2f}", f"{b:.2f}", ratio(b, a), bar)
     with scratch("nbos-startup-") as state:
         stock, fresh, again = login_pages(state)
     table.add("command to login page, new state directory", f"{stock:.1f}", f"{fresh:.1f}", "", "≤ 15 s")

@@ -1,8 +1,8 @@
 """Bids: may this replica run execution n? Room on the devices first, then one etcd transaction, which is the election.
 
-Guarantees: a reservation whose claim is lost is given back; a bid that waits is told why and at which place, at once, at
-each change and every two seconds, and ends on `cancel`, when somebody else takes or decides n, and with its process. A
-repeated bid (the socket was lost, the answer with it) joins the first or gets its answer again.
+Guarantees: a reservation whose claim is lost is given back; a bid that waits is told why and at which place, at
+once, at each change and every two seconds, and ends on `cancel`, when somebody else takes or decides n, and with its
+process. A repeated bid (the socket was lost, the answer with it) joins the first or gets its answer again.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ import asyncio
 import time
 import uuid
 from dataclasses import dataclass, field
+from typing import Any
 
 from gpu_daemon import ledger, queue
 from gpu_daemon.fleet import ReplicaId
 from gpu_daemon.limits import over_limit
+from gpu_daemon.publishing import Publisher
 from gpu_daemon.replica import Held, LocalReplica
 from gpu_daemon.requests import BidRequest
 from gpu_daemon.site import Site, plain
 from gpu_daemon.transactions import withdraw
-from nbos_cluster import election
+from nbos_cluster import election, keys
 from nbos_cluster.etcd import EtcdError, EtcdUnavailable, LeaseGone
 from nbos_cluster.kernelview import KernelView
-from nbos_cluster.records import ClaimRecord, GrantRecord, KernelSpec
+from nbos_cluster.records import ClaimRecord, GrantRecord, KernelSpec, QueueTicket
 from nbos_cluster.wire import Message
 
 REPEAT = 2.0
@@ -32,7 +34,7 @@ ETCD_PAUSE = 0.3
 EPOCH_TRIES = 5
 
 
-class Yielded(Exception):  # noqa: N818  an answer, not a mistake
+class Yielded(Exception):
     """The bid's answer is a yield."""
 
     def __init__(self, code: str, reason: str, next: int | None = None) -> None:
@@ -64,8 +66,8 @@ class OpenBid:
 
 
 class Bidding:
-    def __init__(self, site: Site) -> None:
-        self._site = site
+    def __init__(self, site: Site, publisher: Publisher) -> None:
+        self._site, self._publisher = site, publisher
         self._open: dict[ReplicaId, OpenBid] = {}
         self._queued: dict[str, OpenBid] = {}
         self._repeater: asyncio.Task[None] | None = None
@@ -108,7 +110,10 @@ class Bidding:
             held = view.claim_of(n)
             if view.last >= n:
                 bid.end("stale", f"execution {n} is decided already", view.last + 1)
-            elif held is not None and (held.record.replica, held.record.host) != (bid.replica.id.index, self._site.host):
+            elif held is not None and (held.record.replica, held.record.host) != (
+                bid.replica.id.index,
+                self._site.host,
+            ):
                 bid.end("taken", f"replica {held.record.replica} on {held.record.host} runs execution {n}")
 
     def drain(self) -> None:
@@ -118,7 +123,7 @@ class Bidding:
     def waiting_of(self, kernel: str) -> list[Message]:
         """For `status`: who of this kernel waits here."""
         return [
-            {"n": bid.request.n, "host": self._site.host, "since": since, **_tell(bid, tell)}
+            {"n": bid.request.n, "host": self._site.host, "since": since, **_tell(tell)}
             for bid, tell, since in self.told.values()
             if bid.replica.id.kernel == kernel
         ]
@@ -174,15 +179,17 @@ class Bidding:
         self._queued[bid.grant_name] = bid
         now = self._site.now()
         self._carry_out(self._site.queue.handle(queue.Arrive(wish, now, request.wait)))
+        ends: set[asyncio.Future[Any]] = {granted, bid.ended}
         try:
-            await asyncio.wait({granted, bid.ended}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if bid.over and not granted.done():
                 bid.ended.result()
             return granted.result()
         finally:
             bid.granted = None
             self._queued.pop(bid.grant_name, None)
-            self.told.pop(bid.grant_name, None)
+            if self.told.pop(bid.grant_name, None) is not None:
+                self._publisher.remove(keys.ticket(self._site.host, bid.grant_name))
             if not granted.done():
                 self._carry_out(self._site.queue.handle(queue.Leave(bid.grant_name, self._site.now())))
 
@@ -232,21 +239,29 @@ class Bidding:
                     return token
                 case election.Lost("epoch", _, reason) if tries < EPOCH_TRIES:
                     tries += 1
-                    if not await site.until(lambda: _epoch_moved(site.view(kernel), revision), 1.0):
+                    if not await self._epoch_moves(kernel, revision):
                         raise Yielded("unavailable", reason)
                     self._check(bid)
                 case election.Lost(code, next, reason):
                     raise Yielded("unavailable" if code == "epoch" else code, reason, next)
+
+    async def _epoch_moves(self, kernel: str, revision: int) -> bool:
+        """Wait until the local copy has a newer epoch than that of `revision`."""
+
+        def moved() -> bool:
+            view = self._site.view(kernel)
+            return view is None or view.epoch_rev != revision
+
+        return await self._site.until(moved, 1.0)
 
     async def _wait_for_etcd(self, bid: OpenBid, err: EtcdUnavailable | LeaseGone) -> None:
         """Returns when it is time to try again. Raises Yielded when the bid does not want to wait."""
         reason = self._site.away_text() if isinstance(err, EtcdUnavailable) else "this host's lease is being renewed"
         if isinstance(err, EtcdUnavailable) and not bid.request.wait:
             raise Yielded("unavailable", reason) from err
-        if bid.replica.session is not None and bid.request.wait:
-            bid.replica.session.push(
-                {"type": "waiting", "n": bid.request.n, "reason": reason, "position": 1, "of": 1, "estimate": None}
-            )
+        if bid.request.wait:
+            told = {"reason": reason, "position": 1, "of": 1, "estimate": None}
+            bid.replica.push({"type": "waiting", "n": bid.request.n, **told})
         await asyncio.wait({bid.ended}, timeout=ETCD_PAUSE)
 
     async def _withdraw(self, kernel: str, held: Held) -> None:
@@ -281,10 +296,25 @@ class Bidding:
     def _tell(self, bid: OpenBid, tell: queue.Tell) -> None:
         since = self.told[tell.grant][2] if tell.grant in self.told else time.time()
         self.told[tell.grant] = (bid, tell, since)
-        if bid.replica.session is not None:
-            bid.replica.session.push({"type": "waiting", "n": bid.request.n, **_tell(bid, tell)})
+        bid.replica.push({"type": "waiting", "n": bid.request.n, **_tell(tell)})
+        self._publisher.put(keys.ticket(self._site.host, tell.grant), self._ticket(bid, tell, since), urgent=False)
         if self._repeater is None or self._repeater.done():
             self._repeater = self._site.spawn(self._repeat(), "telling those who wait")
+
+    def _ticket(self, bid: OpenBid, tell: queue.Tell, since: float) -> QueueTicket:
+        view = self._site.view(bid.replica.id.kernel)
+        return QueueTicket(
+            ticket=tell.grant,
+            host=self._site.host,
+            owner=view.spec.owner if view is not None and view.spec is not None else "",
+            kernel=bid.replica.id.kernel,
+            n=bid.request.n,
+            resources=bid.request.resources,
+            position=tell.position,
+            reason=tell.reason,
+            since=since,
+            estimate=tell.estimate if tell.estimate is not None else -1.0,
+        )
 
     async def _repeat(self) -> None:
         """Runs only while somebody waits, so an idle daemon sleeps."""
@@ -293,14 +323,9 @@ class Bidding:
             self._carry_out(list(self._site.queue.tell_all(self._site.now())))
 
 
-def _tell(bid: OpenBid, tell: queue.Tell) -> Message:
+def _tell(tell: queue.Tell) -> Message:
     return {"reason": tell.reason, "position": tell.position, "of": tell.of, "estimate": tell.estimate}
 
 
 def _lead(held: Held) -> Message:
     return {"answer": "lead", "token": held.token, "grant": plain(held.grant) if held.grant is not None else None}
-
-
-def _epoch_moved(view: KernelView | None, revision: int) -> bool:
-    return view is None or view.epoch_rev != revision
-

@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 from nbos_cluster.wire import BLOB_CHUNK
 
-_HASH = re.compile(r"^[0-9a-f]{64}$")
+_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 class BlobError(RuntimeError):
@@ -101,7 +101,7 @@ class DirectoryStore(BlobStore):
         return data
 
     def _path(self, owner: str, digest: str) -> Path:
-        if not isinstance(digest, str) or not _HASH.match(digest):
+        if not isinstance(digest, str) or not _HASH.fullmatch(digest):
             raise BlobRefused(f"{str(digest)[:80]!r} is no SHA-256 in hexadecimal digits")
         # A user name may hold anything; its hash is a safe folder name, and two users never share one.
         folder = hashlib.sha256(owner.encode()).hexdigest()[:32]

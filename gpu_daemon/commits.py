@@ -1,8 +1,8 @@
 """What a replica's claim comes to: entry appended, claim renewed after a lost lease, or execution abandoned.
 
-Guarantees: only the replica that holds claim n appends entry n; while etcd is away an append waits and is repeated, never
-dropped; when a replica dies with a claim, n is abandoned with the reason and its grant is given back, whatever etcd
-does meanwhile.
+Guarantees: only the replica that holds claim n appends entry n; while etcd is away an append waits and is repeated,
+never dropped; when a replica dies with a claim, n is abandoned with the reason and its grant is given back, whatever
+etcd does meanwhile.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gpu_daemon.bidding import Bidding
 from gpu_daemon.folding import Folding
 from gpu_daemon.replica import Held, LocalReplica
 from gpu_daemon.requests import RequestError
-from gpu_daemon.site import RETRY_LAST, Site, log
+from gpu_daemon.site import RETRY_LAST, Refused, Site, log
 from gpu_daemon.transactions import abandon_held, end_grant, grant_key
 from nbos_cluster import election, statelog
 from nbos_cluster.etcd import EtcdError, EtcdUnavailable
@@ -25,14 +25,6 @@ from nbos_cluster.kv import TxnResult
 from nbos_cluster.records import ClaimRecord, GrantRecord, LogEntry
 from nbos_cluster.statewire import EntryError, entry_from_wire
 from nbos_cluster.wire import ENTRY_LIMIT, Message
-
-
-class AppendRefused(RuntimeError):
-    """The entry does not go into the log. code: `fenced`, `too_large` or `unavailable`."""
-
-    def __init__(self, code: str, reason: str) -> None:
-        super().__init__(reason)
-        self.code = code
 
 
 class Commits:
@@ -44,16 +36,25 @@ class Commits:
     # -- append -------------------------------------------------------------------------------------------------------
 
     async def append(self, replica: LocalReplica, raw: Message, token: int, payload: bytes) -> None:
-        """Put the entry into the log; returns when it is there. Raises AppendRefused or RequestError."""
+        """Put the entry into the log; returns when it is there.
+
+        Raises Refused (`fenced`, `too_large`, `unavailable`) or RequestError.
+        """
         try:
             entry = entry_from_wire(raw, payload)
         except EntryError as err:
             raise RequestError(str(err)) from err
+        # It outlives a lost socket; the replica repeats the request and joins it.
+        if replica.appending is None or replica.appending.done() or replica.appending.get_name() != _work(entry.n):
+            replica.appending = self._site.spawn(self._append(replica, entry, token), _work(entry.n))
+        await asyncio.shield(replica.appending)
+
+    async def _append(self, replica: LocalReplica, entry: LogEntry, token: int) -> None:
         if self._appended(replica, entry.n, token):
             return
         held = replica.held
         if held is None or held.n != entry.n or not held.knows(token):
-            raise AppendRefused("fenced", f"replica {replica.id.index} does not hold the claim of execution {entry.n}")
+            raise Refused("fenced", f"replica {replica.id.index} does not hold the claim of execution {entry.n}")
         entry = replace(entry, replica=replica.id.index, incarnation=replica.incarnation, at=time.time())
         entry = await self._fitting(replica, entry)
         await self._append_txn(replica, held, entry)
@@ -77,7 +78,7 @@ class Commits:
         spill = statelog.spill(entry)
         if not spill.fits:
             size = statelog.size_of(spill.record)
-            raise AppendRefused("too_large", f"entry {entry.n} has {size} bytes without its values, limit {ENTRY_LIMIT}")
+            raise Refused("too_large", f"entry {entry.n} has {size} bytes without its values, limit {ENTRY_LIMIT}")
         owner = self._owner(replica)
         for digest, data in spill.blobs.items():
             await asyncio.to_thread(self._site.blobs.put, owner, digest, data)
@@ -95,15 +96,15 @@ class Commits:
                 outcome = election.classify_append(entry.n, token, await self._site.commit(txn))
             except EtcdUnavailable:
                 if replica.handle is None:
-                    raise AppendRefused("unavailable", self._site.away_text()) from None
+                    raise Refused("unavailable", self._site.away_text()) from None
                 await asyncio.sleep(RETRY_LAST / 4)
                 continue
             except EtcdError as err:
-                raise AppendRefused("unavailable", f"etcd refused the entry: {err}") from err
+                raise Refused("unavailable", f"etcd refused the entry: {err}") from err
             if not isinstance(outcome, election.Fenced):
                 return
             if outcome.decided or not await self._renewed(replica, held, token):
-                raise AppendRefused("fenced", outcome.reason)
+                raise Refused("fenced", outcome.reason)
 
     async def _renewed(self, replica: LocalReplica, held: Held, token: int) -> bool:
         """Whether the claim that ended with its lease is ours again (or was replaced meanwhile by its renewal)."""
@@ -145,13 +146,9 @@ class Commits:
             return
         reason = f"execution {held.n} was taken over while host {self._site.host} was cut off"
         log.warning("%s is fenced: %s", replica.name, reason)
-        replica.held, grant = None, held.grant
+        # The process still has the device: its grant, saved in the run directory, ends with it.
+        replica.held = None
         replica.end(f"fenced: {reason}")
-        if grant is not None and replica.handle is None:
-            self._bidding.grant_ended(grant.grant)
-        elif grant is not None:
-            # The process still has the device: its grant ends with it.
-            replica.orphaned = grant
 
     async def renew(self, replica: LocalReplica, held: Held) -> bool:
         """Claim n again under the present lease. The new token is pushed to the replica."""
@@ -182,12 +179,9 @@ class Commits:
         """Its process is gone: what it held ends at once here, and in etcd as soon as that answers."""
         self._bidding.replica_died(replica)
         held, replica.held = replica.held, None
-        orphaned, replica.orphaned = replica.orphaned, None
-        if orphaned is not None:
-            self._site.rundir.save_grant(replica.id, None)
-            self._bidding.grant_ended(orphaned.grant)
-            self._delete_grant(orphaned)
         if held is None:
+            # What it was granted before a restart of the daemon, or before its claim was lost.
+            self.drop_saved_grant(replica)
             return
         grant = held.grant
         self.end_grant(replica, held, recorded=False)
@@ -221,26 +215,59 @@ class Commits:
 
     async def resume(self, replica: LocalReplica, n: int, token: int) -> None:
         """A replica that this daemon does not know to hold anything says that it runs n: check, and take it up."""
-        view = self._site.view(replica.id.kernel)
-        if view is None or self._appended(replica, n, token) or replica.held is not None:
+        if self._appended(replica, n, token):
+            self.drop_saved_grant(replica)
             return
-        grant = self._site.rundir.load_grant(replica.id)
-        grant = grant if grant is not None and grant.grant in self._site.ledger.grants else None
-        claim = view.claim_of(n)
-        if claim is not None and (claim.record.replica, claim.record.host) == (replica.id.index, self._site.host):
-            replica.held = Held(n, claim.token, claim.record, grant, {token})
-            if claim.token != token:
-                replica.push({"type": "token", "n": n, "token": claim.token})
+        if self.take_up(replica, n):
+            assert replica.held is not None
+            replica.held.old_tokens.add(token)
+            if replica.held.token != token:
+                replica.push({"type": "token", "n": n, "token": replica.held.token})
             return
-        record = _claim_record(replica, n, self._site.host, grant)
-        replica.held = Held(n, token, record, grant)
+        grant = self._saved_grant(replica)
+        replica.held = Held(n, token, _claim_record(replica, n, self._site.host, grant), grant)
         await self.renew_or_end(replica, replica.held)
+
+    def take_up(self, replica: LocalReplica, n: int) -> bool:
+        """Whether the replica holds claim n in etcd; this daemon knows it from then on."""
+        view = self._site.view(replica.id.kernel)
+        claim = view.claim_of(n) if view is not None and replica.held is None else None
+        if claim is None or (claim.record.replica, claim.record.host) != (replica.id.index, self._site.host):
+            return False
+        replica.held = Held(n, claim.token, claim.record, self._saved_grant(replica))
+        return True
+
+    def give_up(self, replica: LocalReplica, n: int, token: int, reason: str) -> None:
+        """The replica lives, but will never run n, whose claim it has."""
+        held, replica.held = replica.held, None
+        grant = held.grant if held is not None else self._saved_grant(replica)
+        self.drop_saved_grant(replica)
+        if held is not None:
+            self.end_grant(replica, held, recorded=False)
+        work = self.abandon(replica.id.kernel, n, token, reason, grant, replica.incarnation)
+        self._site.spawn(work, f"abandoning execution {n} of {replica.name}")
+
+    def drop_saved_grant(self, replica: LocalReplica) -> None:
+        """A grant of before the restart that nothing runs under any more."""
+        grant = self._saved_grant(replica)
+        self._site.rundir.save_grant(replica.id, None)
+        if grant is not None and (replica.held is None or replica.held.grant is None):
+            self._bidding.grant_ended(grant.grant)
+            self._delete_grant(grant)
+
+    def _saved_grant(self, replica: LocalReplica) -> GrantRecord | None:
+        grant = self._site.rundir.load_grant(replica.id)
+        return grant if grant is not None and grant.grant in self._site.ledger.grants else None
 
     def _owner(self, replica: LocalReplica) -> str:
         view = self._site.view(replica.id.kernel)
         if view is None or view.spec is None:
-            raise AppendRefused("fenced", f"kernel {replica.id.kernel} is gone")
+            raise Refused("fenced", f"kernel {replica.id.kernel} is gone")
         return view.spec.owner
+
+
+def _work(n: int) -> str:
+    return f"appending entry {n}"
 
 
 def _claim_record(replica: LocalReplica, n: int, host: str, grant: GrantRecord | None) -> ClaimRecord:

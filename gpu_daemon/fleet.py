@@ -1,4 +1,4 @@
-"""Which replicas of this host to start, stop and report, without IO: the records say what should be, this says what to do.
+"""Which replicas of this host to start, stop and report, without IO: records say what should be, this says what to do.
 
 Guarantees: at most one process per replica; a new incarnation starts only after the old process is gone; a replica that
 died is started again, at once after its first death and more slowly (0.2 s doubling to 10 s) while it keeps dying soon
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 FIRST_BACKOFF = 0.2
 LAST_BACKOFF = 10.0
@@ -23,7 +23,8 @@ HEAD_START = 4.0
 """Seconds that the first replica of a fresh kernel has the machine for itself."""
 
 
-class ReplicaId(NamedTuple):
+@dataclass(frozen=True, order=True)
+class ReplicaId:
     kernel: str
     index: int
 

@@ -272,15 +272,14 @@ class Ledger:
         if len(idle) < resources.gpus:
             count = sum(b.idle for b in self._books.values())
             return Busy(
-                f"{describe(resources)} asked, {count} of {len(self._books)} GPUs of host {self.host} free" + self._users()
+                f"{describe(resources)} asked, {count} of {len(self._books)} GPUs of host {self.host} free"
+                + self._users()
             )
         chosen = sorted(idle, key=lambda b: (b.device.memory, b.device.index))[: resources.gpus]
         return Fit(tuple(_whole(b.device, resources.memory) for b in sorted(chosen, key=lambda b: b.device.index)))
 
     def _fit_slice(self, resources: Resources, books: Sequence[_Book]) -> Fit | Busy:
-        fitting = [
-            b for b in books if b.free_tpcs >= resources.tpcs and b.free_memory >= share_of(b.device, resources)
-        ]
+        fitting = [b for b in books if b.free_tpcs >= resources.tpcs and b.free_memory >= share_of(b.device, resources)]
         if not fitting:
             free = max((b.free_tpcs for b in books), default=0)
             memory = max((b.free_memory for b in books), default=0)
@@ -304,7 +303,9 @@ class Ledger:
             )
         models = sorted({b.device.model for b in self._books.values() if b.device.healthy})
         has = f"has {', '.join(models)}" if models else "has no healthy GPU"
-        return f"the cell asks for {describe(resources)}, host {self.host} {has}; ask for one of these, or for any model"
+        return (
+            f"the cell asks for {describe(resources)}, host {self.host} {has}; ask for one of these, or for any model"
+        )
 
     def _error(self, what: str) -> LedgerError:
         return LedgerError(what + "\nlatest steps:\n  " + "\n  ".join(self._story))

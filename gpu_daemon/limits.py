@@ -22,5 +22,7 @@ def over_limit(asked: Resources, limit: Resources, devices: Iterable[Device]) ->
     memory = asked.memory or max((share_of(device, asked) for device in devices), default=0)
     if limit.memory and memory > limit.memory:
         most = f"{limit.memory / GIB:.1f} GiB"
-        return f"the cell asks for {what} ({memory / GIB:.1f} GiB a device), this kernel may use {most}; name at most that"
+        return (
+            f"the cell asks for {what} ({memory / GIB:.1f} GiB a device), this kernel may use {most}; name at most that"
+        )
     return ""

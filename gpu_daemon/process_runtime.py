@@ -44,8 +44,8 @@ class ProcessHandle(Handle):
     async def wait(self) -> Exit:
         if self._exit is None:
             loop = asyncio.get_running_loop()
-            gone = loop.create_future()
-            loop.add_reader(self._pidfd, lambda: gone.done() or gone.set_result(None))
+            gone: asyncio.Future[None] = loop.create_future()
+            loop.add_reader(self._pidfd, _settle, gone)
             try:
                 await gone
             finally:
@@ -60,6 +60,10 @@ class ProcessHandle(Handle):
             # Should user code have left its group (setsid), the replica itself still goes.
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def owns(self, pid: int) -> bool:
+        # The replica itself, not what user code started: that runs under the same user and could open the socket.
+        return pid == self.pid
 
     def forget(self) -> None:
         """Look at this process no more; it goes on."""
@@ -82,6 +86,11 @@ class ProcessHandle(Handle):
                 result = Exit(code=code) if code >= 0 else Exit(signal=-code)
         os.close(self._pidfd)
         return result
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 class ProcessRuntime(ReplicaRuntime):

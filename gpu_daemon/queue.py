@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from gpu_daemon.ledger import Busy, Impossible, Ledger, Request
 from nbos_cluster.records import GrantRecord
@@ -258,7 +258,7 @@ class FairQueue:
         return out
 
     def _next(self, now: float) -> Admit | Refuse | None:
-        """The first request, in order, that goes in (or can never go in any more); the first blocked one is the head."""
+        """The first request, in order, that goes in (or never can any more); the first blocked one is the head."""
         closed: frozenset[str] = frozenset()
         for place, name in enumerate(self.order(now)):
             waiting = self._waiting[name]

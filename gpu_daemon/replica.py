@@ -52,11 +52,10 @@ class LocalReplica:
     held: Held | None = None
     appended: tuple[int, int] = (-1, 0)
     """n and token of the newest entry that this replica appended."""
+    appending: asyncio.Task[None] | None = None
     applied: int = -1
     python: str = ""
     lost: dict[str, str] = field(default_factory=dict)
-    orphaned: GrantRecord | None = None
-    """The grant of a claim that was lost; the process that uses it is being ended, and the grant ends with it."""
     death_reason: str = ""
     """Why the daemon itself ended it (memory limit, …): told instead of the signal."""
 
@@ -95,4 +94,5 @@ class LocalReplica:
 
     def begin(self) -> None:
         """A new process starts: what the old one knew and held is gone."""
-        self.held, self.applied, self.lost, self.python, self.death_reason = None, -1, {}, "", ""
+        self.held, self.appended, self.appending = None, (-1, 0), None
+        self.applied, self.lost, self.python, self.death_reason = -1, {}, "", ""

@@ -1,7 +1,7 @@
 """What a daemon keeps on its own disk, so that after a crash it finds its lease, its replicas and their grants again.
 
     <run>/lease.json                the lease's id
-    <run>/r/<12 digits>-<index>/    one replica: replica.json, grant.json, connection.json, process.json, log, s (socket)
+    <run>/r/<12 digits>-<index>/    one replica: replica.json, grant, connection.json, process.json, log, s (socket)
 
 Everything is for this user alone (folders 0700, files 0600). Names are short because the path of a Unix socket may have
 107 bytes only.
@@ -39,7 +39,7 @@ class RunDir:
         self._lock: IO[bytes] | None = None
 
     def open(self) -> None:
-        """Make the folders and take the lock. Raises RunDirError when another daemon uses it or its path is too long."""
+        """Make the folders and take the lock. Raises RunDirError when another daemon has it or its path is too long."""
         longest = self.socket(ReplicaId("k", 99))
         size = len(os.fsencode(longest))
         if size > SOCKET_PATH_LIMIT:
@@ -54,7 +54,9 @@ class RunDir:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as err:
-            raise RunDirError(f"another gpu_daemon uses {self.path}; give each daemon a run directory of its own") from err
+            raise RunDirError(
+                f"another gpu_daemon uses {self.path}; give each daemon a run directory of its own"
+            ) from err
 
     def close(self) -> None:
         if self._lock is not None:

@@ -76,6 +76,10 @@ class Handle(ABC):
         """End it now, with all that it started. No error when it is gone already. `wait` then returns."""
 
     @abstractmethod
+    def owns(self, pid: int) -> bool:
+        """Whether the process `pid` (as this host counts) may use this replica's socket. Asked at `hello`."""
+
+    @abstractmethod
     def memory(self) -> int:
         """Bytes of resident memory; 0 when it is gone. Called about twice a second for kernels with a limit."""
 
@@ -89,4 +93,4 @@ class ReplicaRuntime(ABC):
 
     @abstractmethod
     async def find(self, folder: Path) -> Handle | None:
-        """The replica that an earlier daemon started in this folder, when it still runs. Called at the daemon's start."""
+        """The replica that an earlier daemon started in this folder, when it still runs. Called at its start."""

@@ -35,6 +35,14 @@ RETRY_FIRST = 0.1
 RETRY_LAST = 1.0
 
 
+class Refused(RuntimeError):
+    """A request is answered with `ok` false: nothing is broken. `code` is what the answer's `error` says."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
 @dataclass(frozen=True)
 class Settings:
     """What was configured. address: what other hosts call this host. ip: what replicas bind to."""
@@ -95,7 +103,8 @@ class Site:
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, Refused):
             log.error("%s failed", task.get_name(), exc_info=error)
 
     async def cancel_tasks(self) -> None:

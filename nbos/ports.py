@@ -34,7 +34,7 @@ def holder(port: int) -> str:
     except psutil.AccessDenied:
         listening = []
     for connection in listening:
-        if connection.laddr.port == port and connection.pid:
+        if connection.laddr and connection.laddr.port == port and connection.pid:
             try:
                 return f"process {connection.pid} ({psutil.Process(connection.pid).name()})"
             except psutil.NoSuchProcess:
@@ -46,7 +46,8 @@ def check_public(ip: str, port: int) -> None:
     """Raise PortInUse unless `port` can be listened on."""
     if not is_free(ip, port):
         raise PortInUse(
-            f"port {port} on {ip} is in use by {holder(port)}; end that, or choose another one: nbos up --port {port + 10}"
+            f"port {port} on {ip} is in use by {holder(port)}; end that, or choose another one: "
+            f"nbos up --port {port + 10}"
         )
 
 

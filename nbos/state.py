@@ -1,10 +1,11 @@
-"""The state directory of one embedded NBOS: where everything lies, who may read it, and that only one `nbos up` uses it.
+"""The state directory of one embedded NBOS: where everything lies, who may read it, and that only one `nbos
+up` uses it.
 
     lock  nbos.json  ports.json  password  admin-password  token  secrets.json
     tls/  etcd/  hub/  homes/<user>/  hosts/<host>/  logs/<process>.log
 
-It must guarantee: the directory and every secret in it are for this user alone, from the moment they exist; files are
-replaced whole or not at all; two `nbos up` never work on the same directory.
+It must guarantee: the directory and every secret in it are for this user alone, from the moment they exist;
+files are replaced whole or not at all; two `nbos up` never work on the same directory.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from pathlib import Path
 from typing import IO, Any
 
 SOCKET_ROOM = 70
-"""Bytes a host's run directory may have: its sockets lie 30 deeper, and a Unix socket's path has 107 at most."""
+"""Bytes a host's run directory may have: its sockets lie 30 deeper, and a Unix socket's path has 107 at
+most."""
 
 
 class StateError(RuntimeError):
@@ -85,7 +87,8 @@ class StateDir:
         return self.path / "hosts" / name
 
     def run_dir(self, host: str) -> Path:
-        """Where a host's daemon keeps its sockets: in the state directory unless that path is too long for them."""
+        """Where a host's daemon keeps its sockets: in the state directory unless that path is too long for
+        them."""
         near = self.host(host) / "run"
         if len(os.fsencode(near)) <= SOCKET_ROOM:
             return near
@@ -105,7 +108,8 @@ class StateDir:
             raise StateError(f"{self.path} cannot be used: {err.strerror}; choose another --state-dir") from err
 
     def make_run_dir(self, host: str) -> Path:
-        """The host's run directory, for this user alone. Raises StateError when somebody else made it first."""
+        """The host's run directory, for this user alone. Raises StateError when somebody else made it
+        first."""
         path = self.run_dir(host)
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         for folder in (path, path.parent):

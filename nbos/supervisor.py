@@ -1,8 +1,10 @@
-"""Child processes of `nbos up`: started, watched, started again when they die, and ended, with all they left behind.
+"""Child processes of `nbos up`: started, watched, started again when they die, and ended, with all they left
+behind.
 
-It must guarantee: nothing that was started, or that a child of it started, outlives `stop`; a child that dies is
-started again after a growing pause, with a line that says so; children end when this process is killed.
-Children get a session of their own, so that Ctrl-C in the terminal reaches only us and the order of ending is ours.
+It must guarantee: nothing that was started, or that a child of it started, outlives `stop`; a child that dies
+is started again after a growing pause, with a line that says so; children end when this process is killed.
+Children get a session of their own, so that Ctrl-C in the terminal reaches only us and the order of ending is
+ours.
 """
 
 from __future__ import annotations

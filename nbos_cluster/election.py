@@ -84,9 +84,7 @@ def renew_claim(
     return _claim(kernel, n, epoch, claim, grant, lease)
 
 
-def _claim(
-    kernel: str, n: int, epoch: Epoch, record: ClaimRecord, grant: GrantRecord | None, lease: int
-) -> Txn:
+def _claim(kernel: str, n: int, epoch: Epoch, record: ClaimRecord, grant: GrantRecord | None, lease: int) -> Txn:
     if record.n != n or n < 1:
         raise ValueError(f"the claim record is for execution {record.n}, the claim for {n} (from 1 on)")
     claim_key, log_key = keys.claim(kernel, n), keys.log_entry(kernel, n)
@@ -129,9 +127,7 @@ def append(kernel: str, entry: LogEntry, token: int, *, grant_key: str = "") -> 
     needs no comparison of its own.
     """
     if entry.token != token:
-        raise ValueError(
-            f"entry {entry.n} carries token {entry.token}, the claim has {token}; put the claim's in"
-        )
+        raise ValueError(f"entry {entry.n} carries token {entry.token}, the claim has {token}; put the claim's in")
     log_key, claim_key = keys.log_entry(kernel, entry.n), keys.claim(kernel, entry.n)
     success = [op_put(log_key, records.encode(entry)), op_delete(claim_key)]
     if grant_key:

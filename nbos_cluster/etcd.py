@@ -214,9 +214,7 @@ class Etcd:
         request = rpc.DeleteRangeRequest(key=prefix.encode(), range_end=prefix_end(prefix).encode())
         return int((await self.call(_delete, request)).deleted)
 
-    async def txn(
-        self, compare: Sequence[Compare], success: Sequence[Op], failure: Sequence[Op] = ()
-    ) -> TxnResult:
+    async def txn(self, compare: Sequence[Compare], success: Sequence[Op], failure: Sequence[Op] = ()) -> TxnResult:
         return txn_result(await self.call(_txn, txn_request(compare, success, failure)))
 
     async def commit(self, txn: Txn) -> TxnResult:

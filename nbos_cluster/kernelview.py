@@ -9,6 +9,7 @@ out of the view and named in `errors`; the others are not held up by it.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from . import keys, records
@@ -32,13 +33,7 @@ class Delta:
 
     def __bool__(self) -> bool:
         return bool(
-            self.spec
-            or self.epoch
-            or self.checkpoint
-            or self.gone
-            or self.entries
-            or self.replicas
-            or self.claims
+            self.spec or self.epoch or self.checkpoint or self.gone or self.entries or self.replicas or self.claims
         )
 
 
@@ -102,9 +97,7 @@ class KernelView:
         start, state = applied + 1, None
         if self.checkpoint is not None and applied < self.checkpoint.upto:
             start, state = self.checkpoint.upto + 1, self.checkpoint
-        reset = max(
-            (n for n, entry in self.log.items() if entry.kind == "reset" and n >= start), default=None
-        )
+        reset = max((n for n, entry in self.log.items() if entry.kind == "reset" and n >= start), default=None)
         if reset is not None and (state is not None or applied < 0):
             state, start = fold(state, self.entries(start, reset)), reset + 1
         return state, self.entries(start, self.last)
@@ -144,7 +137,8 @@ class KernelView:
             if event.kind == "put":
                 self._put(event.kv, delta)
             else:
-                self._delete(event.kv.key, delta)
+                with suppress(RecordError):  # a key that is no record was never in the view
+                    self._delete(event.kv.key, delta)
         return self._finish(delta, revision)
 
     def _finish(self, delta: Delta, revision: int) -> Delta:
@@ -177,11 +171,12 @@ class KernelView:
         try:
             self._put_record(kv, delta)
         except RecordError as err:
-            self._delete(kv.key, delta)
+            with suppress(RecordError):
+                self._delete(kv.key, delta)  # what stood there before is no longer true
             self.errors[kv.key] = str(err)
 
     def _put_record(self, kv: KV, delta: Delta) -> None:
-        kind, _, rest = kv.key[len(self._prefix) :].partition("/")
+        kind, number = self._split(kv.key)
         if kind == "spec" and kv.mod_revision != self.spec_rev:
             self.spec, self.spec_rev, delta.spec = records.decode(kv.value, KernelSpec), kv.mod_revision, True
             self.born = kv.create_revision
@@ -191,13 +186,21 @@ class KernelView:
             self.checkpoint, self.checkpoint_rev = records.decode(kv.value, Checkpoint), kv.mod_revision
             delta.checkpoint = True
         elif kind == "replicas":
-            self._put_replica(int(rest), records.decode(kv.value, ReplicaRecord), delta)
+            self._put_replica(number, records.decode(kv.value, ReplicaRecord), delta)
         elif kind == "claims":
-            self._put_claim(
-                int(rest), Held(records.decode(kv.value, ClaimRecord), kv.mod_revision, kv.lease), delta
-            )
-        elif kind == "log" and self.log_revs.get(int(rest)) != kv.mod_revision:
+            record = records.decode(kv.value, ClaimRecord)
+            self._put_claim(number, Held(record, kv.mod_revision, kv.lease), delta)
+        elif kind == "log" and self.log_revs.get(number) != kv.mod_revision:
             self._put_entry(kv, records.decode(kv.value, LogEntry), delta)
+
+    def _split(self, key: str) -> tuple[str, int]:
+        """Which record a key of this kernel is: `("log", 7)`, `("spec", -1)`."""
+        kind, _, rest = key[len(self._prefix) :].partition("/")
+        if kind not in ("replicas", "claims", "log"):
+            return ("" if rest else kind), -1
+        if not rest.isdecimal():
+            raise RecordError(f"{key} does not end in a number")
+        return kind, int(rest)
 
     def _put_replica(self, index: int, record: ReplicaRecord, delta: Delta) -> None:
         if self.replicas.get(index) != record:
@@ -220,20 +223,20 @@ class KernelView:
             self._executor = entry.replica
 
     def _delete(self, key: str, delta: Delta) -> None:
-        self.errors.pop(key, None)
-        kind, _, rest = key[len(self._prefix) :].partition("/")
+        if self.errors.pop(key, None) is not None:
+            return
+        kind, n = self._split(key)
         if kind == "spec" and self.spec is not None:
             self.spec, self.spec_rev, delta.spec, delta.gone = None, 0, True, True
         elif kind == "epoch":
             self.epoch, self.epoch_rev, delta.epoch = None, 0, True
         elif kind == "checkpoint":
             self.checkpoint, self.checkpoint_rev, delta.checkpoint = None, 0, True
-        elif kind == "replicas" and self.replicas.pop(int(rest), None) is not None:
-            delta.replicas.add(int(rest))
-        elif kind == "claims" and self.claims.pop(int(rest), None) is not None:
-            delta.claims.add(int(rest))
+        elif kind == "replicas" and self.replicas.pop(n, None) is not None:
+            delta.replicas.add(n)
+        elif kind == "claims" and self.claims.pop(n, None) is not None:
+            delta.claims.add(n)
         elif kind == "log":
-            n = int(rest)
             self.log.pop(n, None)
             self.log_sizes.pop(n, None)
             self.log_revs.pop(n, None)

@@ -10,12 +10,12 @@ import re
 
 PREFIX = "/nbos/v1"
 
-_SAFE = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+_SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def checked(identifier: str, what: str = "identifier") -> str:
     """Return `identifier` when it may stand in a key; raise ValueError that says what is wrong otherwise."""
-    if not _SAFE.match(identifier):
+    if not _SAFE.fullmatch(identifier):
         raise ValueError(
             f"{what} {identifier[:140]!r} may hold only letters, digits, '.', '_' and '-', "
             "must begin with a letter or digit, and has at most 128 characters"

@@ -55,9 +55,7 @@ def classify_create(spec: KernelSpec, result: TxnResult) -> Created | Exists:
         return Created(result.revision)
     found = result.responses[0]
     if not found:
-        raise records.RecordError(
-            f"kernel {spec.kernel} has an epoch but no spec; delete what is left of it first"
-        )
+        raise records.RecordError(f"kernel {spec.kernel} has an epoch but no spec; delete what is left of it first")
     if found[0].value == records.encode(spec):
         return Created(found[0].mod_revision)
     return Exists(records.decode(found[0].value, KernelSpec))

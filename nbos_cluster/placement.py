@@ -75,9 +75,7 @@ def unfit(host: HostRecord, needs: Resources) -> str:
     return ""
 
 
-def place(
-    spec: KernelSpec, hosts: Mapping[str, HostLoad], existing: Mapping[str, str] | None = None
-) -> dict[str, str]:
+def place(spec: KernelSpec, hosts: Mapping[str, HostLoad], existing: Mapping[str, str] | None = None) -> dict[str, str]:
     """Host name by replica index ("0" … "replicas-1"), as `KernelSpec.placement` holds it.
 
     existing: replicas that stand already; those on hosts that still live stay where they are. Raises NoRoom.

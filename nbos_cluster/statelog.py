@@ -40,6 +40,9 @@ HISTORY_INPUTS = 500
 HISTORY_BYTES = 128 * 1024
 FOLD_ENTRIES = 64
 FOLD_BYTES = 256 * 1024
+CHECKPOINT_LIMIT = 1024 * 1024
+"""Bytes of a checkpoint in etcd; it holds every variable, so it may be larger than an entry (etcd: 1.5 MB)."""
+
 LAG_FACTOR = 4
 """How many times the limits above a lagging replica may hold a fold back, before it gets a whole state
 instead."""
@@ -136,11 +139,14 @@ class Spill:
     fits: bool
 
 
-def spill(record: Checkpoint | LogEntry, limit: int = ENTRY_LIMIT) -> Spill:
+def spill(record: Checkpoint | LogEntry, limit: int | None = None) -> Spill:
     """Move inline frames to blobs, largest first, until the record takes at most `limit` bytes in etcd.
 
-    Nothing moves while it fits. Frames smaller than what a hash takes stay.
+    Nothing moves while it fits. Frames smaller than what a hash takes stay. A checkpoint that is still too
+    large gives up its oldest inputs: they are a convenience, the state is not.
     """
+    if limit is None:
+        limit = CHECKPOINT_LIMIT if isinstance(record, Checkpoint) else ENTRY_LIMIT
     over = size_of(record) - limit
     moved: set[Frame] = set()
     frames = {f for c in record.components for f in c.frames if f.data is not None and f.size > _HASH_COST}
@@ -151,6 +157,8 @@ def spill(record: Checkpoint | LogEntry, limit: int = ENTRY_LIMIT) -> Spill:
         over -= frame.size - _HASH_COST
     blobs: dict[str, bytes] = {}
     new = _map_frames(record, lambda frame: _to_blobs(frame, blobs) if frame in moved else frame)
+    while isinstance(new, Checkpoint) and new.history and size_of(new) > limit:
+        new = replace(new, history=new.history[len(new.history) // 2 + 1 :])
     return Spill(new, blobs, size_of(new) <= limit)
 
 

@@ -142,17 +142,13 @@ def _frame(raw: object, payload: bytes) -> Frame:
     if "at" in item:
         at = _count(item, "at")
         if at + size > len(payload):
-            raise EntryError(
-                f"a frame of {size} bytes at {at} is outside the payload of {len(payload)} bytes"
-            )
+            raise EntryError(f"a frame of {size} bytes at {at} is outside the payload of {len(payload)} bytes")
         return Frame(size=size, data=payload[at : at + size])
     hashes = _texts(item.get("blobs"), "blobs")
     if not all(_HASH.fullmatch(h) for h in hashes):
         raise EntryError("a frame's blobs are sha256 hashes in lower-case hex")
     if size > len(hashes) * BLOB_CHUNK or (size == 0) != (not hashes):
-        raise EntryError(
-            f"a frame of {size} bytes does not fit {len(hashes)} blobs of at most {BLOB_CHUNK} bytes"
-        )
+        raise EntryError(f"a frame of {size} bytes does not fit {len(hashes)} blobs of at most {BLOB_CHUNK} bytes")
     return Frame(size=size, blobs=hashes)
 
 
@@ -162,9 +158,7 @@ def _effects(raw: object) -> Effects:
     environ = _dict(item.get("environ") or {}, "environ")
     return Effects(
         cwd=None if cwd is None else _text(item, "cwd"),
-        environ={
-            _str(k, "environ"): None if v is None else _str(v, "environ", 0) for k, v in environ.items()
-        },
+        environ={_str(k, "environ"): None if v is None else _str(v, "environ", 0) for k, v in environ.items()},
         sys_path=None if path is None else _texts(path, "sys_path"),
         packages=_table(item.get("packages") or {}, "packages"),
     )

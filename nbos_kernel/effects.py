@@ -1,7 +1,7 @@
 """What a cell changes outside the namespace: working directory, environment, sys.path, installed packages.
 
-`Watcher.changes()` compares with what it saw last; `apply()` brings a standby to the same place and returns what it could not
-do. Variables that belong to one replica (its grant, its own NBOS_ settings) are never carried over.
+`Watcher.changes()` compares with what it saw last; `apply()` brings a standby to the same place and returns what
+it could not do. Variables that belong to one replica (its grant, its own NBOS_ settings) are never carried over.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Watcher:
         self._packages: dict[str, str] | None = None
 
     def prepare(self) -> None:
-        """Called before the first cell: the versions to compare with, when a cell installs something. Costs some 10 ms."""
+        """Called before the first cell: the versions to compare with, when a cell installs something. Costs some
+        10 ms."""
         if self._packages is None:
             self._packages = _versions()
 
@@ -73,7 +74,6 @@ class Watcher:
         if effects.get("sys_path") is not None:
             sys.path[:] = effects["sys_path"]
             importlib.invalidate_caches()
-        failed.update(_install(effects.get("packages") or {}))
         self._cwd, self._environ, self._sys_path = _cwd(), _environ(), list(sys.path)
         self._sites = _site_marks()
         return failed
@@ -117,8 +117,9 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _install(packages: Mapping[str, str]) -> dict[str, str]:
-    """Install what is not there yet, exactly in these versions, without their dependencies (which stand in the same list)."""
+def install(packages: Mapping[str, str]) -> dict[str, str]:
+    """Install what is not there yet, exactly in these versions, without their dependencies (which stand in the
+    same list)."""
     importlib.invalidate_caches()
     here = _versions() if packages else {}
     missing = [f"{name}=={version}" for name, version in packages.items() if here.get(name) != version]

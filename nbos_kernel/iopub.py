@@ -1,8 +1,9 @@
 """Outputs carry the fencing token: every iopub message leaves with the topic `nbos.<token>.` + ipykernel's own.
 
-The router passes on only what carries the current claim's token, so an executor that was cut off cannot speak for its
-cell any more. The prefix is put on in the IOPub thread, when a message leaves: a token that the daemon renewed in the
-middle of a cell holds for everything from then on. Messages of forked children pass the parent once and are prefixed there.
+The router passes on only what carries the current claim's token, so an executor that was cut off cannot speak
+for its cell any more. The prefix is put on in the IOPub thread, when a message leaves: a token that the daemon
+renewed in the middle of a cell holds for everything from then on. Messages of forked children pass the parent
+once and are prefixed there.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class FencedIOPubThread(IOPubThread):
 class LazyOutStream(OutStream):
     """An OutStream whose flush costs nothing when nothing was written.
 
-    ipykernel flushes both streams three times a cell, each time waking the IOPub thread and waiting for it: half of the
-    latency of a cell that prints nothing. Order is kept without the wait: a message that was already handed to the
-    IOPub thread leaves before whatever is handed to it later.
+    ipykernel flushes both streams three times a cell, each time waking the IOPub thread and waiting for it: half
+    of the latency of a cell that prints nothing. Order is kept without the wait: a message that was already
+    handed to the IOPub thread leaves before whatever is handed to it later.
     """
 
     def flush(self) -> None:

@@ -1,12 +1,14 @@
 """The replica's one connection to its daemon: requests with exactly one reply each, and what the daemon pushes.
 
-Guarantees: a request made while the daemon is away, or not answered when it went, is sent again after `hello` on the
-next connection, in the order of the first sending; every future ends. Reconnecting never gives up (50 ms to 1 s).
+Guarantees: a request made while the daemon is away, or not answered when it went, is sent again after `hello` on
+the next connection, in the order of the first sending; every future ends. Reconnecting never gives up (50 ms to
+1 s).
 
-Threads: a reader thread of its own ("NBOS link") with a plain blocking socket reads everything, so that membership, a
-renewed token and the control channel's questions get through while a cell blocks the main loop. Any thread may write:
-it does so itself, under a lock, so that a bid costs one system call and one wake-up each way instead of two event
-loops (measured: 60 µs a request against an echo, 250 µs through an asyncio loop in another thread).
+Threads: a reader thread of its own ("NBOS link") with a plain blocking socket reads everything, so that
+membership, a renewed token and the control channel's questions get through while a cell blocks the main loop.
+Any thread may write: it does so itself, under a lock, so that a bid costs one system call and one wake-up each
+way instead of two event loops (measured: 60 µs a request against an echo, 250 µs through an asyncio loop in
+another thread).
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ class Request:
 
 
 class Link:
-    """`path`: the daemon's socket. `hello()` gives the fields of the first message of each connection, `greeted` gets
-    its reply, `pushed` gets what comes without being asked for; both are called on the link's thread."""
+    """`path`: the daemon's socket. `hello()` gives the fields of the first message of each connection, `greeted`
+    gets its reply, `pushed` gets what comes without being asked for; both are called on the link's thread."""
 
     def __init__(
         self,
@@ -151,7 +153,7 @@ class Link:
                     self._take(*wire.receive(self._connection()))
             except (OSError, EOFError) as err:
                 self._log.debug("NBOS: no connection to the daemon at %s: %s", self._path, err)
-            except Exception:  # the thread must live: a push that cannot be handled must not cut the replica off
+            except Exception:  # noqa: BLE001 - the thread must live: a push that cannot be handled must not cut the replica off
                 self._log.exception("NBOS: a message of the daemon could not be handled")
             self._drop()
             if self._stopped.wait(delay):

@@ -1,9 +1,9 @@
 """Names whose values could not be replicated: touching one says so, instead of a plain NameError.
 
-A lost name is absent from the namespace, so that `del`, assignment, `globals()` and completion see the truth. Python then
-looks into the namespace's `__builtins__`, which on a replica with lost names is a LostBuiltins: it raises NotReplicatedError.
-Without lost names the real builtins stand there, at full speed. Functions made earlier keep the builtins they were made
-with; for those the plain NameError gets a note (`explain`).
+A lost name is absent from the namespace, so that `del`, assignment, `globals()` and completion see the truth.
+Python then looks into the namespace's `__builtins__`, which on a replica with lost names is a LostBuiltins: it
+raises NotReplicatedError. Without lost names the real builtins stand there, at full speed. Functions made
+earlier keep the builtins they were made with; for those the plain NameError gets a note (`explain`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class LostBuiltins(dict[str, Any]):
         self.refresh()
 
     def refresh(self) -> None:
-        """Take the builtins as they are now; called before each cell. `input` is swapped during a cell: always live."""
+        """Take the builtins as they are now; called before each cell. `input` is swapped during a cell: always
+        live."""
         self.clear()
         self.update(builtins.__dict__)
         self.pop("input", None)

@@ -1,4 +1,5 @@
-"""What a cell asks of the GPUs: `%%gpu …` or `%%cpu` in its first line, else its metadata, else the kernel's default.
+"""What a cell asks of the GPUs: `%%gpu …` or `%%cpu` in its first line, else its metadata, else the kernel's
+default.
 
     %%gpu 2                     two whole devices
     %%gpu 1 model=H100          a device of a model

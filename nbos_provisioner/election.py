@@ -14,6 +14,8 @@ SILENCE = 0.15
 
 FIRST_RETRY = 0.05
 LAST_RETRY = 1.0
+SURE = 0.4
+"""Once the pause between questions has grown to this, an answer that all give is believed."""
 
 _SOON = {"behind", "taken"}
 _WAIT = {"busy", "unavailable"}
@@ -28,6 +30,7 @@ class Ask:
     code: str = ""
     reason: str = ""
     waiting: bool = False
+    following: int | None = None
 
     def open(self) -> bool:
         return not self.code
@@ -58,10 +61,10 @@ class Election:
     unknown: set[int] = field(default_factory=set)
     """Replicas that were lost before they answered: they may have claimed the execution."""
 
-    def answer(self, replica: int, code: str, reason: str) -> None:
+    def answer(self, replica: int, code: str, reason: str, following: int | None = None) -> None:
         ask = self.asks.get(replica)
         if ask is not None:
-            ask.code, ask.reason = code, reason
+            ask.code, ask.reason, ask.following = code, reason, following
             self.opened = True
 
     def waits(self, replica: int, reason: str) -> None:
@@ -75,6 +78,17 @@ class Election:
             self.opened = True
             if ask.open():
                 self.unknown.add(replica)
+
+    def too_high(self, n: int) -> int | None:
+        """The number to use when everybody has kept saying that n comes too early, and none before it is decided.
+
+        That is what is left when a number was taken by a replica that was lost before it did anything with it.
+        """
+        follow = [ask.following for ask in self.asks.values() if ask.code == "behind"]
+        if len(follow) < len(self.asks) or not follow or self.backoff < SURE:
+            return None
+        highest = max((number for number in follow if number is not None), default=n)
+        return highest if highest < n else None
 
     def open_asks(self) -> list[int]:
         return [index for index, ask in self.asks.items() if ask.open()]

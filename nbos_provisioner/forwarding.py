@@ -59,9 +59,9 @@ class Forwarding:
         if len(self._open) > KEPT:
             self._open.popitem(last=False)
         self.out.append(ToReplica(replica, channel, message.wire()))
-        if message.msg_type in DIRTYING:
-            self.dirty = True
-        elif message.msg_type == "debug_request" and message.content.get("command") in DIRTYING_DEBUG:
+        if message.msg_type in DIRTYING or (
+            message.msg_type == "debug_request" and message.content.get("command") in DIRTYING_DEBUG
+        ):
             self.dirty = True
 
     def open_work(self) -> bool:

@@ -21,9 +21,7 @@ class Outbox:
         self._items.clear()
         return items
 
-    def publish(
-        self, msg_type: str, content: dict[str, Any], parent: dict[str, Any], topic: bytes = b""
-    ) -> None:
+    def publish(self, msg_type: str, content: dict[str, Any], parent: dict[str, Any], topic: bytes = b"") -> None:
         _, frames = self.signer.make(msg_type, content, parent)
         self.append(Publish([topic or b"kernel.nbos." + msg_type.encode(), *frames]))
 

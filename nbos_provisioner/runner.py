@@ -134,9 +134,7 @@ class Runner:
         elif kind in ("nbos_committed", "nbos_failed"):
             self._ended(replica, kind, message.content, parent, now)
 
-    def _lead(
-        self, replica: int, message: Message, mine: Execution | None, parent: dict[str, Any], now: float
-    ) -> None:
+    def _lead(self, replica: int, message: Message, mine: Execution | None, parent: dict[str, Any], now: float) -> None:
         n, token = int(message.content.get("n", -1)), int(message.content.get("token", -1))
         if mine is None or mine.phase is Phase.OVER:
             return self._late_lead(replica, n, parent)
@@ -173,14 +171,16 @@ class Runner:
         code, reason = str(content.get("code", "")), str(content.get("reason", ""))
         if mine.phase is not Phase.ASKING or content.get("n") != mine.n:
             return
-        mine.election.answer(replica, code, reason)
-        following = content.get("next")
+        following = content.get("next") if isinstance(content.get("next"), int) else None
+        mine.election.answer(replica, code, reason, following)
         decided = code == "stale" and (mine.led or (bool(mine.election.unknown) and following == mine.n + 1))
         if decided or (code == "taken" and mine.election.unknown):
             lost = mine.executor if mine.led else min(mine.election.unknown)
             return self._settle(mine, lost if lost is not None else -1, "it was lost as it was asked", now)
-        if code == "stale" and isinstance(following, int) and following > mine.n:
+        if code == "stale" and following is not None and following > mine.n:
             self.next_n = following
+        elif code == "behind" and self.unsettled is None:
+            self.next_n = mine.election.too_high(mine.n) or self.next_n
         self._step_election(mine, now)
 
     def _waiting(self, mine: Execution, replica: int, content: dict[str, Any]) -> None:
@@ -368,7 +368,12 @@ class Runner:
         self.step(now)
 
     def _decided(
-        self, execution: Execution, settlement: Settlement, verdict: Verdict, content: dict[str, Any], now: float
+        self,
+        execution: Execution,
+        settlement: Settlement,
+        verdict: Verdict,
+        content: dict[str, Any],
+        now: float,
     ) -> None:
         name = self.fleet.name(settlement.lost)
         if verdict is Verdict.RESUME:
@@ -383,6 +388,7 @@ class Runner:
                 execution.attempt += 1
                 self.notices.reruns(execution, name)
             execution.phase, execution.election = Phase.ASKING, Election(opened=True)
+            self.next_n = execution.n
             return
         self.next_n = max(self.next_n or 0, execution.n + 1)
         execution.committed = True

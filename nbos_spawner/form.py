@@ -61,7 +61,7 @@ def options_form(limits: Limits, chosen: KernelOptions) -> str:
             "GPU memory on each device",
             show_size(chosen.memory) if chosen.memory else "",
             limits.memory == 0,
-            f"For example 20G; at most {show_size(limits.memory)}. Empty: all of a whole GPU, a slice's share of a slice.",
+            f"For example 20G; at most {show_size(limits.memory)}. Empty: all of a whole GPU, or a slice's share.",
         )
     }
 {_text("model", "GPU model", chosen.model, limits.gpus == 0 and limits.tpcs == 0, "Empty: any model.")}

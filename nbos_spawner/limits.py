@@ -1,8 +1,8 @@
 """What a user may ask for: bounds from the site's configuration, per user and group. No IO.
 
-The same bounds hold in the options form (the hub) and in the gateway, which never trusts what a user's server sends.
-A user's own entry wins over groups; of several groups the most generous value wins, field by field; what neither
-names comes from the default.
+The same bounds hold in the options form (the hub) and in the gateway, which never trusts what a user's server
+sends. A user's own entry wins over groups; of several groups the most generous value wins, field by field;
+what neither names comes from the default.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ class LimitsError(ValueError):
 class Limits:
     """Bounds for one user. Sizes are bytes. 0 means: none of it at all (for `replica_memory`: no bound).
 
-    gpus, tpcs, memory: what one cell may hold (whole devices, or a slice's TPCs; device memory on each device).
-    replica_memory: resident memory of one replica process. kernels: how many the user may have at a time.
+    gpus, tpcs, memory: what one cell may hold (whole devices, or a slice's TPCs; device memory on each
+    device). replica_memory: resident memory of one replica process. kernels: how many the user may have at a
+    time.
     """
 
     replicas: int = MAX_REPLICAS
@@ -66,9 +67,7 @@ def read_limits(config: Mapping[str, Any]) -> LimitTable:
     """
     unknown = set(config) - {"default", "users", "groups"}
     if unknown:
-        raise LimitsError(
-            f"limits: unknown part {sorted(unknown)[0]!r}; there are 'default', 'users' and 'groups'"
-        )
+        raise LimitsError(f"limits: unknown part {sorted(unknown)[0]!r}; there are 'default', 'users' and 'groups'")
     return LimitTable(
         default=replace(Limits(), **_entry("default", config.get("default", {}))),
         users={name: _entry(f"users.{name}", one) for name, one in _mapping(config, "users").items()},

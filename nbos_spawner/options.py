@@ -1,7 +1,7 @@
 """The options a user's kernels start with, checked against their limits. No IO.
 
-One check for the form, for `user_options` over the hub's REST API and for the gateway's requests; every refusal names
-the field, the bound and the way out.
+One check for the form, for `user_options` over the hub's REST API and for the gateway's requests; every
+refusal names the field, the bound and the way out.
 """
 
 from __future__ import annotations
@@ -86,9 +86,7 @@ def check_options(options: KernelOptions, limits: Limits) -> None:
     if options.gpus and options.tpcs:
         raise OptionError("tpcs", "whole GPUs and a slice exclude each other; set GPUs or TPCs to 0")
     if (options.memory or options.model) and not (options.gpus or options.tpcs):
-        raise OptionError(
-            "memory", "GPU memory or a GPU model without a GPU; ask for GPUs or a slice of TPCs as well"
-        )
+        raise OptionError("memory", "GPU memory or a GPU model without a GPU; ask for GPUs or a slice of TPCs as well")
 
 
 def options_from_form(form: Mapping[str, list[str]], limits: Limits) -> dict[str, Any]:
@@ -123,7 +121,5 @@ def _memory(data: Mapping[str, Any]) -> int:
 def _model(data: Mapping[str, Any]) -> str:
     value = data.get("model", "")
     if not isinstance(value, str) or len(value) > 64 or not value.isprintable():
-        raise OptionError(
-            "model", "model must be a GPU's name, at most 64 printable characters, or empty for any"
-        )
+        raise OptionError("model", "model must be a GPU's name, at most 64 printable characters, or empty for any")
     return value

@@ -1,16 +1,18 @@
 """Start the Python configurable-http-proxy with what notebooks need of it.
 
-`python -m nbos_spawner.proxy` takes configurable-http-proxy's own options. It must guarantee, where version 0.4 does not:
-- no 40 ms stall per cell: TCP_NODELAY on both sides of a websocket (Nagle's algorithm waits for a delayed ACK otherwise);
+`python -m nbos_spawner.proxy` takes configurable-http-proxy's own options. It must guarantee, where version
+0.4 does not:
+- no 40 ms stall per cell: TCP_NODELAY on both sides of a websocket (Nagle's algorithm waits for a delayed ACK
+  otherwise);
 - responses stream through: the hub's spawn progress is an event stream, and long polls are longer than 20 s;
-- websockets keep their subprotocol and binary frames, may carry large outputs, and the browser learns when the
+- websockets keep their subprotocol and binary frames, may carry large outputs, and the browser learns when
+  the
   server's side has ended (or it would never reconnect).
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any
 
 from configurable_http_proxy import configproxy, handlers
@@ -44,7 +46,8 @@ class NotebookProxyHandler(handlers.ProxyHandler):
         self.set_nodelay(True)
 
     def select_subprotocol(self, subprotocols: list[str]) -> str | None:
-        """Called during the handshake with the browser, after the upstream side is connected: take its choice."""
+        """Called during the handshake with the browser, after the upstream side is connected: take its
+        choice."""
         return self.ws_client.selected_subprotocol if self.ws_client else None
 
     async def start_ws_client(self, path: str | None = None) -> None:
@@ -54,9 +57,7 @@ class NotebookProxyHandler(handlers.ProxyHandler):
         if url is None:
             return
         request = self._get_proxy_request("ws" + url.removeprefix("http"))
-        connecting = websocket_connect(
-            request, on_message_callback=self._from_server, max_message_size=MAX_MESSAGE
-        )
+        connecting = websocket_connect(request, on_message_callback=self._from_server, max_message_size=MAX_MESSAGE)
         try:
             self.ws_client = await handlers.apply_timeout(self.proxy.timeout, connecting)
             self.ws_client.protocol.set_nodelay(True)
@@ -104,9 +105,26 @@ class NotebookProxyHandler(handlers.ProxyHandler):
 
     def _get_proxy_request(self, url: str) -> HTTPRequest:
         request = super()._get_proxy_request(url)
+        request.headers = HTTPHeaders(self.request.headers)
+        request.headers.update(self.proxy.custom_headers)
+        if self.proxy.x_forward:
+            self._add_forwarded(request.headers)
         request.request_timeout = self.proxy.proxy_timeout or 0  # 0: none; tornado would take None for 20 s
         request.decompress_response = False  # pass compressed bodies on as they are
         return request
+
+    def _add_forwarded(self, headers: HTTPHeaders) -> None:
+        """Say who asked. (0.4.0 looks headers up by a lower-case name in a plain dict, and so finds none.)"""
+        host = headers.get("Host", "")
+        scheme = self.request.protocol
+        port = host.rpartition(":")[2] if host.rpartition(":")[2].isdigit() else {"https": "443"}.get(scheme, "80")
+        for name, value in (("For", self.request.remote_ip or ""), ("Port", port), ("Proto", scheme)):
+            before = headers.get(f"X-Forwarded-{name}")
+            headers[f"X-Forwarded-{name}"] = f"{before},{value}" if before else value
+        headers.setdefault("X-Forwarded-Host", host)
+
+    def compute_etag(self) -> None:
+        """The target's own headers stand; tornado must not add one."""
 
     async def call_proxy(self, path: str | None = None) -> None:
         """An ordinary request, streamed."""
@@ -203,4 +221,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -9,7 +9,8 @@ _SIZE = re.compile(r"^\s*(\d{1,18}(?:\.\d{1,6})?)\s*([KMGT]?)(?:i?B)?\s*$", re.I
 
 
 def parse_size(value: object) -> int:
-    """Bytes in `value`, a whole number or a text such as '20G'. Raises ValueError that shows how to write one."""
+    """Bytes in `value`, a whole number or a text such as '20G'. Raises ValueError that shows how to write
+    one."""
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise ValueError(f"{value!r} is no size; write bytes or e.g. '20G'")
     if isinstance(value, int):
@@ -20,9 +21,7 @@ def parse_size(value: object) -> int:
     if not match:
         raise ValueError(f"{value[:40]!r} is no size; write bytes or e.g. '20G', '512M'")
     return (
-        int(float(match[1]) * _UNITS[match[2].upper()])
-        if "." in match[1]
-        else int(match[1]) * _UNITS[match[2].upper()]
+        int(float(match[1]) * _UNITS[match[2].upper()]) if "." in match[1] else int(match[1]) * _UNITS[match[2].upper()]
     )
 
 

@@ -1,8 +1,8 @@
 """The spawner: a user's single-user server, told where the gateway is and what the user's kernels start with.
 
-It must guarantee: options pass the user's limits whichever way they came (form or REST); the server gets no credential
-but its own JupyterHub token; that token may reach the service `nbos`. What is ours stands in the mixin, so that a
-Docker form needs only another base class.
+It must guarantee: options pass the user's limits whichever way they came (form or REST); the server gets no
+credential but its own JupyterHub token; that token may reach the service `nbos`. What is ours stands in the
+mixin, so that a Docker form needs only another base class.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from jupyterhub.spawner import SimpleLocalProcessSpawner
 from tornado import web
-from traitlets import Dict, Unicode, default, validate
+from traitlets import Dict, HasTraits, Unicode, default, validate
 
 from .form import options_form
 from .limits import Limits, LimitTable, read_limits
@@ -28,8 +28,14 @@ SERVICE = "nbos"
 SERVER_SCOPES = ("users:activity!user", "access:servers!server", f"access:services!service={SERVICE}")
 """What $JUPYTERHUB_API_TOKEN may do: JupyterHub's own two, and reach the gateway as this user."""
 
+SERVER_ARGS = (
+    "--ServerApp.jpserver_extensions=nbos_provisioner=True",
+    "--ServerApp.kernel_manager_class=nbos_provisioner.kernelmanager.NBOSKernelManager",
+)
+"""As arguments, not as a file: they reach the server in a container, too."""
 
-class NBOSSpawnerMixin:
+
+class NBOSSpawnerMixin(HasTraits):
     """NBOS's part of a spawner: put it before any Spawner class."""
 
     gateway_url = Unicode(
@@ -38,8 +44,8 @@ class NBOSSpawnerMixin:
     ).tag(config=True)
 
     limits = Dict(
-        help="What users may ask for: {'default': {...}, 'groups': {name: {...}}, 'users': {name: {...}}}; each may set "
-        "replicas, gpus, tpcs, memory, replica_memory and kernels. The gateway needs the same."
+        help="What users may ask for: {'default': {...}, 'groups': {name: {...}}, 'users': {name: {...}}}; each may "
+        "set replicas, gpus, tpcs, memory, replica_memory and kernels. The gateway needs the same."
     ).tag(config=True)
 
     @validate("limits")
@@ -87,6 +93,10 @@ class NBOSSpawnerMixin:
     def _default_server_token_scopes(self) -> list[str]:
         return list(SERVER_SCOPES)
 
+    def get_args(self) -> list[str]:
+        """The Jupyter Server's own options go last, so that a site's `args` can still change ours."""
+        return [*SERVER_ARGS, *super().get_args()]  # type: ignore[misc]
+
     def nbos_env(self) -> dict[str, str]:
         """What NBOS's part of the Jupyter Server reads. No secret is in it."""
         options = self.check_user_options(self.user_options)  # type: ignore[attr-defined]
@@ -128,7 +138,8 @@ def _describe(options: KernelOptions) -> str:
 
 
 class NBOSSpawner(NBOSSpawnerMixin, SimpleLocalProcessSpawner):
-    """The local form: single-user servers are processes of the hub's own user, for one machine and trying out."""
+    """The local form: single-user servers are processes of the hub's own user, for one machine and trying
+    out."""
 
     @default("cmd")
     def _default_cmd(self) -> list[str]:

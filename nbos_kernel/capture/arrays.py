@@ -1,7 +1,8 @@
 """NumPy views and torch tensors keep what they share: the base buffer travels once, views are rebuilt on it.
 
-Both libraries lose this under plain pickle, even inside one stream. A library is touched only when the user's program
-imported it. Sources: numpy `ndarray.__array_interface__` (arrays.interface), torch `_rebuild_tensor_v2` in torch/_utils.py.
+Both libraries lose this under plain pickle, even inside one stream. A library is touched only when the user's
+program imported it. Sources: numpy `ndarray.__array_interface__` (arrays.interface), torch `_rebuild_tensor_v2`
+in torch/_utils.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import Any
 
 
 class Window:
-    """Memory of `base` from `offset` on, seen through other strides; what `numpy.asarray` needs to make a view of it."""
+    """Memory of `base` from `offset` on, seen through other strides; what `numpy.asarray` needs to make a view
+    of it."""
 
     def __init__(self, base: Any, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], typestr: str) -> None:
         self.base = base
@@ -57,14 +59,14 @@ def rebuild_view(root: Any, offset: int, shape: Any, strides: Any, dtype: Any, w
     else:
         view = numpy.asarray(Window(root, offset, shape, strides, _typestr(dtype)))
         if view.dtype != dtype:
-            view.dtype = dtype
+            view = view.view(dtype)
     if not writeable:
         view.flags.writeable = False
     return view
 
 
 def _typestr(dtype: Any) -> str:
-    return "|O" if dtype == object else f"|V{dtype.itemsize}" if dtype.fields else str(dtype.str)
+    return "|O" if dtype.hasobject else f"|V{dtype.itemsize}" if dtype.fields else str(dtype.str)
 
 
 class Storages:

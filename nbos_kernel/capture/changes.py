@@ -1,10 +1,11 @@
 """What a cell changed in the namespace, against what the log holds.
 
-Guarantees: `Capture.changes()` looks at every variable, whatever way it was changed; it neither prints nor raises, however
-the values behave; a value that cannot be pickled costs its own name only, with the reason. Nothing is remembered until
-`accept()`, so that a capture whose execution was not claimed is simply forgotten.
+Guarantees: `Capture.changes()` looks at every variable, whatever way it was changed; it neither prints nor
+raises, however the values behave; a value that cannot be pickled costs its own name only, with the reason.
+Nothing is remembered until `accept()`, so that a capture whose execution was not claimed is simply forgotten.
 
-Cost: values that can neither change nor share are compared by identity. Everything else is pickled and compared by digest.
+Cost: values that can neither change nor share are compared by identity. Everything else is pickled and compared
+by digest.
 """
 
 from __future__ import annotations
@@ -57,7 +58,6 @@ class Changes:
     components: list[Packed] = field(default_factory=list)
     deleted: list[str] = field(default_factory=list)
     lost: dict[str, str] = field(default_factory=dict)
-    recovered: list[str] = field(default_factory=list)
     atoms: dict[str, Any] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
@@ -71,6 +71,7 @@ class Capture:
         self._roots, self._variables = roots, variables
         self._atoms: dict[str, Any] = {}  # the very objects the log holds, kept so that identity means something
         self._digests: dict[str, str] = {}  # of the component each name stands in
+        self._absent: set[str] = set()  # names this replica never had: not being there is no deletion
         self.lost: dict[str, str] = {}
 
     def note_source(self, code: str) -> None:
@@ -101,7 +102,7 @@ class Capture:
                     objects[name] = value
             if objects:
                 self._pack_objects(objects, found)
-        known = self._digests.keys() | self.lost.keys()
+        known = (self._digests.keys() | self.lost.keys()) - self._absent
         found.deleted = sorted(known - current.keys())
         return found
 
@@ -111,27 +112,45 @@ class Capture:
             for name in packed.names:
                 self._digests[name] = packed.digest
                 self.lost.pop(name, None)
+                self._absent.discard(name)
         for name in found.deleted:
             self._digests.pop(name, None)
             self.lost.pop(name, None)
         for name, reason in found.lost.items():
             self._digests.pop(name, None)
+            self._absent.discard(name)
             self.lost[name] = reason
         self._atoms = found.atoms
 
-    def adopt(self, digests: Mapping[str, str], lost: Mapping[str, str], deleted: Iterable[str], whole: bool) -> None:
-        """An entry of another executor was applied: this is what the log holds now. `whole`: it replaced everything."""
+    def adopt(
+        self,
+        digests: Mapping[str, str],
+        deleted: Iterable[str],
+        lost: Mapping[str, str],
+        missing: Mapping[str, str],
+        whole: bool,
+    ) -> None:
+        """An entry of another executor was applied: this is what the log holds now. `whole`: it replaced
+        everything.
+
+        `lost`: what the log says cannot be replicated; `missing`: what could not be loaded here although the log
+        has it.
+        """
         if whole:
-            self._digests, self.lost = {}, {}
+            self._digests, self.lost, self._absent = {}, {}, set()
         for name in deleted:
             self._digests.pop(name, None)
             self.lost.pop(name, None)
+            self._absent.discard(name)
         for name, digest in digests.items():
             self._digests[name] = digest
             self.lost.pop(name, None)
-        for name, reason in lost.items():
+            self._absent.discard(name)
+        for name in lost:
             self._digests.pop(name, None)
-            self.lost[name] = reason
+        self.lost.update(lost)
+        self.lost.update(missing)
+        self._absent.update(lost, missing)
         self._atoms = {}
 
     def _pack_alone(self, name: str, value: Any, found: Changes) -> None:
@@ -171,7 +190,8 @@ class Capture:
         return None
 
     def _emit(self, group: tuple[str, ...], pickled: Pickled, found: Changes) -> None:
-        frames = tuple(FrameData(data, _hashes(data)) for data in (pickled.stream, *pickled.buffers))
+        parts: list[bytes | memoryview] = [pickled.stream, *pickled.buffers]
+        frames = tuple(FrameData(data, _hashes(data)) for data in parts)
         digest = hashlib.blake2b(repr(group).encode(), digest_size=16)
         for frame in frames:
             digest.update("".join(frame.hashes).encode())

@@ -9,7 +9,8 @@ from collections.abc import Collection, Mapping
 
 
 def groups(reached: Mapping[str, Collection[int]]) -> list[tuple[str, ...]]:
-    """Names in groups (each sorted, in the order of first appearance) from the object identities each name reaches."""
+    """Names in groups (each sorted, in the order of first appearance) from the object identities each name
+    reaches."""
     parent: dict[str, str] = {name: name for name in reached}
 
     def root(name: str) -> str:

@@ -1,7 +1,8 @@
 """Which names of the namespace are the user's, and which values are cheap to compare.
 
-IPython keeps names of its own in the user's namespace. They count as the user's only once the user put another value
-there. Of IPython's caches the results (`_`, `__`, `___`, `_<n>`) are state; `Out`, `In`, `_i…` are rebuilt from the log.
+IPython keeps names of its own in the user's namespace. They count as the user's only once the user put another
+value there. Of IPython's caches the results (`_`, `__`, `___`, `_<n>`) are state; `Out`, `In`, `_i…` are rebuilt
+from the log.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from typing import Any
 _RESULT = re.compile(r"^_{1,3}$|^_[0-9]+$")
 _NUMBERED = re.compile(r"^_([0-9]+)$")
 
-MACHINERY = frozenset({"__name__", "__doc__", "__builtins__", "__builtin__", "__loader__", "__package__", "__spec__", "__session__"})
+MACHINERY = frozenset(
+    {"__name__", "__doc__", "__builtins__", "__builtin__", "__loader__", "__package__", "__spec__", "__session__"}
+)
+LATEST = ("_", "__", "___")
 _ABSENT = object()
 
 _ATOMS = frozenset({type(None), bool, int, float, complex, type(Ellipsis), type(NotImplemented)})
@@ -30,6 +34,8 @@ def user_variables(namespace: Mapping[str, Any], hidden: Mapping[str, Any]) -> I
             continue
         if hidden.get(name, _ABSENT) is value and not _RESULT.match(name):
             continue
+        if type(value) is str and not value and name in LATEST:
+            continue  # IPython's way to say that there is no result yet
         yield name, value
 
 
@@ -40,7 +46,8 @@ def result_number(name: str) -> int | None:
 
 
 def is_atom(value: Any, depth: int = 3) -> bool:
-    """True for values that can neither change nor share anything that can: identity proves that they are the same."""
+    """True for values that can neither change nor share anything that can: identity proves that they are the
+    same."""
     kind = type(value)
     if kind in _ATOMS or kind is types.ModuleType:
         return True

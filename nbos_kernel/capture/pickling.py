@@ -2,10 +2,10 @@
 
 Guarantees beyond cloudpickle:
 - the user's namespace, the user module and the shell are references: they stand for the standby's own;
-- a function of the notebook is bound to the standby's namespace itself, not to a copy of the globals it used when it was
-  pickled, so that names it calls may be defined later and `global` statements work;
-- a class of the notebook keeps one identity within a group, and is made anew whenever its group is loaded: what refers
-  to it is in the same group (`groups.py`), and attributes that were deleted are gone;
+- a function of the notebook is bound to the standby's namespace itself, not to a copy of the globals it used
+  when it was pickled, so that names it calls may be defined later and `global` statements work;
+- a class of the notebook keeps one identity within a group, and is made anew whenever its group is loaded: what
+  refers to it is in the same group (`groups.py`), and attributes that were deleted are gone;
 - NumPy views and torch tensors keep what they share (`arrays.py`);
 - buffers of BUFFER bytes and more leave the stream without a copy.
 """
@@ -13,7 +13,6 @@ Guarantees beyond cloudpickle:
 from __future__ import annotations
 
 import enum
-import importlib
 import io
 import pickle
 import sys
@@ -25,7 +24,8 @@ from typing import Any
 import cloudpickle
 from cloudpickle import cloudpickle as cp
 
-from . import arrays
+from . import arrays, rebuilt
+from .names import TEXT_LIMIT
 
 BUFFER = 32 * 1024
 """Bytes from which a buffer stands apart from the pickle stream."""
@@ -61,12 +61,14 @@ class Pickled(typing.NamedTuple):
         return {
             identity
             for identity, (_, value) in self.memo.items()
-            if type(value) not in _NEVER_SHARED and (identity in by_value or not _by_reference(value))
+            if type(value) not in _NEVER_SHARED
+            and (identity in by_value or not _by_reference(value))
+            and not (type(value) in (str, bytes) and len(value) <= TEXT_LIMIT)
         }
 
 
 _NEVER_SHARED = frozenset(
-    {str, bytes, int, float, tuple, frozenset, types.CodeType, types.ModuleType, types.BuiltinFunctionType, range, slice}
+    {int, float, tuple, frozenset, types.CodeType, types.ModuleType, types.BuiltinFunctionType, range, slice}
 )
 
 
@@ -77,10 +79,13 @@ def _by_reference(value: Any) -> bool:
     if isinstance(value, enum.Enum):
         return True
     module = type(value).__module__
-    return module in _IMMUTABLE_MODULES or type(value).__name__ in ("dtype", "device") and module in ("numpy", "torch")
+    shared_type = type(value).__name__ in ("dtype", "device") and module in ("numpy", "torch")
+    return shared_type or module in _IMMUTABLE_MODULES
 
 
-_IMMUTABLE_MODULES = frozenset({"datetime", "decimal", "fractions", "uuid", "pathlib", "re", "zoneinfo", "numpy.dtypes"})
+_IMMUTABLE_MODULES = frozenset(
+    {"datetime", "decimal", "fractions", "uuid", "pathlib", "re", "zoneinfo", "numpy.dtypes"}
+)
 
 
 class NamespacePickler(cloudpickle.Pickler):
@@ -110,15 +115,16 @@ class NamespacePickler(cloudpickle.Pickler):
         return False
 
     def reducer_override(self, obj: Any) -> Any:
-        kind = type(obj)
+        kind: Any = type(obj)
         if kind is self._array:
             return arrays.reduce_array(obj)
         if self._tensor is not None and isinstance(obj, self._tensor):
             return arrays.reduce_tensor(obj, self.storages)
-        if kind is types.CellType:
-            return _reduce_cell(obj)
-        if kind is types.ModuleType and sys.modules.get(obj.__name__) is obj:
-            return import_modules, (obj.__name__, self.roots.submodules(obj.__name__))
+        reducer = rebuilt.REDUCERS.get(kind)
+        if reducer is not None:
+            return reducer(obj)
+        if isinstance(obj, types.ModuleType) and sys.modules.get(obj.__name__) is obj:
+            return rebuilt.import_modules, (obj.__name__, self.roots.submodules(obj.__name__))
         reduced = super().reducer_override(obj)
         if reduced is not NotImplemented and reduced[0] in _CLASS_MAKERS:
             self.by_value.add(id(obj))
@@ -142,8 +148,8 @@ if sys.version_info >= (3, 12):
 
 
 def _untracked(reduced: Any) -> Any:
-    """A class's reduction without cloudpickle's tracker id, which would update the live class on the standby in place,
-    before the entry is complete, and would leave attributes that were deleted."""
+    """A class's reduction without cloudpickle's tracker id, which would update the live class on the standby in
+    place, before the entry is complete, and would leave attributes that were deleted."""
     arguments = reduced[1]
     return (reduced[0], (*arguments[:-2], None, arguments[-1]), *reduced[2:])
 
@@ -153,25 +159,6 @@ def set_function_state(function: types.FunctionType, state: Any) -> None:
     function.__dict__.update(attributes)
     for name, value in slots.items():
         setattr(function, name, value)
-
-
-def _reduce_cell(cell: types.CellType) -> Any:
-    try:
-        contents = cell.cell_contents
-    except ValueError:
-        return types.CellType, ()
-    return types.CellType, (), (contents,), None, None, fill_cell
-
-
-def fill_cell(cell: types.CellType, state: tuple[Any]) -> None:
-    (cell.cell_contents,) = state
-
-
-def import_modules(name: str, submodules: tuple[str, ...]) -> types.ModuleType:
-    """The module, with the submodules that the notebook imported beside it (`import xml.dom.minidom` binds only `xml`)."""
-    for submodule in submodules:
-        importlib.import_module(submodule)
-    return importlib.import_module(name)
 
 
 def dump(value: Any, roots: Roots, storages: arrays.Storages) -> Pickled:

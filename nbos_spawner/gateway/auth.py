@@ -1,7 +1,7 @@
 """Who calls: JupyterHub's word for a token, and what the hub knows of that user (admin, groups).
 
-Only the Authorization header counts for the API, never a cookie, so another site's page can do nothing in a user's
-name. Answers of the hub are kept for a minute: a revoked token ends then.
+Only the Authorization header counts for the API, never a cookie, so another site's page can do nothing in a
+user's name. Answers of the hub are kept for a minute: a revoked token ends then.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ class HubUsers:
         self._known: dict[str, tuple[float, Caller]] = {}
 
     async def caller(self, handler: RequestHandler) -> Caller:
-        """The caller of an API request. Raises ApiError 401 without a token, 403 with one that does not reach us."""
+        """The caller of an API request. Raises ApiError 401 without a token, 403 with one that does not reach
+        us."""
         token = self.auth.get_token(handler, in_cookie=False)
         if not token:
             raise ApiError(401, "no_token", "send 'Authorization: token <your JupyterHub token>'")
         model = await _from_hub(self.auth.user_for_token(token, sync=False))
         if model is None:
-            raise ApiError(
-                403, "unknown_token", "JupyterHub does not know this token; it may have been revoked"
-            )
+            raise ApiError(403, "unknown_token", "JupyterHub does not know this token; it may have been revoked")
         return await self.of_model(model)
 
     async def of_model(self, model: dict[str, Any]) -> Caller:
-        """The caller behind the hub's answer for a token. Raises ApiError 403 when its scopes do not reach us."""
+        """The caller behind the hub's answer for a token. Raises ApiError 403 when its scopes do not reach
+        us."""
         if not self.auth.check_scopes(self.auth.access_scopes, model):
             wanted = ", ".join(sorted(self.auth.access_scopes))
             raise ApiError(403, "scope", f"this token may not use NBOS; it needs the scope {wanted}")
@@ -80,6 +80,4 @@ async def _from_hub(asking: Awaitable[Any]) -> Any:
     try:
         return await asking
     except HTTPError as err:
-        raise unavailable(
-            f"JupyterHub cannot be asked who you are: {err.log_message or err}; try again soon"
-        ) from err
+        raise unavailable(f"JupyterHub cannot be asked who you are: {err.log_message or err}; try again soon") from err

@@ -69,9 +69,7 @@ def _tls(env: Mapping[str, str]) -> TLSFiles | None:
         return None
     for name, value in zip(names, given, strict=True):
         if not value or not os.access(value, os.R_OK):
-            raise ConfigError(
-                f"{name}={value!r} must be a PEM file this user can read; set all of {', '.join(names)}"
-            )
+            raise ConfigError(f"{name}={value!r} must be a PEM file this user can read; set all of {', '.join(names)}")
     return TLSFiles(*(Path(value) for value in given))
 
 

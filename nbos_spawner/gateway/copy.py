@@ -1,7 +1,7 @@
 """The gateway's copy of what etcd holds: hosts, grants, queues and kernels, fed by watches. No IO, no clock.
 
-It must guarantee: a host that went missing is remembered with the time since when, and keeps its name until it is back
-or no kernel is placed on it; a record that cannot be read hides itself only.
+It must guarantee: a host that went missing is remembered with the time since when, and keeps its name until
+it is back or no kernel is placed on it; a record that cannot be read hides itself only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from nbos_cluster.records import GrantRecord, HostRecord, QueueTicket, RecordErr
 
 
 class ClusterCopy:
-    """hosts: live ones by name. absent: names of hosts that kernels are placed on but that are away, since when."""
+    """hosts: live ones by name. absent: names of hosts that kernels are placed on but that are away, since
+    when."""
 
     def __init__(self) -> None:
         self.hosts: dict[str, HostRecord] = {}
@@ -111,6 +112,4 @@ class ClusterCopy:
 
     def tickets_of(self, kernels: Iterable[str]) -> list[QueueTicket]:
         wanted = set(kernels)
-        return sorted(
-            (t for t in self.tickets.values() if t.kernel in wanted), key=lambda t: (t.host, t.position)
-        )
+        return sorted((t for t in self.tickets.values() if t.kernel in wanted), key=lambda t: (t.host, t.position))

@@ -1,7 +1,7 @@
 """The dashboard: one page, rendered here, for a browser that is logged in to JupyterHub.
 
-It must guarantee: everything shown is escaped (the template engine does it by default and nothing turns it off);
-no inline script or style, so the Content-Security-Policy can forbid them; works without a script, too.
+It must guarantee: everything shown is escaped (the template engine does it by default and nothing turns it
+off); no inline script or style, so the Content-Security-Policy can forbid them; works without a script, too.
 """
 
 from __future__ import annotations
@@ -29,12 +29,10 @@ POLICY = (
 _loader = Loader(str(HERE / "templates"), autoescape="xhtml_escape")
 
 
-def render_dashboard(
-    status: dict[str, Any], *, name: str, admin: bool, prefix: str, problem: str = ""
-) -> bytes:
+def render_dashboard(status: dict[str, Any], *, name: str, admin: bool, prefix: str, problem: str = "") -> bytes:
     """The page for the caller `name`."""
     return _loader.load("dashboard.html").generate(
-        status=status, name=name, admin=admin, prefix=prefix, problem=problem, size=show_size, since=_since
+        status=status, caller=name, admin=admin, prefix=prefix, problem=problem, size=show_size, since=_since
     )
 
 

@@ -1,7 +1,7 @@
 """The HTTP API of docs/protocol.md, section 3.
 
-It must guarantee: nothing of a request is acted on before its token was checked; a body over 1 MiB is refused with
-413 without being held in memory; every refusal is JSON with a code and a sentence.
+It must guarantee: nothing of a request is acted on before its token was checked; a body over 1 MiB is refused
+with 413 without being held in memory; every refusal is JSON with a code and a sentence.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class AuthenticatedHandler(JsonHandler):
             raise unavailable("the gateway has not read the cluster's records yet; is etcd running?")
 
     def data_received(self, chunk: bytes) -> None:
-        # What is too long is read on, but not kept: refusing in the middle would break the caller's connection
-        # before it can read why.
+        # What is too long is read on, but not kept: refusing in the middle would break the caller's
+        # connection before it can read why.
         self._too_long = self._too_long or len(self._body) + len(chunk) > MAX_BODY
         if self._too_long:
             self._body.clear()

@@ -1,7 +1,8 @@
-"""What the gateway does to kernels: make, restart, delete, place anew. Each is one transaction, tried again on a clash.
+"""What the gateway does to kernels: make, restart, delete, place anew. Each is one transaction, tried again
+on a clash.
 
-The decisions are `nbos_cluster`'s state machines; this is their shell. An operation that was carried out but not
-answered may be repeated by the caller: all of them end in the same state.
+The decisions are `nbos_cluster`'s state machines; this is their shell. An operation that was carried out but
+not answered may be repeated by the caller: all of them end in the same state.
 """
 
 from __future__ import annotations
@@ -88,9 +89,7 @@ class Kernels:
             raise ApiError(403, "taken", f"kernel id {spec.kernel} is in use; choose another (a random UUID)")
         return view
 
-    def _new_spec(
-        self, caller: Caller, wanted: KernelWanted, options: KernelOptions, limits: Limits
-    ) -> KernelSpec:
+    def _new_spec(self, caller: Caller, wanted: KernelWanted, options: KernelOptions, limits: Limits) -> KernelSpec:
         secrets = new_secrets()
         spec = KernelSpec(
             kernel=wanted.kernel_id,
@@ -118,9 +117,11 @@ class Kernels:
         return loads(self.copy.hosts.values(), specs)
 
     async def move_from(self, kernel_id: str, lost: set[str]) -> str:
-        """Place the kernel's replicas that stand on `lost` (or draining) hosts elsewhere; what was done, for the log.
+        """Place the kernel's replicas that stand on `lost` (or draining) hosts elsewhere; what was done, for
+        the log.
 
-        Empty when there was nothing to do, or nowhere to go. Hosts that are away but not given up yet stay in the plan.
+        Empty when there was nothing to do, or nowhere to go. Hosts that are away but not given up yet stay in
+        the plan.
         """
         view = self.copy.kernel(kernel_id)
         if view is None or view.spec is None:
@@ -151,15 +152,14 @@ class Kernels:
         return await self._change(caller, kernel_id, lambda view: membership.restart(view, at=time.time()))
 
     async def delete(self, caller: Caller, kernel_id: str) -> None:
-        """End the kernel: spec, log, claims and all in one transaction; the daemons end the processes when they see it."""
+        """End the kernel: spec, log, claims and all in one transaction; the daemons end the processes when
+        they see it."""
         self.find(caller, kernel_id)
         await self.carry_out(membership.delete(kernel_id))
         if not await self.watch.until(lambda: self.copy.kernel(kernel_id) is None, 5.0):
             raise unavailable("etcd took the deletion but does not report it; try again soon")
 
-    async def _change(
-        self, caller: Caller, kernel_id: str, change: Callable[[KernelView], Txn]
-    ) -> KernelView:
+    async def _change(self, caller: Caller, kernel_id: str, change: Callable[[KernelView], Txn]) -> KernelView:
         for _ in range(_TRIES):
             view = self.find(caller, kernel_id)
             seen = view.revision

@@ -1,7 +1,7 @@
 """What callers are shown: KernelModel and the status, as plain JSON (docs/protocol.md, section 3). No IO.
 
-Who sees what is decided here: a kernel's secrets go to its owner only; others' kernels, grants and places in queues
-to Hub admins only.
+Who sees what is decided here: a kernel's secrets go to its owner only; others' kernels, grants and places in
+queues to Hub admins only.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def member_model(view: KernelView, spec: KernelSpec, index: str) -> dict[str, An
 
 
 def lost_names(view: KernelView) -> dict[str, str]:
-    """The variables that are not replicated, with the reasons: what the log says now, and what replicas could not load."""
+    """The variables that are not replicated, with the reasons: what the log says now, and what replicas could
+    not load."""
     first = view.checkpoint.upto + 1 if view.checkpoint else 0
     entries = [view.log[n] for n in sorted(view.log) if n >= first]
     lost = dict(fold(view.checkpoint, entries).lost) if entries or view.checkpoint else {}
@@ -108,18 +109,14 @@ def status_model(copy: ClusterCopy, caller: Caller) -> dict[str, Any]:
     return {
         "hosts": [_host_model(host, copy, caller, counts) for _, host in sorted(copy.hosts.items())],
         "away": sorted(copy.absent),
-        "queues": [
-            msgspec.to_builtins(t) | {"ticket": t.ticket} for t in copy.tickets_of(v.kernel for v in views)
-        ],
+        "queues": [msgspec.to_builtins(t) | {"ticket": t.ticket} for t in copy.tickets_of(v.kernel for v in views)],
         "waiting": len(copy.tickets),
         "kernels": [kernel_model(v, secrets=False) for v in sorted(views, key=lambda v: v.kernel)],
         "unreadable": dict(copy.unreadable) if caller.admin else {},
     }
 
 
-def _host_model(
-    host: HostRecord, copy: ClusterCopy, caller: Caller, counts: dict[str, int]
-) -> dict[str, Any]:
+def _host_model(host: HostRecord, copy: ClusterCopy, caller: Caller, counts: dict[str, int]) -> dict[str, Any]:
     grants = list(copy.grants.get(host.name, {}).values())
     mine = [g for g in grants if caller.admin or (caller.kind == "user" and g.owner == caller.name)]
     return {

@@ -1,8 +1,8 @@
 """Replaces the replicas of lost hosts: a loop around a decision without IO.
 
-It must guarantee: a host counts as lost only after a grace period (a daemon that restarts is back sooner); a few
-kernels move at a time, so that the loss of a host does not become a storm on the others; two gateways that do the
-same do no harm, as the second one's transaction fails.
+It must guarantee: a host counts as lost only after a grace period (a daemon that restarts is back sooner); a
+few kernels move at a time, so that the loss of a host does not become a storm on the others; two gateways
+that do the same do no harm, as the second one's transaction fails.
 """
 
 from __future__ import annotations

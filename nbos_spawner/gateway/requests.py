@@ -1,4 +1,5 @@
-"""What a request to make a kernel may hold. Checked here, field by field, before anything is done with it. No IO."""
+"""What a request to make a kernel may hold. Checked here, field by field, before anything is done with it. No
+IO."""
 
 from __future__ import annotations
 
@@ -68,9 +69,7 @@ def _check_place(wanted: KernelWanted) -> None:
         if not _ENV_NAME.match(name):
             raise ApiError(400, "malformed", f"env: {name[:60]!r} is no name of a variable")
         if "\0" in value or len(value) > _MAX_ENV_VALUE:
-            raise ApiError(
-                400, "malformed", f"env: {name} must hold at most {_MAX_ENV_VALUE} characters and no NUL"
-            )
+            raise ApiError(400, "malformed", f"env: {name} must hold at most {_MAX_ENV_VALUE} characters and no NUL")
 
 
 def options_of(wanted: KernelWanted, limits: Limits) -> KernelOptions:
@@ -81,9 +80,7 @@ def options_of(wanted: KernelWanted, limits: Limits) -> KernelOptions:
     try:
         return parse_options(data, limits)
     except OptionError as err:
-        raise (
-            ApiError(403, "over_limit", str(err)) if err.limit else ApiError(400, "malformed", str(err))
-        ) from err
+        raise (ApiError(403, "over_limit", str(err)) if err.limit else ApiError(400, "malformed", str(err))) from err
 
 
 def check_image(image: str, allowed: frozenset[str]) -> None:

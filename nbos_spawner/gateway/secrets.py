@@ -28,7 +28,8 @@ def new_secrets() -> KernelSecrets:
 
 
 def z85(raw: bytes) -> str:
-    """ZeroMQ's text form of bytes (RFC 32): 5 characters for each 4 bytes; `raw` must be a multiple of 4 long."""
+    """ZeroMQ's text form of bytes (RFC 32): 5 characters for each 4 bytes; `raw` must be a multiple of 4
+    long."""
     if len(raw) % 4:
         raise ValueError(f"Z85 needs a multiple of 4 bytes, not {len(raw)}")
     text = []

@@ -20,9 +20,7 @@ from tornado.websocket import WebSocketClientConnection, websocket_connect
 
 from tests.system.messages import SUBPROTOCOL, Json, Message, pack_legacy, pack_v1, unpack_legacy, unpack_v1
 
-OUTPUT_TYPES = frozenset(
-    {"stream", "display_data", "update_display_data", "execute_result", "error", "clear_output"}
-)
+OUTPUT_TYPES = frozenset({"stream", "display_data", "update_display_data", "execute_result", "error", "clear_output"})
 MAX_MESSAGE = 256 * 1024 * 1024
 
 
@@ -108,9 +106,7 @@ class Cell:
 
     async def result(self, timeout: float = 30.0) -> Result:
         """The finished request: reply and idle have both arrived."""
-        await self.wait(
-            lambda cell: cell.reply is not None and cell.idle is not None, "reply and idle", timeout
-        )
+        await self.wait(lambda cell: cell.reply is not None and cell.idle is not None, "reply and idle", timeout)
         if self.reply is None or self.idle is None:  # pragma: no cover - wait() has seen both
             raise AssertionError
         reply, idle = self.reply, self.idle
@@ -166,9 +162,7 @@ class Channels:
         session = uuid.uuid4().hex
         request = HTTPRequest(f"{url}?session_id={session}", headers=headers, connect_timeout=timeout)
         async with asyncio.timeout(timeout):
-            socket = await websocket_connect(
-                request, subprotocols=[SUBPROTOCOL], max_message_size=MAX_MESSAGE
-            )
+            socket = await websocket_connect(request, subprotocols=[SUBPROTOCOL], max_message_size=MAX_MESSAGE)
             if socket.protocol is not None and socket.selected_subprotocol == SUBPROTOCOL:
                 return cls(socket, session, SUBPROTOCOL)
             socket.close()
@@ -236,9 +230,7 @@ class Channels:
         await self._socket.write_message(frame, binary=isinstance(frame, bytes))
         return cell
 
-    async def request(
-        self, msg_type: str, content: Json, *, channel: str = "shell", timeout: float = 30.0
-    ) -> Json:
+    async def request(self, msg_type: str, content: Json, *, channel: str = "shell", timeout: float = 30.0) -> Json:
         """The content of the reply to any request."""
         cell = await self.send(msg_type, content, channel=channel)
         await cell.wait(lambda c: c.reply is not None, f"reply to {msg_type}", timeout)

@@ -32,3 +32,22 @@ async def tls_etcd(tmp_path: Path) -> AsyncIterator[EtcdServer]:
         yield server
     finally:
         server.stop()
+
+
+@pytest.fixture
+async def three_etcds(tmp_path: Path) -> AsyncIterator[list[EtcdServer]]:
+    """A running cluster of three members."""
+    servers = []
+    for name in ("one", "two", "three"):
+        (tmp_path / name).mkdir()
+        servers.append(EtcdServer(tmp_path / name, name=name))
+    for server in servers:
+        server.cluster = servers
+        server.start()
+    try:
+        for server in servers:
+            await server.ready()
+        yield servers
+    finally:
+        for server in servers:
+            server.stop()

@@ -51,8 +51,10 @@ def etcd_program() -> str:
 class EtcdServer:
     """One etcd member as a child process, with the data directory and ports it keeps over restarts."""
 
-    def __init__(self, directory: Path, tls: bool = False) -> None:
+    def __init__(self, directory: Path, tls: bool = False, name: str = "test") -> None:
         self.directory = directory
+        self.name = name
+        self.cluster: list[EtcdServer] = [self]
         self.endpoint = f"127.0.0.1:{free_port()}"
         self.tls: TLSFiles | None = None
         self._peer = f"http://127.0.0.1:{free_port()}"
@@ -73,13 +75,14 @@ class EtcdServer:
         url = f"{'https' if self.tls else 'http'}://{self.endpoint}"
         command = [
             etcd_program(),
-            "--name=test",
+            f"--name={self.name}",
             f"--data-dir={self.directory / 'data'}",
             "--log-level=error",
         ]
         command += [f"--listen-client-urls={url}", f"--advertise-client-urls={url}"]
         command += [f"--listen-peer-urls={self._peer}", f"--initial-advertise-peer-urls={self._peer}"]
-        command += [f"--initial-cluster=test={self._peer}", *self._tls_arguments]
+        members = ",".join(f"{member.name}={member._peer}" for member in self.cluster)
+        command += [f"--initial-cluster={members}", *self._tls_arguments]
         with (self.directory / "etcd.log").open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
 

@@ -6,7 +6,6 @@ Everything that tests and benchmarks know about the form of `nbos status --json`
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import subprocess
@@ -18,6 +17,8 @@ from typing import Any
 
 from jupyter_client.kernelspec import KernelSpecManager
 
+import nbos_provisioner
+from nbos_cluster.etcd import TLSFiles
 from tests.system.hubclient import Hub, eventually
 
 DISPLAY_NAME = "Python 3 (NBOS)"
@@ -48,6 +49,13 @@ def entered(state_dir: Path) -> Hub:
     """The hub of the cluster in this state directory, with the token file that its status names."""
     status = nbos_status(state_dir)
     return Hub(status["hub_url"], Path(status["token_file"]).read_text().strip())
+
+
+def etcd_of(state_dir: Path) -> tuple[list[str], TLSFiles]:
+    """Where etcd is, and the certificate of `nbos up`: for reading what stands in it."""
+    etcd = nbos_status(state_dir)["etcd"]
+    files = TLSFiles(*(Path(etcd[name]) for name in ("ca", "cert", "key")))
+    return list(etcd["endpoints"]), files
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,7 @@ async def settled(hub: Hub, kernel: str, timeout: float = 30.0) -> list[Replica]
     return await eventually(all_there, f"all replicas of kernel {kernel} are ready and caught up", timeout)
 
 
-async def kernel_environment(hub: Hub, user: str, state_dir: Path, replicas: int = 3) -> dict[str, str]:
+async def kernel_environment(hub: Hub, user: str, replicas: int = 3) -> dict[str, str]:
     """What the provisioner finds in the environment of a Jupyter Server of `user`, with a token of that
     user.
     """
@@ -101,14 +109,10 @@ async def kernel_environment(hub: Hub, user: str, state_dir: Path, replicas: int
         "NBOS_RESOURCES": "{}",
         "JUPYTERHUB_API_TOKEN": await hub.user_token(user),
         "JUPYTERHUB_USER": user,
+        # The server's extension adds the same folder; Jupyter looks for `kernels` below it.
+        "JUPYTER_PATH": str(Path(nbos_provisioner.__file__).parent),
     }
-    if found := await asyncio.to_thread(_jupyter_paths, state_dir):
-        env["JUPYTER_PATH"] = os.pathsep.join(found)
     return env
-
-
-def _jupyter_paths(state_dir: Path) -> list[str]:
-    return sorted({str(path.parents[2]) for path in state_dir.glob("**/kernels/*/kernel.json")})
 
 
 def kernelspec_name(env: Mapping[str, str]) -> str:
@@ -121,3 +125,9 @@ def kernelspec_name(env: Mapping[str, str]) -> str:
         if entry["spec"]["display_name"] == DISPLAY_NAME:
             return str(name)
     raise LookupError(f"no kernelspec {DISPLAY_NAME!r} among {sorted(specs)} in {finder.kernel_dirs}")
+
+
+def replica_pid(status: dict[str, Any], kernel: str, role: str) -> int:
+    """The process id that `nbos status --json` gives for the replica with this role."""
+    found = next(k for k in status["kernels"] if k["kernel_id"] == kernel)
+    return next(int(m["pid"]) for m in found["members"] if m["role"] == role)

@@ -153,6 +153,35 @@ async def test_the_next_endpoint_is_used_when_one_is_away(etcd: EtcdServer) -> N
         assert client.member.endpoint == etcd.endpoint
 
 
+async def test_a_lost_member_is_not_felt_and_a_lost_quorum_is_told(three_etcds: list[EtcdServer]) -> None:
+    async with Etcd([server.endpoint for server in three_etcds]) as client:
+        seen = Seen(client, "/w/")
+        await client.put("/w/1", b"a")
+        await seen.until("/w/1", b"a")
+        lost = next(server for server in three_etcds if server.endpoint == client.member.endpoint)
+        lost.stop()
+        for i in range(50):
+            await client.put("/w/1", b"%d" % i)
+        await seen.until("/w/1", b"49")
+        assert [value for _, value in seen.puts] == [b"a", *(b"%d" % i for i in range(50))]
+        another = next(server for server in three_etcds if server is not lost)
+        another.stop()
+        with pytest.raises(EtcdUnavailable):
+            await client.put("/w/1", b"no quorum")
+        lost.start()
+
+        async def accepted() -> bool:
+            try:
+                await client.put("/w/1", b"back")
+            except EtcdUnavailable:
+                return False
+            return True
+
+        await eventually(accepted, "writes go through with the quorum back")
+        await seen.until("/w/1", b"back")
+        await seen.end()
+
+
 async def test_a_refusal_is_no_outage(etcd: EtcdServer) -> None:
     async with etcd.client() as client:
         with pytest.raises(EtcdError, match="too large"):

@@ -1,9 +1,9 @@
 """What GPUs this execution holds: `nbos_kernel.grant()` for user code, and binding the grant in this process.
 
-Binding: while CUDA has not started in this process, CUDA_VISIBLE_DEVICES names exactly the granted devices (none without
-a grant). Once torch has started CUDA the variable has no effect any more; then the current device is chosen among those
-that were visible at that time, and a grant on another device is reported to the user instead of silently using the wrong
-one. A slice's share of the memory is bound with torch's own limit.
+Binding: while CUDA has not started in this process, CUDA_VISIBLE_DEVICES names exactly the granted devices (none
+without a grant). Once torch has started CUDA the variable has no effect any more; then the current device is
+chosen among those that were visible at that time, and a grant on another device is reported to the user instead
+of silently using the wrong one. A slice's share of the memory is bound with torch's own limit.
 """
 
 from __future__ import annotations

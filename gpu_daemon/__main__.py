@@ -1,0 +1,5 @@
+"""`python -m gpu_daemon`"""
+
+from gpu_daemon.app import main
+
+main()

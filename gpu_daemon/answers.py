@@ -1,0 +1,273 @@
+"""The daemon's answers to a replica's requests (docs/protocol.md, 1): one method a request, found by its type.
+
+Each reads its message through `requests` and hands it to the part of the daemon that knows; blobs go through threads,
+since they are the only answers that wait for a disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+from gpu_daemon import requests
+from gpu_daemon.bidding import Bidding
+from gpu_daemon.blobs import BlobError
+from gpu_daemon.commits import Commits
+from gpu_daemon.replica import LocalReplica
+from gpu_daemon.requests import RequestError
+from gpu_daemon.sessions import Reply, Session, members_message
+from gpu_daemon.site import Refused, Site, log, plain
+from nbos_cluster import keys, records
+from nbos_cluster.etcd import EtcdUnavailable
+from nbos_cluster.kernelview import KernelView
+from nbos_cluster.records import HostRecord, KernelSpec, LogEntry
+from nbos_cluster.wire import Message
+
+KNOWN_WITHIN = 5.0
+"""Seconds that `hello` waits for the kernel's records (after a restart of the daemon they may be on their way)."""
+HOLD_OUTCOME = 1.0
+HOSTS_FRESH = 2.0
+UNUSED_CLAIM = 5.0
+"""Seconds that a replica has, after `hello`, to ask again for what it was granted while it was not connected."""
+
+Heard = Callable[[LocalReplica], None]
+
+
+class Answers:
+    """heard: called when a replica said hello. progressed: when it said how far it has come."""
+
+    def __init__(self, site: Site, bidding: Bidding, commits: Commits, heard: Heard, progressed: Heard) -> None:
+        self._site, self._bidding, self._commits = site, bidding, commits
+        self._heard, self._progressed = heard, progressed
+        self._hosts: tuple[float, list[Message]] = (-HOSTS_FRESH, [])
+        self._by_type: dict[str, Callable[[Session, Message, bytes], Awaitable[Reply]]] = {
+            "hello": self._hello,
+            "bid": self._bid,
+            "cancel": self._cancel,
+            "put_blob": self._put_blob,
+            "get_blob": self._get_blob,
+            "append": self._append,
+            "applied": self._applied,
+            "release": self._release,
+            "status": self._status,
+            "outcome": self._outcome,
+        }
+
+    async def __call__(self, session: Session, message: Message, payload: bytes) -> Reply:
+        """The reply's fields. Raises RequestError or Refused."""
+        kind = message.get("type")
+        answer = self._by_type.get(kind) if isinstance(kind, str) else None
+        if answer is None:
+            raise RequestError(f"there is no request {str(kind)[:40]!r}", code="unknown")
+        return await answer(session, message, payload)
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    async def _hello(self, session: Session, message: Message, payload: bytes) -> Reply:
+        said, replica = requests.hello(message), session.replica
+        if replica.handle is None or not replica.handle.owns(session.peer_pid):
+            raise Refused(
+                "refused", f"process {session.peer_pid} is not {replica.name}; only the replica may use its socket"
+            )
+        spec = await self._spec(replica)
+        if replica.session is not None and replica.session is not session:
+            replica.session.close()
+        replica.session = session
+        replica.python, replica.applied = said.python[:100], said.applied
+        if said.ports is not None:
+            replica.ports = said.ports
+        if said.running is not None and replica.held is None:
+            await self._commits.resume(replica, *said.running)
+        elif said.running is None:
+            self._expect_use(session)
+        self._heard(replica)
+        view = self._view(replica)
+        return {
+            "kernel": replica.id.kernel,
+            "replica": replica.id.index,
+            "host": self._site.host,
+            "owner": spec.owner,
+            "incarnation": replica.incarnation,
+            "resources": plain(spec.resources),
+            "members": members_message(view),
+            "durable": spec.durable,
+        }, b""
+
+    async def _bid(self, session: Session, message: Message, payload: bytes) -> Reply:
+        bid, replica = requests.bid(message), session.replica
+        session.used.add(bid.n)
+        if replica.held is None:
+            self._commits.take_up(replica, bid.n)
+        return await self._bidding.bid(replica, bid), b""
+
+    async def _cancel(self, session: Session, message: Message, payload: bytes) -> Reply:
+        self._bidding.cancel(session.replica, requests.number(message, "n"))
+        return {}, b""
+
+    async def _put_blob(self, session: Session, message: Message, payload: bytes) -> Reply:
+        await self._blob(self._site.blobs.put, self._owner(session.replica), requests.text(message, "hash"), payload)
+        return {}, b""
+
+    async def _get_blob(self, session: Session, message: Message, payload: bytes) -> Reply:
+        return {}, await self._blob(self._site.blobs.get, self._owner(session.replica), requests.text(message, "hash"))
+
+    async def _append(self, session: Session, message: Message, payload: bytes) -> Reply:
+        entry = message.get("entry")
+        if not isinstance(entry, dict):
+            raise RequestError("entry must be an object")
+        token = requests.number(message, "token", most=1 << 62)
+        session.used.add(requests.number(entry, "n"))
+        await self._commits.append(session.replica, entry, token, payload)
+        self._progressed(session.replica)
+        return {}, b""
+
+    async def _applied(self, session: Session, message: Message, payload: bytes) -> Reply:
+        replica = session.replica
+        replica.applied, replica.lost = requests.number(message, "n", least=-1), requests.lost(message)
+        self._progressed(replica)
+        return {}, b""
+
+    async def _release(self, session: Session, message: Message, payload: bytes) -> Reply:
+        self._commits.release(session.replica, requests.number(message, "n"))
+        return {}, b""
+
+    async def _status(self, session: Session, message: Message, payload: bytes) -> Reply:
+        view = self._view(session.replica)
+        lost: dict[str, str] = {}
+        for record in view.replicas.values():
+            lost.update(record.lost)
+        applied = {index: record.applied for index, record in view.replicas.items()}
+        applied[session.replica.id.index] = session.replica.applied
+        return {
+            "last": view.last,
+            "executor": view.executor,
+            "next": view.last + 1,
+            "applied": applied,
+            "members": members_message(view),
+            "hosts": await self._host_list(),
+            "lost": lost,
+            "queue": self._bidding.waiting_of(view.kernel),
+        }, b""
+
+    async def _outcome(self, session: Session, message: Message, payload: bytes) -> Reply:
+        n, abandon = requests.number(message, "n"), requests.flag(message, "abandon")
+        kernel = session.replica.id.kernel
+        state = await self._decided(kernel, n)
+        if state["state"] == "free" and abandon:
+            try:
+                await self._commits.abandon_free(kernel, n, requests.text(message, "reason", "") or LOST_EXECUTOR)
+            except EtcdUnavailable:
+                raise Refused("unavailable", self._site.away_text()) from None
+            state = await self._decided(kernel, n)
+        return state, b""
+
+    # -- what they need -----------------------------------------------------------------------------------------------
+
+    async def _decided(self, kernel: str, n: int) -> Message:
+        """What became of n; waits a while for an execution that runs."""
+
+        def open_claim(view: KernelView | None) -> bool:
+            return view is not None and view.last < n and view.claim_of(n) is not None
+
+        await self._site.until(lambda: not open_claim(self._site.view(kernel)), HOLD_OUTCOME)
+        view = self._site.view(kernel)
+        if view is None or view.spec is None:
+            raise Refused("gone", f"kernel {kernel} is gone")
+        if view.last >= n:
+            return _outcome_of(view.log.get(n))
+        held = view.claim_of(n)
+        if held is not None:
+            return {"state": "claimed", "replica": held.record.replica, "host": held.record.host}
+        return {"state": "free"}
+
+    def _expect_use(self, session: Session) -> None:
+        """The replica runs nothing. A claim it holds is one whose answer it never got, and will ask for again."""
+        held = session.replica.held
+        if held is None:
+            view = self._site.view(session.replica.id.kernel)
+            claim = view.claim_of(view.last + 1) if view is not None else None
+            if claim is None or (claim.record.replica, claim.record.host) != (
+                session.replica.id.index,
+                self._site.host,
+            ):
+                self._commits.drop_saved_grant(session.replica)
+                return
+        self._site.spawn(self._end_unused(session), f"looking after the claim of {session.replica.name}")
+
+    async def _end_unused(self, session: Session) -> None:
+        replica = session.replica
+        view = self._view(replica)
+        n = replica.held.n if replica.held is not None else view.last + 1
+        await self._site.until(lambda: n in session.used or self._view(replica).last >= n, UNUSED_CLAIM)
+        claim = self._view(replica).claim_of(n)
+        if replica.session is not session or n in session.used or claim is None:
+            return
+        log.warning("%s holds the claim of execution %d and does not run it", replica.name, n)
+        reason = f"replica {replica.id.index} on {self._site.host} lost execution {n} when its daemon was restarted"
+        self._commits.give_up(replica, n, claim.token, reason)
+
+    async def _spec(self, replica: LocalReplica) -> KernelSpec:
+        def known() -> bool:
+            view = self._site.view(replica.id.kernel)
+            return self._site.synced.is_set() and view is not None and view.spec is not None
+
+        if not await self._site.until(known, KNOWN_WITHIN):
+            raise Refused("unavailable", f"the records of kernel {replica.id.kernel} are not known (yet)")
+        spec = self._view(replica).spec
+        assert spec is not None
+        return spec
+
+    def _view(self, replica: LocalReplica) -> KernelView:
+        view = self._site.view(replica.id.kernel)
+        if view is None or view.spec is None:
+            raise Refused("gone", f"kernel {replica.id.kernel} is gone")
+        return view
+
+    def _owner(self, replica: LocalReplica) -> str:
+        """From the kernel's record, never from the message: a replica reaches its own owner's blobs only."""
+        spec = self._view(replica).spec
+        assert spec is not None
+        return spec.owner
+
+    async def _blob(self, work: Callable[..., bytes | None], *args: object) -> bytes:
+        try:
+            return await asyncio.to_thread(work, *args) or b""
+        except BlobError as err:
+            raise Refused(err.code, str(err)) from err
+
+    async def _host_list(self) -> list[Message]:
+        """All hosts, for people; at most once in two seconds from etcd, the last known while that is away."""
+        if time.monotonic() - self._hosts[0] > HOSTS_FRESH:
+            try:
+                found, _ = await self._site.etcd.range(keys.HOSTS)
+            except EtcdUnavailable:
+                self._site.note_away()
+                return self._hosts[1]
+            self._hosts = (
+                time.monotonic(),
+                [_host(records.decode(kv.value, HostRecord)) for kv in found if _is_host(kv.key)],
+            )
+        return self._hosts[1]
+
+
+LOST_EXECUTOR = "the host that ran it was lost"
+
+
+def _outcome_of(entry: LogEntry | None) -> Message:
+    if entry is None:
+        # Folded: it was decided long ago, and nobody who could still ask needs more.
+        return {"state": "committed", "status": "ok", "execution_count": 0}
+    if entry.kind in ("abandoned", "reset"):
+        return {"state": "abandoned", "reason": entry.reason or "the kernel was restarted"}
+    return {"state": "committed", "status": entry.status, "execution_count": entry.execution_count}
+
+
+def _is_host(key: str) -> bool:
+    return "/" not in key[len(keys.HOSTS) :]
+
+
+def _host(record: HostRecord) -> Message:
+    """What a user may know of a host: not who else computes there."""
+    devices = [{"model": d.model, "tpcs": d.tpcs, "memory": d.memory, "kind": d.kind} for d in record.devices]
+    return {"name": record.name, "address": record.address, "devices": devices, "draining": record.draining}

@@ -1,0 +1,174 @@
+"""The command `python -m gpu_daemon --config FILE`: options, logging, signals. What it runs is `daemon.Daemon`."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import re
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from traitlets import Bool, Enum, Float, Integer, List, TraitError, Unicode, default, validate
+from traitlets.config import Application
+
+from gpu_daemon import inventory
+from gpu_daemon.blobs import open_store
+from gpu_daemon.daemon import Daemon
+from gpu_daemon.process_runtime import ProcessRuntime
+from gpu_daemon.rundir import RunDirError
+from gpu_daemon.simulated import simulated
+from gpu_daemon.site import Settings
+from nbos_cluster import keys
+from nbos_cluster.etcd import Etcd, TLSFiles
+from nbos_cluster.records import Device
+
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?\s*$", re.IGNORECASE)
+
+
+class GPUDaemon(Application):
+    """Starts and watches a host's replicas, bids for them, grants its GPUs, keeps its blobs."""
+
+    name = "gpu_daemon"
+    description = __doc__
+
+    config_file = Unicode("", help="Configuration file (.py or .json, traitlets format).").tag(config=True)
+    host = Unicode(help="Name of this host, unique in the cluster.").tag(config=True)
+    address = Unicode(help="What other hosts call this one; the ip when empty.").tag(config=True)
+    ip = Unicode("127.0.0.1", help="Address that replicas bind to.").tag(config=True)
+    etcd_endpoints = List(Unicode(), ["127.0.0.1:2379"], help="etcd members, 'address:port' each.").tag(config=True)
+    etcd_ca = Unicode("", help="PEM file of the CA of etcd's certificate; empty: no TLS.").tag(config=True)
+    etcd_cert = Unicode("", help="PEM file of this daemon's client certificate.").tag(config=True)
+    etcd_key = Unicode("", help="PEM file of its key.").tag(config=True)
+    run_dir = Unicode(help="Folder for sockets, connection files, logs and what is found again. Short.").tag(
+        config=True
+    )
+    blob_store = Unicode(help="Where large values are kept: file:///path, shared by all hosts.").tag(config=True)
+    devices = Enum(
+        ["auto", "nvml", "simulated"],
+        "auto",
+        help="Which GPUs: those NVML finds; simulated ones; auto: simulated ones only where NVML finds none.",
+    ).tag(config=True)
+    simulated_devices = Integer(0, min=0, help="How many GPUs are played.").tag(config=True)
+    simulated_model = Unicode("Simulated GPU", help="Their model.").tag(config=True)
+    simulated_tpcs = Integer(66, min=1, help="TPCs of each.").tag(config=True)
+    simulated_memory = Unicode("80G", help="Memory of each, for example 80G.").tag(config=True)
+    lease_ttl = Float(3.0, help="Seconds without a sign of this daemon after which its host counts as lost.").tag(
+        config=True
+    )
+    max_replicas = Integer(64, min=0, help="Replicas that this host takes.").tag(config=True)
+    stop_replicas_on_exit = Bool(
+        True,
+        help="On SIGTERM end the replicas and give the lease back (the host shuts down). False: leave both "
+        "for the next daemon, as a crash does.",
+    ).tag(config=True)
+    replica_command = List(Unicode(), help="Command of a replica; '--nbos-socket PATH -f FILE' is added.").tag(
+        config=True
+    )
+
+    aliases: Any = {  # noqa: RUF012  as traitlets wants it
+        **Application.aliases,
+        "config": "GPUDaemon.config_file",
+        "host": "GPUDaemon.host",
+        "run-dir": "GPUDaemon.run_dir",
+    }
+
+    @default("log_level")
+    def _default_log_level(self) -> int:
+        return logging.INFO
+
+    @validate("host")
+    def _valid_host(self, proposal: Any) -> str:
+        try:
+            return keys.checked(proposal["value"], "host name")
+        except ValueError as err:
+            raise TraitError(str(err)) from err
+
+    @validate("lease_ttl")
+    def _valid_ttl(self, proposal: Any) -> float:
+        if proposal["value"] < 1:
+            raise TraitError("lease_ttl is at least 1 second, the least that etcd counts")
+        return float(proposal["value"])
+
+    def initialize(self, argv: Any = None) -> None:
+        self.parse_command_line(argv)
+        if self.config_file:
+            path = Path(self.config_file)
+            if not path.is_file():
+                self.exit_with(f"configuration file {path} is not there")
+            command_line: Any = self.cli_config.copy()
+            self.load_config_file(path.name, str(path.parent.absolute()))
+            self.update_config(command_line)
+        for required in ("run_dir", "blob_store"):
+            if not getattr(self, required):
+                self.exit_with(f"GPUDaemon.{required} is not set; set it in the configuration file")
+
+    def exit_with(self, text: str) -> None:
+        print(f"gpu_daemon: {text}", file=sys.stderr)
+        self.exit(2)
+
+    def find_devices(self) -> tuple[Device, ...]:
+        """The devices by the policy in `devices`."""
+        played = simulated(
+            self.host or socket.gethostname(),
+            self.simulated_devices,
+            self.simulated_model,
+            self.simulated_tpcs,
+            _bytes(self.simulated_memory),
+        )
+        if self.devices == "simulated":
+            return played
+        found = inventory.look()
+        logging.getLogger("gpu_daemon").info("NVML: %s %s", found.state.value, found.detail)
+        if found.devices or self.devices == "nvml":
+            return found.devices
+        return played
+
+    def make_daemon(self) -> Daemon:
+        host = self.host or keys.checked(socket.gethostname(), "host name")
+        tls = TLSFiles(Path(self.etcd_ca), Path(self.etcd_cert), Path(self.etcd_key)) if self.etcd_ca else None
+        endpoints = [urlsplit(e).netloc if "://" in e else e for e in self.etcd_endpoints]
+        settings = Settings(
+            host=host,
+            run_dir=Path(self.run_dir),
+            address=self.address or self.ip,
+            ip=self.ip,
+            lease_ttl=self.lease_ttl,
+            max_replicas=self.max_replicas,
+            stop_replicas_on_exit=self.stop_replicas_on_exit,
+            replica_command=tuple(self.replica_command),
+        )
+        devices, blobs = self.find_devices(), open_store(self.blob_store)
+        return Daemon(settings, Etcd(endpoints, tls), devices, blobs, ProcessRuntime())
+
+    def start(self) -> None:
+        level: Any = self.log_level
+        logging.basicConfig(level=level, format="%(asctime)s %(levelname).1s %(name)s: %(message)s", stream=sys.stderr)
+        try:
+            asyncio.run(self._serve())
+        except (RunDirError, ValueError, OSError) as err:
+            self.exit_with(str(err))
+
+    async def _serve(self) -> None:
+        daemon = self.make_daemon()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, daemon.stop)
+        # What was imported stays; the collector need not look at it again on every cell.
+        gc.freeze()
+        await daemon.run()
+
+
+def _bytes(text: str) -> int:
+    match = _SIZE.match(text)
+    if match is None:
+        raise ValueError(f"{text!r} is no size; write for example 80G or 512M")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+
+
+def main() -> None:
+    GPUDaemon.launch_instance()

@@ -1,0 +1,210 @@
+"""One host's daemon: its parts put together, the watch that feeds them, its lease, its start and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from importlib import metadata
+
+import psutil
+
+from gpu_daemon.answers import Answers
+from gpu_daemon.bidding import Bidding
+from gpu_daemon.blobs import BlobStore
+from gpu_daemon.commits import Commits
+from gpu_daemon.fleet import ReplicaId
+from gpu_daemon.ledger import Ledger
+from gpu_daemon.publishing import Publisher
+from gpu_daemon.queue import FairQueue
+from gpu_daemon.replicas import Replicas
+from gpu_daemon.rundir import RunDir
+from gpu_daemon.runtime import ReplicaRuntime
+from gpu_daemon.site import Settings, Site, log
+from nbos_cluster import keys, records
+from nbos_cluster.etcd import Etcd, EtcdError, EtcdUnavailable, Lease
+from nbos_cluster.kernelview import Delta
+from nbos_cluster.kv import Snapshot
+from nbos_cluster.records import Device, GrantRecord, HostRecord
+
+STOP_WITHIN = 2.0
+"""Seconds that replicas have to go when the daemon is told to stop."""
+
+
+class Daemon:
+    """Not started until `run`. etcd need not answer yet; the daemon waits for it."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        etcd: Etcd,
+        devices: tuple[Device, ...],
+        blobs: BlobStore,
+        runtime: ReplicaRuntime,
+    ) -> None:
+        ledger = Ledger(settings.host, devices)
+        rundir = RunDir(settings.run_dir)
+        self._site = Site(settings, etcd, ledger, FairQueue(ledger), blobs, rundir)
+        self._devices = devices
+        self._publisher = Publisher(self._site)
+        self._bidding = Bidding(self._site, self._publisher)
+        self._commits = Commits(self._site, self._bidding)
+        self._replicas = Replicas(self._site, runtime, self._commits, self._publisher)
+        self._replicas.answer = Answers(
+            self._site, self._bidding, self._commits, self._replicas.heard, self._replicas.progressed
+        )
+        self._since = time.time()
+        self._stop = asyncio.Event()
+
+    def stop(self) -> None:
+        """Ask `run` to end (SIGTERM, Ctrl-C)."""
+        self._stop.set()
+
+    async def run(self) -> None:
+        """Until `stop`. Raises RunDirError when the run directory cannot be used."""
+        site = self._site
+        site.rundir.open()
+        await site.etcd.connect()
+        log.info("host %s: %s", site.host, ", ".join(f"{d.model} ({d.kind})" for d in self._devices) or "no GPU")
+        try:
+            await self._replicas.find_again()
+            work = site.spawn(self._work(), "the daemon's start")
+            stop = asyncio.create_task(self._stop.wait())
+            await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done() and not work.cancelled():
+                work.result()
+            await stop
+        finally:
+            await self._end()
+
+    async def _work(self) -> None:
+        await self._get_lease()
+        self._publish_host()
+        self._site.spawn(self._publisher.run(), "writing records")
+        self._site.spawn(self._watch_kernels(), "watching kernels")
+        self._site.spawn(self._watch_host(), "watching this host's record")
+
+    async def _end(self) -> None:
+        site = self._site
+        site.stopping = True
+        self._bidding.drain()
+        stop_replicas = site.settings.stop_replicas_on_exit
+        if stop_replicas:
+            await self._replicas.stop_all(STOP_WITHIN)
+        await site.cancel_tasks()
+        if site.lease is not None:
+            try:
+                async with asyncio.timeout(0.5):
+                    await site.lease.stop(revoke=stop_replicas)
+            except (TimeoutError, EtcdUnavailable, EtcdError) as err:
+                log.warning("the lease ends by itself: %s", err)
+        await site.etcd.close()
+        site.rundir.close()
+
+    # -- lease --------------------------------------------------------------------------------------------------------
+
+    async def _get_lease(self) -> None:
+        """Take up the lease of before a restart while it is alive; else a new one. Waits for etcd."""
+        site = self._site
+        saved = site.rundir.load_lease()
+        site.lease = Lease(site.etcd, site.settings.lease_ttl, saved, self._lease_is_new)
+        while True:
+            try:
+                await site.lease.start()
+                site.note_back()
+                return
+            except (EtcdUnavailable, EtcdError) as err:
+                site.note_away()
+                log.debug("no lease yet: %s", err)
+                await asyncio.sleep(0.3)
+
+    async def _lease_is_new(self, lease: int) -> None:
+        """Called by the lease. Returns at once: while it waits, nobody keeps the lease alive."""
+        self._site.rundir.save_lease(lease)
+        self._publisher.write_all_again()
+        self._site.spawn(self._commits.lease_is_new(), "claiming again what runs")
+
+    def _publish_host(self) -> None:
+        site = self._site
+        record = HostRecord(
+            name=site.host,
+            address=site.settings.address,
+            pid=os.getpid(),
+            devices=tuple(site.ledger.devices),
+            cpus=os.cpu_count() or 0,
+            memory=psutil.virtual_memory().total,
+            max_replicas=site.settings.max_replicas,
+            version=_version(),
+            draining=site.draining,
+            since=self._since,
+        )
+        self._publisher.put(keys.host(site.host), record)
+
+    # -- watching -----------------------------------------------------------------------------------------------------
+
+    async def _watch_kernels(self) -> None:
+        """One watch of all kernels: on a cluster of a few dozen hosts cheaper than one watch for each kernel here, and
+        a new kernel needs no second look-up. A cluster of thousands of kernels wants one watch per placed kernel."""
+        site = self._site
+        async for item in site.etcd.watch(keys.KERNELS):
+            site.note_back()
+            for kernel, delta in site.views.apply(item).items():
+                self._kernel_changed(kernel, delta)
+            if not site.synced.is_set():
+                site.synced.set()
+                self._look_around()
+            site.notify()
+
+    def _kernel_changed(self, kernel: str, delta: Delta) -> None:
+        view = self._site.view(kernel)
+        if view is not None:
+            self._bidding.kernel_changed(view)
+        self._replicas.kernel_changed(kernel, view)
+
+    def _look_around(self) -> None:
+        """Once, when the records have been read for the first time."""
+        site = self._site
+        for id in {id.kernel for id in site.replicas}:
+            self._replicas.kernel_changed(id, site.view(id))
+        for kernel, view in site.views.views.items():
+            for n, held in list(view.claims.items()):
+                replica = site.replicas.get(ReplicaId(kernel, held.record.replica))
+                if held.record.host == site.host and (replica is None or replica.handle is None):
+                    reason = f"replica {held.record.replica} on host {site.host} ended while the host's daemon was away"
+                    incarnation = view.epoch.incarnation if view.epoch is not None else 1
+                    work = self._commits.abandon(kernel, n, held.token, reason, None, incarnation)
+                    site.spawn(work, f"abandoning execution {n} of kernel {kernel}")
+        site.spawn(self._delete_stray_grants(), "deleting grants that nobody holds")
+
+    async def _delete_stray_grants(self) -> None:
+        """Grants under a resumed lease whose replicas are gone."""
+        site = self._site
+        found, _ = await site.etcd.range(keys.grants(site.host))
+        for kv in found:
+            grant = records.decode(kv.value, GrantRecord)
+            if grant.grant not in site.ledger.grants:
+                await site.etcd.delete(kv.key)
+
+    async def _watch_host(self) -> None:
+        """Somebody may set `draining` in this host's record; the daemon obeys and keeps it."""
+        key = keys.host(self._site.host)
+        async for item in self._site.etcd.watch(key):
+            kvs = item.kvs if isinstance(item, Snapshot) else [e.kv for e in item.events if e.kind == "put"]
+            for kv in kvs:
+                if kv.key == key:
+                    self._obey(records.decode(kv.value, HostRecord))
+
+    def _obey(self, record: HostRecord) -> None:
+        if record.draining != self._site.draining:
+            self._site.draining = record.draining
+            log.info("host %s %s new cells", self._site.host, "takes no" if record.draining else "takes")
+            if record.draining:
+                self._bidding.drain()
+            self._publish_host()
+
+
+def _version() -> str:
+    try:
+        return metadata.version("nbos")
+    except metadata.PackageNotFoundError:
+        return ""

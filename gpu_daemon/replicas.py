@@ -1,0 +1,301 @@
+"""Carrying out what the fleet decides: processes started, watched and ended, sockets opened, records written.
+
+Guarantees: whatever ends a replica, its claim and grant end with it, with a reason; a replica that could not be started
+is reported with the reason and tried again; all replicas are gone when `stop_all` returns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import socket
+import sys
+from pathlib import Path
+
+from gpu_daemon import fleet
+from gpu_daemon.commits import Commits
+from gpu_daemon.fleet import Fleet, ReplicaId
+from gpu_daemon.publishing import Publisher
+from gpu_daemon.replica import EXIT_GRACE, LocalReplica
+from gpu_daemon.rundir import write_json
+from gpu_daemon.runtime import Handle, Launch, ReplicaRuntime, RuntimeFailed
+from gpu_daemon.sessions import Answer, Session, listen
+from gpu_daemon.site import Site, log
+from nbos_cluster import keys
+from nbos_cluster.kernelview import KernelView
+from nbos_cluster.records import KernelSpec, Ports, ReplicaRecord
+
+PORT_RANGE = (15000, 32000)
+"""Below Linux's ephemeral ports, so that no outgoing connection takes a dead replica's port before it is back."""
+
+MEMORY_EVERY = 0.5
+GIB = 1 << 30
+
+
+class Replicas:
+    def __init__(self, site: Site, runtime: ReplicaRuntime, commits: Commits, publisher: Publisher) -> None:
+        self._site, self._runtime, self._commits, self._publisher = site, runtime, commits, publisher
+        self._fleet = Fleet()
+        self._timer: asyncio.TimerHandle | None = None
+        self._memory_watch: asyncio.Task[None] | None = None
+        self.answer: Answer | None = None
+
+    # -- what should be -----------------------------------------------------------------------------------------------
+
+    def kernel_changed(self, kernel: str, view: KernelView | None) -> None:
+        """The records of a kernel are as in `view`; None: it is gone."""
+        spec = view.spec if view is not None else None
+        indexes: set[int] = set()
+        if spec is not None:
+            indexes = {int(i) for i, host in spec.placement.items() if host == self._site.host}
+            indexes -= self._no_room(spec, indexes)
+        usable = view is not None and any(r.state == "ready" for r in view.replicas.values())
+        incarnation = spec.incarnation if spec is not None else 0
+        wanted = fleet.Wanted(kernel, frozenset(indexes), incarnation, usable, self._site.now())
+        if indexes or any(id.kernel == kernel for id in self._site.replicas):
+            self._handle(wanted)
+        for id, replica in self._site.replicas.items():
+            if id.kernel == kernel and replica.session is not None:
+                replica.session.news()
+
+    def _no_room(self, spec: KernelSpec, indexes: set[int]) -> set[int]:
+        """Replicas beyond what this host takes; they are reported as failed."""
+        new = sorted(i for i in indexes if not self._fleet.wants(ReplicaId(spec.kernel, i)))
+        room = max(0, self._site.settings.max_replicas - self._fleet.count())
+        limit = self._site.settings.max_replicas
+        reason = f"host {self._site.host} runs {limit} replicas already, its limit; add a host or raise max_replicas"
+        for index in new[room:]:
+            record = ReplicaRecord(
+                index=index, host=self._site.host, state="failed", incarnation=spec.incarnation, reason=reason
+            )
+            self._publisher.put(keys.replica(spec.kernel, index), record)
+        return set(new[room:])
+
+    def heard(self, replica: LocalReplica) -> None:
+        self._handle(fleet.Hello(replica.id, self._site.now()))
+
+    def progressed(self, replica: LocalReplica) -> None:
+        self._write_record(replica, urgent=False)
+
+    def _handle(self, event: fleet.Event) -> None:
+        if self._site.stopping:
+            return
+        for step in self._fleet.handle(event):
+            match step:
+                case fleet.Start(id, incarnation):
+                    self._site.spawn(self._start(id, incarnation), f"starting replica {id.index} of {id.kernel}")
+                case fleet.Stop(id, reason):
+                    self._site.replicas[id].end(reason)
+                case fleet.Publish(id, state, reason):
+                    replica = self._site.replicas.get(id) or self._prepare(id)
+                    replica.state, replica.reason = state, reason
+                    self._write_record(replica)
+                case fleet.Forget(id):
+                    self._forget(id)
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        due = self._fleet.next_due()
+        if due is not None:
+            delay = max(0.0, due - self._site.now())
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(delay, lambda: self._handle(fleet.Tick(self._site.now())))
+
+    def _write_record(self, replica: LocalReplica, urgent: bool = True) -> None:
+        if self._fleet.wants(replica.id):
+            key = keys.replica(replica.id.kernel, replica.id.index)
+            self._publisher.put(key, replica.record(self._site.host), urgent)
+
+    # -- starting and ending ------------------------------------------------------------------------------------------
+
+    def _prepare(self, id: ReplicaId) -> LocalReplica:
+        """The replica's folder and ports: those it had before, where it had any."""
+        ip = self._site.settings.ip
+        saved = self._site.rundir.load_replica(id).get("ports")
+        ports = None
+        with contextlib.suppress(TypeError):
+            ports = Ports(**saved) if isinstance(saved, dict) else None
+        replica = LocalReplica(id, self._site.rundir.make_folder(id), ip, ports or free_ports(ip))
+        self._site.replicas[id] = replica
+        return replica
+
+    async def _start(self, id: ReplicaId, incarnation: int) -> None:
+        replica = self._site.replicas[id]
+        view = self._site.view(id.kernel)
+        if view is None or view.spec is None:
+            self._handle(fleet.Died(id, "the kernel is gone", self._site.now()))
+            return
+        try:
+            await self._open(replica)
+            replica.begin()
+            replica.incarnation = incarnation
+            if not bindable(replica.ip, replica.ports):
+                replica.ports = free_ports(replica.ip)
+            handle = await self._runtime.start(self._launch(replica, view.spec))
+        except (RuntimeFailed, OSError) as err:
+            log.error("%s: %s", replica.name, err)
+            self._handle(fleet.Died(id, str(err), self._site.now()))
+            return
+        self._site.rundir.save_replica(
+            id, incarnation=incarnation, ports=_ports(replica.ports), memory_limit=view.spec.memory_limit
+        )
+        log.info("%s started as process %d", replica.name, handle.pid)
+        self._run(replica, handle)
+        self._write_record(replica)
+
+    def _run(self, replica: LocalReplica, handle: Handle) -> None:
+        replica.handle = handle
+        self._site.spawn(self._watch(replica, handle), f"watching {replica.name}")
+        if self._memory_watch is None or self._memory_watch.done():
+            self._memory_watch = self._site.spawn(self._watch_memory(), "watching memory")
+        if not self._fleet.wants(replica.id):
+            replica.end("the replica is not wanted on this host any more")
+
+    async def _watch(self, replica: LocalReplica, handle: Handle) -> None:
+        ended = await handle.wait()
+        reason = replica.death_reason or str(ended)
+        log.info("%s, process %d: %s", replica.name, handle.pid, reason)
+        replica.handle = None
+        if replica.session is not None:
+            replica.session.close()
+            replica.session = None
+        self._commits.replica_died(replica, f"replica {replica.id.index} on host {self._site.host}: {reason}")
+        self._handle(fleet.Died(replica.id, reason, self._site.now()))
+
+    def _launch(self, replica: LocalReplica, spec: KernelSpec) -> Launch:
+        connection = replica.folder / "connection.json"
+        ports = {f"{name}_port": port for name, port in _ports(replica.ports).items()}
+        write_json(
+            connection,
+            {
+                "ip": replica.ip,
+                "transport": "tcp",
+                **ports,
+                "key": spec.key,
+                "signature_scheme": "hmac-sha256",
+                "curve_publickey": spec.curve_publickey,
+                "curve_secretkey": spec.curve_secretkey,
+                "kernel_name": "nbos",
+            },
+        )
+        command = self._site.settings.replica_command or (sys.executable, "-m", "nbos_kernel")
+        socket_path = str(self._site.rundir.socket(replica.id))
+        argv = (*command, "--nbos-socket", socket_path, "-f", str(connection))
+        cwd = spec.cwd
+        if cwd and not Path(cwd).is_dir():
+            # A folder that was deleted must not make the kernel unusable.
+            log.warning("%s: its folder %s is not there, it starts in the home folder", replica.name, cwd)
+            cwd = str(Path.home())
+        return Launch(replica.folder, argv, cwd, spec.env)
+
+    async def _open(self, replica: LocalReplica) -> None:
+        """Its socket listens."""
+        if replica.server is None:
+            self._site.rundir.make_folder(replica.id)
+            path = self._site.rundir.socket(replica.id)
+            replica.server = await listen(path, lambda reader, writer: self._connected(replica, reader, writer))
+
+    async def _connected(
+        self, replica: LocalReplica, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        assert self.answer is not None
+        await Session(self._site, replica, reader, writer, self.answer).run()
+
+    def _forget(self, id: ReplicaId) -> None:
+        replica = self._site.replicas.pop(id, None)
+        if replica is not None and replica.server is not None:
+            replica.server.close()
+        self._publisher.remove(keys.replica(id.kernel, id.index))
+        self._site.rundir.forget(id)
+
+    # -- memory -------------------------------------------------------------------------------------------------------
+
+    async def _watch_memory(self) -> None:
+        """Runs only while a replica with a limit does."""
+        while limited := [
+            (r, m) for r in self._site.replicas.values() if r.handle is not None and (m := self._limit(r))
+        ]:
+            for replica, limit in limited:
+                used = replica.handle.memory() if replica.handle is not None else 0
+                if used > limit and replica.handle is not None:
+                    amounts = f"{used / GIB:.2f} of {limit / GIB:.2f} GiB memory"
+                    replica.death_reason = f"killed: it used {amounts}; use less, or ask for a larger limit"
+                    replica.handle.kill()
+            await asyncio.sleep(MEMORY_EVERY)
+
+    def _limit(self, replica: LocalReplica) -> int:
+        view = self._site.view(replica.id.kernel)
+        return view.spec.memory_limit if view is not None and view.spec is not None else 0
+
+    # -- the daemon's own start and end -------------------------------------------------------------------------------
+
+    async def find_again(self) -> None:
+        """Take up the replicas that an earlier daemon left running, with their grants. Before anything else starts."""
+        for id, saved in list(self._site.rundir.saved_replicas()):
+            handle = await self._runtime.find(self._site.rundir.folder(id))
+            if handle is None:
+                self._site.rundir.save_grant(id, None)
+                continue
+            replica = self._prepare(id)
+            replica.incarnation = int(saved.get("incarnation", 1))
+            self._fleet.handle(fleet.Found(id, replica.incarnation, self._site.now()))
+            grant = self._site.rundir.load_grant(id)
+            if grant is not None:
+                refused = self._site.ledger.restore(grant)
+                if refused is not None:
+                    log.error("%s: %s", replica.name, refused.reason)
+                else:
+                    self._site.queue.restored(grant, self._site.now())
+            log.info("%s found again as process %d", replica.name, handle.pid)
+            await self._open(replica)
+            self._run(replica, handle)
+
+    async def stop_all(self, seconds: float) -> None:
+        """End every replica, and wait until they are gone."""
+        running = [r for r in self._site.replicas.values() if r.handle is not None]
+        handles = [r.handle for r in running if r.handle is not None]
+        for replica in running:
+            replica.end(f"host {self._site.host} shuts down")
+        gone = [self._site.spawn(_gone(self._site, r), f"the end of {r.name}") for r in running]
+        if gone:
+            await asyncio.wait(gone, timeout=min(EXIT_GRACE, seconds))
+        for handle in handles:
+            handle.kill()
+        if gone:
+            await asyncio.wait(gone, timeout=seconds)
+
+
+async def _gone(site: Site, replica: LocalReplica) -> None:
+    while replica.handle is not None:
+        await asyncio.sleep(0.02)
+
+
+def _ports(ports: Ports) -> dict[str, int]:
+    return {name: getattr(ports, name) for name in Ports.__struct_fields__}
+
+
+def free_ports(ip: str) -> Ports:
+    """Five ports that nobody listens on. Random, since daemons that share a machine choose at the same time."""
+    for _ in range(200):
+        numbers = random.sample(range(*PORT_RANGE), 5)
+        ports = Ports(**dict(zip(Ports.__struct_fields__, numbers, strict=True)))
+        if bindable(ip, ports):
+            return ports
+    raise OSError(f"no free ports between {PORT_RANGE[0]} and {PORT_RANGE[1]} on {ip}")
+
+
+def bindable(ip: str, ports: Ports) -> bool:
+    with contextlib.ExitStack() as stack:
+        for port in _ports(ports).values():
+            sock = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET))
+            # As ZeroMQ binds: connections of the replica before, still in TIME_WAIT, do not count.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                sock.bind((ip, port))
+            except OSError:
+                return False
+    return True

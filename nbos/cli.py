@@ -1,0 +1,116 @@
+"""The `nbos` command: reads its arguments and calls the part that does the work. Imports only what a call
+needs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status."""
+    options = parser().parse_args(argv)
+    run = {"up": _up, "status": _status, "doctor": _doctor}[options.command]
+    return run(options)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="nbos", description="Kernels that outlive their machine and hold a GPU only while a cell runs."
+    )
+    top.add_argument("--version", action="version", version=f"nbos {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _up_arguments(commands.add_parser("up", help="start everything on this machine; Ctrl-C ends it"))
+    status = commands.add_parser("status", help="show hosts, GPUs and kernels of a running `nbos up`")
+    status.add_argument("--json", action="store_true", help="for programs")
+    doctor = commands.add_parser("doctor", help="check what this machine has and lacks")
+    doctor.add_argument("--port", type=_port, default=8000, help="the port to check (8000)")
+    for command in (status, doctor):
+        _state_argument(command)
+    return top
+
+
+def _state_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--state-dir",
+        metavar="DIR",
+        help="where everything is kept ($XDG_DATA_HOME/nbos, else ~/.local/share/nbos)",
+    )
+
+
+def _up_arguments(up: argparse.ArgumentParser) -> None:
+    _state_argument(up)
+    up.add_argument("--ip", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
+    up.add_argument("--port", type=_port, default=8000, help="port of JupyterHub (8000)")
+    up.add_argument("--hosts", type=_between(1, 16), default=3, help="how many hosts to play (3)")
+    up.add_argument("--gpus", type=_between(0, 64), default=2, help="simulated GPUs per host (2)")
+    up.add_argument("--tpcs", type=_between(1, 1024), default=66, help="TPCs of a simulated GPU (66)")
+    up.add_argument("--gpu-memory", type=_size, default=80 << 30, metavar="SIZE", help="its memory (80G)")
+    up.add_argument("--gpu-model", default="Simulated H100", help="its name")
+    up.add_argument("--simulate", action="store_true", help="simulate GPUs even where there are real ones")
+    up.add_argument("--admin", type=_name, default="admin", help="name of the administrator (admin)")
+
+
+def _between(low: int, high: int):  # type: ignore[no-untyped-def]  # argparse wants a plain function
+    def number(text: str) -> int:
+        if not text.isdigit() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be a number from {low} to {high}, not {text!r}")
+        return int(text)
+
+    return number
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"must be a port from 1 to 65535, not {text!r}")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    from nbos_spawner.sizes import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(str(err)) from err
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", text):
+        raise argparse.ArgumentTypeError(f"must be a user name of a-z, 0-9, '.', '_' and '-', not {text!r}")
+    return text
+
+
+def _up(options: argparse.Namespace) -> int:
+    # Before anything imports gRPC: we fork to start processes, and it would complain into the terminal each
+    # time.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    from .layout import UpOptions
+    from .state import StateDir
+    from .up import up
+
+    chosen = {k: v for k, v in vars(options).items() if k not in ("command", "state_dir")}
+    return up(StateDir.at(options.state_dir), UpOptions(**chosen))
+
+
+def _status(options: argparse.Namespace) -> int:
+    from .state import StateDir
+    from .status import status
+
+    return status(StateDir.at(options.state_dir), as_json=options.json)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from .doctor import doctor
+    from .state import StateDir
+
+    return doctor(StateDir.at(options.state_dir), options.port)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""Writing an execution into the log: blobs first, then the entry, then the word to the router.
+
+Guarantees: memory that a next cell could change is either on the daemon's disk, or copied, before this gives the
+main thread back; a value whose blob cannot be stored becomes a lost name instead of failing the entry; an append
+that the daemon cannot carry out now is repeated until it can; a fenced one ends this process, because its state
+is no longer the kernel's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from nbos_cluster import wire
+
+from .capture.changes import Changes, Packed
+from .entries import Layout
+from .link import Link, Reply, Request
+from .replica import Replica
+
+Message = dict[str, Any]
+
+BLOB_WAIT = 10.0
+"""Seconds the main thread waits for blobs to be stored; then what is left is copied and goes on behind."""
+
+KNOWN_BLOBS = 65536
+"""Hashes remembered as stored, so that unchanged buffers are not sent again."""
+
+
+TOO_LARGE = ("too_large", "malformed")
+"""Answers that repeating cannot change: the entry has to become smaller or simpler."""
+
+
+@dataclass
+class Entry:
+    """What execution n did, before it is encoded."""
+
+    n: int
+    kind: str
+    status: str
+    execution_count: int
+    source: str
+    changes: Changes
+    effects: Message
+
+
+class Appender:
+    """At most one append is under way; `settled()` waits for it."""
+
+    def __init__(self, link: Link, replica: Replica, channel: Any) -> None:
+        self._link, self._replica, self._channel = link, replica, channel
+        self._task: asyncio.Task[None] | None = None
+        self._stored: OrderedDict[str, None] = OrderedDict()
+        self.trouble = ""
+
+    @property
+    def pending(self) -> bool:
+        return self._task is not None and not self._task.done()
+
+    async def settled(self) -> None:
+        if self._task is not None:
+            await asyncio.shield(self._task)
+
+    def tell_user(self, text: str) -> None:
+        """One line in the cell's output area."""
+        print(text, file=sys.stderr)
+
+    def applied(self, n: int, lost: dict[str, str]) -> None:
+        self._link.tell({"type": "applied", "n": n, "lost": lost})
+
+    def start(self, entry: Entry, running: Any, finished: Callable[[Any], None]) -> None:
+        """Put the blobs, safe from later changes, and append behind."""
+        layout = Layout(entry.changes.components)
+        puts = self._put(layout, entry.changes.components)
+        if puts:
+            concurrent.futures.wait([request.future for _, _, request in puts], timeout=BLOB_WAIT)
+            self._link.own_payloads()
+        request = self._append(entry, layout, running) if not puts else None
+        self._task = asyncio.get_running_loop().create_task(
+            self._finish(entry, layout, running, puts, request, finished)
+        )
+
+    def _put(self, layout: Layout, components: list[Packed]) -> list[tuple[Packed, str, Request]]:
+        puts = []
+        for component, digest, chunk in layout.blobs(components):
+            if digest not in self._stored:
+                puts.append((component, digest, self._link.request({"type": "put_blob", "hash": digest}, chunk)))
+        return puts
+
+    def _append(self, entry: Entry, layout: Layout, running: Any) -> Request:
+        components, payload = layout.encode(entry.changes.components)
+        message = {
+            "n": entry.n,
+            "kind": entry.kind,
+            "status": entry.status,
+            "execution_count": entry.execution_count,
+            "source": entry.source,
+            "components": components,
+            "deleted": entry.changes.deleted,
+            "lost": entry.changes.lost,
+            "effects": entry.effects,
+        }
+        return self._link.request({"type": "append", "entry": message, "token": running.token}, payload)
+
+    async def _finish(
+        self,
+        entry: Entry,
+        layout: Layout,
+        running: Any,
+        puts: list[tuple[Packed, str, Request]],
+        request: Request | None,
+        finished: Callable[[Any], None],
+    ) -> None:
+        if puts:
+            await self._stored_all(entry, puts)
+        delay, everything = 0.05, False
+        while True:
+            reply, _ = await _answer(request or self._append(entry, layout, running))
+            request = None
+            error = reply.get("error", "")
+            if reply.get("ok"):
+                break
+            if error == "fenced":
+                reason = reply.get("reason") or "another replica holds this execution's claim"
+                self._channel.reply("nbos_failed", {"n": entry.n, "reason": reason}, running.parent, running.ident)
+                self._channel.die(reason)
+                return
+            if error in TOO_LARGE and not everything:
+                everything, layout = True, Layout(entry.changes.components, inline_limit=0)
+                await self._stored_all(entry, self._put(layout, entry.changes.components))
+                continue
+            if error in TOO_LARGE:
+                _shorten(entry)
+            self.trouble = str(reply.get("reason") or error)
+            await asyncio.sleep(delay)
+            delay = min(1.0, delay * 2)
+        self._replica.own(entry.n)
+        finished(running)
+        self._channel.reply("nbos_committed", {"n": entry.n}, running.parent, running.ident)
+        self.applied(entry.n, self._replica.lost)
+
+    async def _stored_all(self, entry: Entry, puts: list[tuple[Packed, str, Request]]) -> None:
+        """Wait for the blobs. What could not be stored is lost, with the daemon's reason, and the user is told."""
+        for component, digest, request in puts:
+            reply, _ = await _answer(request)
+            if reply.get("ok"):
+                self._stored[digest] = None
+                if len(self._stored) > KNOWN_BLOBS:
+                    self._stored.popitem(last=False)
+                continue
+            reason = f"its data could not be stored: {reply.get('error', 'refused')}"
+            self._lose(entry, component, reason)
+
+    def _lose(self, entry: Entry, component: Packed, reason: str) -> None:
+        if component in entry.changes.components:
+            entry.changes.components.remove(component)
+            lost = dict.fromkeys(component.names, reason)
+            entry.changes.lost.update(lost)
+            self._replica.capture.accept(Changes(lost=lost, atoms={}))
+            for name in component.names:
+                self.tell_user(f"NBOS: {name!r} is not replicated and would be gone after a failover: {reason}")
+
+
+async def _answer(request: Request) -> Reply:
+    try:
+        return await asyncio.wrap_future(request.future)
+    except wire.WireError as err:
+        return {"ok": False, "error": "too_large", "reason": str(err)}, b""
+
+
+def _shorten(entry: Entry) -> None:
+    """An entry that is too large even without its values: the source goes first, then what it cannot carry is
+    lost."""
+    if entry.source:
+        entry.source = ""
+        return
+    names = [name for component in entry.changes.components for name in component.names]
+    entry.changes.components.clear()
+    entry.changes.lost.update(dict.fromkeys(names[:1000], "one cell changed more variables than an entry can name"))
+    entry.effects = {}

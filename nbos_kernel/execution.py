@@ -1,0 +1,283 @@
+"""One numbered execution on this replica: bid, run when it leads, capture, append.
+
+Order within an execution: wait for the previous append; apply what has arrived; bid; `nbos_lead` (or
+`nbos_yield`, and nothing else); run; reply; give the grant back; capture; idle; append; `nbos_committed`. With
+`durable` the append comes before the reply. The next message is taken from the queue only after the capture, so
+a next cell never sees or makes a torn state; the append itself, once it is on the socket, does not hold up
+completion or inspection.
+
+Everything here runs on the main thread. SIGINT: while bidding it leaves the queue, while the cell runs it is the
+user's, afterwards it is ignored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from nbos_cluster import wire
+
+from . import binding, lost, resources
+from .append import Appender, Entry
+from .link import DaemonAway, Link
+from .replica import Replica
+
+Message = dict[str, Any]
+
+FAST = 0.004
+"""Seconds the main thread itself waits for a bid's answer before it goes back to its loop: the loop costs 0.1 ms
+more."""
+
+PATIENCE = 2.0
+"""Seconds a bid outlives its connection to the daemon before it is answered `unavailable`."""
+
+
+class Channel(Protocol):
+    """What an execution needs of the kernel: the shell channel, the outputs' fence, and running the cell itself."""
+
+    def reply(self, kind: str, content: Message, parent: Message, ident: Any) -> None: ...
+
+    def fence(self, token: int) -> None: ...
+
+    async def run_cell(self, stream: Any, ident: Any, parent: Message) -> None: ...
+
+    def die(self, reason: str) -> None: ...
+
+
+@dataclass
+class Running:
+    """The execution this replica leads now."""
+
+    n: int
+    token: int
+    kind: str
+    parent: Message
+    ident: Any
+    status: str = "ok"
+    released: bool = False
+    committed: bool = False
+
+
+class Execution:
+    """`greeting`: the daemon's latest answer to hello (default resources, durable)."""
+
+    def __init__(self, shell: Any, link: Link, replica: Replica, channel: Channel) -> None:
+        self._shell, self._link, self._replica, self._channel = shell, link, replica, channel
+        self.greeting: Message = {}
+        self.running: Running | None = None
+        self._bidding: tuple[int, Message, Any] | None = None
+        self._cancelled: set[str] = set()  # msg_ids
+        self._left = asyncio.Event()
+        self._loop = asyncio.get_event_loop()
+        self._appender = Appender(link, replica, channel)
+
+    # Called from other threads ---------------------------------------------------------------------------------
+
+    def state(self) -> Message | None:
+        """`running` of the hello message."""
+        running = self.running
+        return None if running is None else {"n": running.n, "token": running.token}
+
+    def cancel(self, n: int, msg_id: str = "") -> None:
+        """Leave the queue; a request that has not come off the channel yet is known by its msg_id."""
+        if msg_id:
+            self._cancelled.add(msg_id)
+        self._loop.call_soon_threadsafe(self._left.set)
+        self._link.tell({"type": "cancel", "n": n})
+
+    # The main thread ---------------------------------------------------------------------------------------------
+
+    async def cell(self, stream: Any, ident: Any, parent: Message) -> None:
+        """Handle an execute_request that carries `metadata.nbos_execution`."""
+        asked = parent["metadata"]["nbos_execution"]
+        running = await self._claim(asked, "cell", self._resources(parent), ident, parent)
+        if running is None:
+            return
+        try:
+            await self._channel.run_cell(stream, ident, parent)
+        finally:
+            self.ended()
+        if not running.committed:
+            # The reply has to pass another thread: give it the interpreter before the capture takes it.
+            time.sleep(0.0003)  # noqa: ASYNC251
+            await self._commit(running)
+
+    async def sync(self, ident: Any, parent: Message) -> None:
+        """Handle an nbos_sync_request: replicate what changed between cells, if anything did."""
+        asked = parent["metadata"]["nbos_execution"]
+        await self._appender.settled()
+        if not self._replica.capture.changes():
+            self._channel.reply("nbos_committed", {"n": asked["n"], "nothing": True}, parent, ident)
+            return
+        running = await self._claim(asked, "sync", dict(resources.NONE), ident, parent)
+        if running is not None:
+            self.ended()
+            await self._commit(running)
+
+    def ended(self) -> None:
+        """The cell's code is over: the grant goes back, and an interrupt has nothing to hit any more."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        running = self.running
+        if running is not None and not running.released:
+            running.released = True
+            binding.unbind()
+            self._link.tell({"type": "release", "n": running.n})
+
+    async def replied(self, status: str) -> None:
+        """The reply is ready and not sent: the place for a durable append."""
+        running = self.running
+        if running is None:
+            return
+        running.status = "ok" if status == "ok" else "error"
+        self.ended()
+        if self.greeting.get("durable"):
+            await self._commit(running)
+            await self._appender.settled()
+
+    async def settled(self) -> None:
+        """Wait for the append that is under way."""
+        await self._appender.settled()
+
+    async def catch_up(self) -> None:
+        """Apply what the daemon pushed; never while an append of our own is under way."""
+        await self._replica.catch_up(self._appender.applied)
+
+    def waiting(self, message: Message) -> None:
+        """The daemon pushed our place in the queue."""
+        if self._bidding is not None and self._bidding[0] == message.get("n"):
+            content = {key: value for key, value in message.items() if key != "type"}
+            content.setdefault("host", self.greeting.get("host", ""))
+            self._channel.reply("nbos_waiting", content, self._bidding[1], self._bidding[2])
+
+    def renewed(self, n: int, token: int) -> None:
+        """The claim was renewed under a new token, while nobody else took n."""
+        if self.running is not None and self.running.n == n:
+            self.running.token = token
+            self._channel.fence(token)
+
+    def _resources(self, parent: Message) -> Message:
+        try:
+            default = self.greeting.get("resources") or {}
+            return resources.of_cell(parent["content"]["code"], parent["metadata"], default)
+        except resources.BadResources:
+            return dict(resources.NONE)  # the cell runs into the magic of that name, which says what is wrong
+
+    async def _claim(self, asked: Message, kind: str, needs: Message, ident: Any, parent: Message) -> Running | None:
+        n, msg_id = int(asked["n"]), parent["header"]["msg_id"]
+        wait = bool(asked.get("wait"))
+        bid = {"type": "bid", "n": n, "attempt": int(asked.get("attempt", 1)), "kind": kind, "resources": needs}
+        bid["wait"] = wait
+        self._left.clear()
+        with _interrupts(lambda: self.cancel(n)):
+            answer = await self._ready(wait)
+            if msg_id in self._cancelled:
+                answer = _yield("cancelled", "interrupted")
+            if answer is None:
+                self._bidding = (n, parent, ident)
+                answer = await self._bid({**bid, "applied": self._replica.applied})
+                self._bidding = None
+            self._cancelled.discard(msg_id)
+        if answer.get("answer") != "lead":
+            content = {"n": n, "code": answer.get("code", "unavailable"), "reason": answer.get("reason", "")}
+            self._channel.reply("nbos_yield", {**content, "next": answer.get("next")}, parent, ident)
+            return None
+        return self._lead(n, kind, answer, ident, parent)
+
+    async def _ready(self, wait: bool) -> Message | None:
+        """Have the previous append and the entries of others behind us; a yield when that does not come about."""
+        if not self._appender.pending:
+            await self._replica.catch_up(self._appender.applied)
+            return None
+        settled = asyncio.ensure_future(self._appender.settled())
+        left = asyncio.ensure_future(self._left.wait())
+        try:
+            await asyncio.wait({settled, left}, timeout=None if wait else PATIENCE, return_when=asyncio.FIRST_COMPLETED)
+            if left.done():
+                return _yield("cancelled", "interrupted")
+            if not settled.done():
+                why = f"the previous cell's entry is not in the log yet; {self._appender.trouble}"
+                return _yield("unavailable", why)
+        finally:
+            left.cancel()
+            settled.cancel()
+        await self._replica.catch_up(self._appender.applied)
+        return None
+
+    def _lead(self, n: int, kind: str, answer: Message, ident: Any, parent: Message) -> Running:
+        running = self.running = Running(n, answer["token"], kind, parent, ident)
+        self._channel.fence(running.token)
+        content = {"n": n, "token": running.token, "grant": answer.get("grant"), "host": self.greeting.get("host", "")}
+        self._channel.reply("nbos_lead", content, parent, ident)
+        notice = binding.bind(binding.from_wire(answer.get("grant")))
+        if notice:
+            self._appender.tell_user(notice)
+        return running
+
+    async def _bid(self, bid: Message) -> Message:
+        if not self._link.connected:
+            return _yield("unavailable", self._link.since())
+        request = self._link.request(bid)
+        try:
+            message, _ = request.future.result(timeout=FAST)
+        except concurrent.futures.TimeoutError:
+            answer = asyncio.wrap_future(request.future)
+            away = 0.0
+            while not (await asyncio.wait({answer}, timeout=0.25))[0]:
+                away = 0.0 if self._link.connected else away + 0.25
+                if away >= PATIENCE:
+                    self._link.withdraw(request, self._link.since())
+            try:
+                message, _ = answer.result()
+            except (DaemonAway, wire.WireError) as err:
+                return _yield("unavailable", str(err))
+        if not message.get("ok", False):
+            return _yield("unavailable", str(message.get("error", "refused")))
+        return message
+
+    async def _commit(self, running: Running) -> None:
+        """Capture now, without a break; append behind."""
+        running.committed = True
+        capture = self._replica.capture
+        request = running.parent["content"]
+        code = request.get("code", "") if running.kind == "cell" else ""
+        capture.note_source(code)
+        found = capture.changes()
+        for name, reason in found.lost.items():
+            self._appender.tell_user(f"NBOS: {name!r} is not replicated and would be gone after a failover: {reason}")
+        kept = request.get("store_history", not request.get("silent", False)) and not request.get("silent", False)
+        entry = Entry(
+            n=running.n,
+            kind=running.kind,
+            status=running.status,
+            execution_count=self._replica.history.last(),
+            source=code if kept else "",
+            changes=found,
+            effects=self._replica.watcher.changes(),
+        )
+        capture.accept(found)
+        lost.install(self._shell.user_ns, capture.lost)
+        self._appender.start(entry, running, self._finished)
+
+    def _finished(self, running: Running) -> None:
+        if self.running is running:
+            self.running = None
+
+
+def _yield(code: str, reason: str) -> Message:
+    return {"answer": "yield", "code": code, "reason": reason}
+
+
+@contextmanager
+def _interrupts(then: Callable[[], Any]) -> Iterator[None]:
+    """SIGINT calls `then` instead of raising KeyboardInterrupt somewhere in the event loop."""
+    previous = signal.signal(signal.SIGINT, lambda *_: then())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)

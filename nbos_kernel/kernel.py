@@ -1,0 +1,279 @@
+"""The kernel of a replica: ipykernel's, with numbered executions, a fence around its outputs and a daemon behind
+it.
+
+What differs from ipykernel, each for a reason in docs/protocol.md, section 2:
+- an execute_request of the main shell runs only when this replica wins its claim; a yield leaves no trace on iopub;
+- `busy` of such a request is the router's to publish, and messages of NBOS's own never show as status;
+- an error does not abort what is queued: the router does that, for all replicas alike;
+- the control thread answers NBOS's questions while a cell runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+from typing import Any, ClassVar
+
+from ipykernel.ipkernel import IPythonKernel
+from ipykernel.zmqshell import ZMQInteractiveShell
+from traitlets import Type, Unicode
+
+from . import __version__, lost, magics
+from .execution import Execution
+from .iopub import MEMBERS_TOPIC
+from .link import DaemonAway, Link
+from .replica import BlobMissing, Replica
+
+Message = dict[str, Any]
+
+DIRECT = (
+    "this is one replica of an NBOS kernel; cells go through the kernel's router (the ports that the Jupyter Server "
+    "gives), which numbers them in metadata.nbos_execution"
+)
+
+
+class NBOSShell(ZMQInteractiveShell):
+    """IPython's shell; a NameError about a lost name gets the reason."""
+
+    lost_names: dict[str, str] | None = None
+
+    def showtraceback(self, exc_tuple: Any = None, *args: Any, **kwargs: Any) -> None:
+        if self.lost_names:
+            lost.explain(exc_tuple[1] if exc_tuple else sys.exc_info()[1], self.lost_names)
+        super().showtraceback(exc_tuple, *args, **kwargs)
+
+
+class NBOSKernel(IPythonKernel):
+    """`nbos_socket`: path of the daemon's socket; the socket is this replica's identity."""
+
+    implementation = "nbos"
+    implementation_version = __version__
+    shell_class = Type(NBOSShell)
+    nbos_socket = Unicode().tag(config=True)
+
+    msg_types: ClassVar[list[str]] = [*IPythonKernel.msg_types, "nbos_sync_request"]
+    control_msg_types: ClassVar[list[str]] = [
+        *IPythonKernel.control_msg_types,
+        "nbos_cancel_request",
+        "nbos_outcome_request",
+        "nbos_status_request",
+    ]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._main_loop: asyncio.AbstractEventLoop | None = None
+        self._led: str = ""
+        self._answering: set[asyncio.Task[None]] = set()
+        self.link = Link(self.nbos_socket, self._hello, self._greeted, self._pushed, self.log)
+        self.replica = Replica(self.shell, self._get_blob, self.log)
+        self.execution = Execution(self.shell, self.link, self.replica, self)
+        self.shell.lost_names = self.replica.capture.lost
+        self.shell.input_transformers_cleanup.insert(0, magics.strip_resource_line)
+        self.shell.register_magics(magics.NBOSMagics(self.shell, self._status))
+        self._execute_sleep = (
+            0.0  # outputs and reply take different sockets here and in the router: waiting orders nothing
+        )
+
+    def start(self) -> None:
+        super().start()
+        self._main_loop = self.io_loop.asyncio_loop
+        self.link.start()
+        self.io_loop.call_later(0.2, self.replica.watcher.prepare)
+
+    # The daemon: these run on the link's thread ------------------------------------------------------------------
+
+    def _hello(self) -> Message:
+        ports = {name.removesuffix("_port"): port for name, port in self._recorded_ports.items()}
+        return {
+            "pid": os.getpid(),
+            "python": sys.version.split()[0],
+            "ports": ports,
+            "ip": self.parent.ip if self.parent is not None else "127.0.0.1",
+            "applied": self.replica.applied,
+            "running": self.execution.state(),
+            "site": sys.prefix,
+        }
+
+    def _greeted(self, reply: Message) -> None:
+        self.execution.greeting = reply
+        if isinstance(reply.get("members"), dict):
+            self._publish_members(reply["members"])
+
+    def _pushed(self, message: Message, payload: bytes) -> None:
+        kind = message.get("type")
+        if kind in ("state", "entry"):
+            self._soon(self._arrived, message, payload)
+        elif kind == "waiting":
+            self._soon(self.execution.waiting, message)
+        elif kind == "members":
+            self._publish_members({key: value for key, value in message.items() if key != "type"})
+        elif kind == "token":
+            self.execution.renewed(message["n"], message["token"])  # at once: a cell may hold the main thread
+        elif kind == "exit":
+            self._leave(message.get("reason", ""))
+
+    def _soon(self, call: Any, *args: Any) -> None:
+        if self._main_loop is not None:
+            self._main_loop.call_soon_threadsafe(call, *args)
+
+    def _publish_members(self, content: Message) -> None:
+        self.session.send(self.iopub_socket, "nbos_members", content, parent={}, ident=MEMBERS_TOPIC)
+
+    def _leave(self, reason: str) -> None:
+        """Leave in an orderly way when the main thread is free, within two seconds in any case."""
+        self.log.info("NBOS: the daemon ends this replica: %s", reason)
+        timer = threading.Timer(2.0, os._exit, (0,))
+        timer.daemon = True
+        timer.start()
+        self._soon(self.io_loop.stop)
+
+    # The main thread ---------------------------------------------------------------------------------------------
+
+    def _arrived(self, message: Message, payload: bytes) -> None:
+        self.replica.arrived(message, payload)
+        task = asyncio.ensure_future(self._apply_between_messages())
+        self._applying = task  # a reference, so that it is not collected before it ran
+
+    async def _apply_between_messages(self) -> None:
+        await self.execution.settled()
+        async with self._main_asyncio_lock:
+            await self.execution.catch_up()
+
+    async def _get_blob(self, digest: str) -> bytes:
+        request = self.link.request({"type": "get_blob", "hash": digest})
+        reply, payload = await asyncio.wrap_future(request.future)
+        if not reply.get("ok"):
+            raise BlobMissing(f"its data is {reply.get('error', 'missing')} in the blob store")
+        return payload
+
+    async def execute_request(self, stream: Any, ident: Any, parent: Message) -> None:
+        if parent["header"].get("subshell_id") is not None:
+            await super().execute_request(stream, ident, parent)
+        elif _numbered(parent):
+            await self.execution.cell(stream, ident, parent)
+        else:
+            content = {"status": "error", "ename": "NBOSError", "evalue": DIRECT, "traceback": [DIRECT]}
+            self.session.send(stream, "execute_reply", content, parent, ident=ident)
+
+    async def nbos_sync_request(self, stream: Any, ident: Any, parent: Message) -> None:
+        if _numbered(parent):
+            await self.execution.sync(ident, parent)
+        else:
+            self.log.warning("NBOS: an nbos_sync_request without a number was ignored")
+
+    async def run_cell(self, stream: Any, ident: Any, parent: Message) -> None:
+        """ipykernel's own way of running a cell, replying included."""
+        self._led = parent["header"]["msg_id"]
+        standing = self.shell.user_ns.get("__builtins__")
+        if isinstance(standing, lost.LostBuiltins):
+            standing.refresh()
+        await super().execute_request(stream, ident, parent)
+
+    async def do_execute(self, *args: Any, **kwargs: Any) -> Message:
+        if threading.current_thread() is not threading.main_thread():
+            return await super().do_execute(*args, **kwargs)  # a subshell
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            reply: Message = await super().do_execute(*args, **kwargs)
+        except KeyboardInterrupt:
+            # It hit ipykernel's code around the cell; to the user it is the same.
+            reply = {"status": "error", "ename": "KeyboardInterrupt", "evalue": "", "traceback": [], "payload": []}
+            reply |= {"execution_count": self.replica.history.last(), "user_expressions": {}}
+        await self.execution.replied(reply["status"])
+        return reply
+
+    def reply(self, kind: str, content: Message, parent: Message, ident: Any) -> None:
+        """A message of NBOS's own on the shell channel, with `parent` as its request."""
+        stream = self.shell_channel_thread.manager.get_subshell_to_shell_channel_socket(None)
+        self.session.send(stream, kind, content, parent, ident=ident)
+
+    def fence(self, token: int) -> None:
+        self.iopub_thread.fence(token)
+
+    def die(self, reason: str) -> None:
+        """This process's state is no longer the kernel's: leave; the daemon starts a fresh replica from the log."""
+        self.log.warning("NBOS: this replica was fenced off (%s) and ends", reason)
+        self.io_loop.call_later(0.3, os._exit, 1)  # long enough for the last words to leave
+
+    # ipykernel's hooks -------------------------------------------------------------------------------------------
+
+    def _publish_status(self, status: str, channel: str, parent: Message | None = None) -> None:
+        request = parent or self.get_parent(channel)
+        header = request.get("header") or {}
+        kind = header.get("msg_type", "")
+        if kind.startswith("nbos_"):
+            return
+        cell = kind == "execute_request" and channel == "shell" and _numbered(request)
+        main = header.get("subshell_id") is None
+        if cell and main and (status == "busy" or header.get("msg_id") != self._led):
+            return
+        super()._publish_status(status, channel, parent)
+
+    def _abort_queues(self, subshell_id: str | None = None) -> None:
+        if subshell_id is not None:
+            super()._abort_queues(subshell_id)
+
+    # The control thread ------------------------------------------------------------------------------------------
+
+    async def nbos_cancel_request(self, stream: Any, ident: Any, parent: Message) -> None:
+        content = parent["content"]
+        self.execution.cancel(int(content["n"]), str(content.get("msg_id", "")))
+        self.session.send(stream, "nbos_cancel_reply", {"status": "ok"}, parent, ident=ident)
+
+    async def nbos_outcome_request(self, stream: Any, ident: Any, parent: Message) -> None:
+        content = parent["content"]
+        ask = {"type": "outcome", "n": int(content["n"]), "abandon": bool(content.get("abandon"))}
+        self._answer_later(ask, "nbos_outcome_reply", stream, ident, parent)
+
+    async def nbos_status_request(self, stream: Any, ident: Any, parent: Message) -> None:
+        self._answer_later({"type": "status"}, "nbos_status_reply", stream, ident, parent)
+
+    def _answer_later(self, ask: Message, kind: str, stream: Any, ident: Any, parent: Message) -> None:
+        """Pass a question to the daemon. Not awaited by the handler: an interrupt must not wait behind it."""
+
+        async def answer() -> None:
+            content = await self._ask(ask)
+            self.session.send(stream, kind, content, parent, ident=ident)
+
+        task = asyncio.ensure_future(answer())
+        self._answering.add(task)
+        task.add_done_callback(self._answering.discard)
+
+    async def _ask(self, ask: Message) -> Message:
+        if not self.link.connected:
+            return {"status": "error", "ename": "unavailable", "evalue": self.link.since()}
+        request = self.link.request(ask)
+        try:
+            reply, _ = await asyncio.wait_for(asyncio.wrap_future(request.future), 5.0)
+        except (TimeoutError, DaemonAway):
+            self.link.withdraw(request, "not answered in time")
+            return {"status": "error", "ename": "unavailable", "evalue": self.link.since()}
+        content = {key: value for key, value in reply.items() if key not in ("re", "ok", "error")}
+        if reply.get("ok"):
+            return {"status": "ok", **content}
+        return {"status": "error", "ename": str(reply.get("error")), "evalue": str(reply.get("reason", "")), **content}
+
+    def _status(self) -> Message:
+        """For `%nbos status`, on the main thread, within a cell."""
+        greeting = self.execution.greeting
+        known = {"kernel": greeting.get("kernel", ""), "replica": greeting.get("replica", -1)}
+        known |= {"host": greeting.get("host", ""), "last": self.replica.applied, "members": [], "executor": -1}
+        try:
+            if not self.link.connected:
+                raise DaemonAway(self.link.since())
+            reply, _ = self.link.request({"type": "status"}).future.result(timeout=2.0)
+        except (TimeoutError, DaemonAway) as err:
+            return {**known, "lost": self.replica.lost, "error": str(err) or "the daemon did not answer within 2 s"}
+        members = reply.get("members") or {}
+        known |= {key: reply[key] for key in ("last", "executor", "queue") if key in reply}
+        known["members"] = members.get("members", []) if isinstance(members, dict) else members
+        return {**known, "lost": {**(reply.get("lost") or {}), **self.replica.lost}}
+
+
+def _numbered(request: Message) -> bool:
+    """Whether the router gave this request its number."""
+    number = (request.get("metadata") or {}).get("nbos_execution")
+    return isinstance(number, dict) and isinstance(number.get("n"), int)

@@ -1,0 +1,85 @@
+"""`NBOSKernelManager`: the Jupyter Server's kernels, of which NBOS ones outlive the server.
+
+Guarantees: when the server ends, NBOS kernels are let go, all others are shut down as ever; when it starts, the user's
+living kernels are there again, under the same ids, before the first request is answered.
+
+Configure with `c.ServerApp.kernel_manager_class = "nbos_provisioner.kernelmanager.NBOSKernelManager"`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Any
+
+from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
+from traitlets import Float, Unicode
+
+from .gateway import Gateway, GatewayError
+from .provisioner import NBOSProvisioner
+
+
+class NBOSKernelManager(AsyncMappingKernelManager):
+    nbos_kernel_name = Unicode("nbos-python3", config=True, help="Kernelspec under which living kernels come back")
+    adopt_patience = Float(5.0, config=True, help="Seconds the server's start may wait for the gateway")
+
+    async def shutdown_all(self, now: bool = False) -> None:
+        """Called when the server ends (SIGTERM, Ctrl-C): let NBOS kernels go, shut the others down."""
+        for kernel_id in list(self._pending_kernels):
+            await asyncio.gather(self._pending_kernels[kernel_id], return_exceptions=True)
+        mine = {kernel_id: km for kernel_id, km in self._kernels.items() if _is_nbos(km)}
+        await asyncio.gather(*(self._detach(kernel_id, km) for kernel_id, km in mine.items()))
+        await self._async_shutdown_all(now=now)
+
+    async def _detach(self, kernel_id: str, km: Any) -> None:
+        km.stop_restarter()
+        km.shutting_down = True
+        await km.provisioner.detach()
+        self.stop_watching_activity(kernel_id)
+        self.stop_buffering(kernel_id)
+        km.cleanup_connection_file()
+        self.remove_kernel(kernel_id)
+        self.log.info("kernel %s goes on without this server", kernel_id)
+
+    async def adopt(self) -> list[str]:
+        """Take the user's living kernels under their ids; the ids taken. Called once, before requests are answered."""
+        url, token = os.environ.get("NBOS_GATEWAY_URL", ""), os.environ.get("JUPYTERHUB_API_TOKEN", "")
+        if not url or not token:
+            return []
+        models = await Gateway(url, token).kernels(self.adopt_patience)
+        owned = [str(model["kernel_id"]) for model in models if _is_mine(model)]
+        wanted = [kernel_id for kernel_id in owned if kernel_id not in self]
+        done = await asyncio.gather(*(self._adopt_one(kernel_id) for kernel_id in wanted))
+        return [kernel_id for kernel_id, ok in zip(wanted, done, strict=True) if ok]
+
+    async def _adopt_one(self, kernel_id: str) -> bool:
+        try:
+            await self.start_kernel(kernel_id=kernel_id, kernel_name=self.nbos_kernel_name)
+        except Exception as err:  # noqa: BLE001  (one kernel's failure, of whatever kind, must not cost the others)
+            self.log.error("kernel %s could not be taken up again: %s", kernel_id, err)
+            return False
+        # Its state was "starting" for the server; it has been running all along.
+        self._kernels[kernel_id].execution_state = "idle"
+        self.log.info("kernel %s is here again", kernel_id)
+        return True
+
+    async def adopt_later(self, pause: float = 2.0) -> None:
+        """After a start without the gateway: go on asking until it is there."""
+        while True:
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 60.0)
+            try:
+                await self.adopt()
+                return
+            except GatewayError as err:
+                self.log.warning("living kernels are not known yet: %s", err)
+
+
+def _is_nbos(km: Any) -> bool:
+    return isinstance(getattr(km, "provisioner", None), NBOSProvisioner)
+
+
+def _is_mine(model: dict[str, Any]) -> bool:
+    """A Hub admin sees everybody's kernels; only those of this server's user belong here."""
+    user = os.environ.get("JUPYTERHUB_USER", "")
+    return not user or model.get("owner") in (user, None)

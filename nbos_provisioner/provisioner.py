@@ -1,0 +1,248 @@
+"""`NBOSProvisioner`: gives a notebook a replicated kernel, by asking the gateway for it and putting a router in front.
+
+Guarantees: ip and ports of a kernel never change while this Jupyter Server lives; `poll` never asks anybody, and says
+that the kernel runs throughout every failover, so that the server's restarter leaves it alone; a kernel is deleted only
+when its user shuts it down, never because the server ends (`detach`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from typing import Any
+
+from jupyter_client.connect import KernelConnectionInfo
+from jupyter_client.provisioning import KernelProvisionerBase
+from traitlets import Float, Integer, Unicode, default
+
+from .gateway import Gateway, GatewayError
+from .router_process import RouterProcess
+
+MEMBERS_PAUSE = 1.0
+"""Seconds between two questions for members while no replica can be reached."""
+
+FORWARDED_ENV = ("JPY_SESSION_NAME",)
+"""Of the server's environment a kernel gets only this; a replica lives on another machine."""
+
+
+class NBOSProvisioner(KernelProvisionerBase):
+    gateway_url = Unicode(config=True, help="Base URL of the NBOS gateway; default: $NBOS_GATEWAY_URL")
+    replicas = Integer(0, config=True, help="Replicas of a new kernel; 0: $NBOS_REPLICAS, else the gateway's default")
+    stable_start_time = Float(120.0, config=True, help="Seconds a first start may take (image pulls)")
+
+    @default("gateway_url")
+    def _default_gateway_url(self) -> str:
+        return os.environ.get("NBOS_GATEWAY_URL", "")
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._router: RouterProcess | None = None
+        self._gateway: Gateway | None = None
+        self._ended = True
+        self._made = False
+        self._server_driven = False
+        self._deleted = False
+        self._watch: asyncio.Task[None] | None = None
+        self._end_task: asyncio.Task[None] | None = None
+
+    # -- what the KernelManager asks
+
+    @property
+    def has_process(self) -> bool:
+        """Asserted by the KernelManager right after `launch_kernel`."""
+        return self._router is not None and not self._ended
+
+    async def poll(self) -> int | None:
+        """Called every 3 s by the restarter: None while the kernel is meant to run. Asks nobody."""
+        if self._ended:
+            return 0
+        return 1 if self._router is None or self._router.failed else None
+
+    async def wait(self) -> int | None:
+        """Called when the kernel was asked to end: there is no process to wait for, only the gateway's records."""
+        while (code := await self.poll()) is None:
+            await asyncio.sleep(0.05)
+        return code
+
+    async def send_signal(self, signum: int) -> None:
+        """Never needed: the kernelspec's interrupt_mode is message. Signals to replicas are the daemons' business."""
+        self.log.debug(
+            "signal %d for kernel %s is not sent; replicas are ended by their daemons", signum, self.kernel_id
+        )
+
+    async def kill(self, restart: bool = False) -> None:
+        self._ended = True
+
+    async def terminate(self, restart: bool = False) -> None:
+        self._ended = True
+
+    async def shutdown_requested(self, restart: bool = False) -> None:
+        """Called right after the KernelManager's own shutdown_request: the router has answered it, so this is the end."""
+        self._server_driven = True
+        self._ended = True
+
+    async def pre_launch(self, **kwargs: Any) -> dict[str, Any]:
+        """Called first at every start. The command is never run here; the daemons know how to start a replica."""
+        kwargs.pop("extra_arguments", None)
+        return await super().pre_launch(cmd=["nbos-kernel"], **kwargs)
+
+    async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:
+        """Make the kernel (or find it living), and give the router's address. A second call is a restart."""
+        gateway = self._the_gateway()
+        self._server_driven = self._deleted = False
+        if self._made and self._router is not None and not self._router.failed:
+            self._router.reset()
+            model = await gateway.restart(self.kernel_id)
+        else:
+            model = await self._first_launch(gateway, kwargs)
+        self._ended, self._made = False, True
+        assert self._router is not None
+        self._router.members(model)
+        self._follow()
+        return self.connection_info
+
+    async def _first_launch(self, gateway: Gateway, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The router starts while the gateway places the replicas."""
+        if self._router is not None:
+            await self._router.close()
+        self._router = RouterProcess(self.log, self._heard)
+        spawned = asyncio.create_task(self._router.spawn())
+        try:
+            model = await gateway.create(self.kernel_id, self._request(kwargs))
+            await spawned
+            connection = model["connection"]
+            await self._router.configure({**connection, "ip": "127.0.0.1", "rerun": model.get("rerun", True)})
+        except BaseException:
+            await asyncio.gather(spawned, return_exceptions=True)
+            await self._router.close()
+            self._router = None
+            raise
+        self.connection_info = _connection_info(connection, self._router.ports)
+        return model
+
+    async def cleanup(self, restart: bool = False) -> None:
+        """Called last when the kernel ends: unless it is restarted, its records and replicas go as well."""
+        self._stop_following()
+        if restart:
+            return
+        if self._router is not None:
+            await self._router.close()
+            self._router = None
+        self._made = False
+        if not self._deleted:
+            await self._delete()
+
+    def get_shutdown_wait_time(self, recommended: float = 5.0) -> float:
+        return recommended
+
+    def get_stable_start_time(self, recommended: float = 10.0) -> float:
+        """Called by the restarter: how long a start may take before it counts as stable."""
+        return max(recommended, self.stable_start_time)
+
+    def resolve_path(self, path_str: str) -> str | None:
+        """Paths of a replica are another machine's."""
+        return None
+
+    async def get_provisioner_info(self) -> dict[str, Any]:
+        return {**await super().get_provisioner_info(), "gateway_url": self.gateway_url}
+
+    # -- ours
+
+    async def detach(self) -> None:
+        """The Jupyter Server ends: leave the kernel alive, and let go of it."""
+        self._stop_following()
+        self._ended = True
+        if self._router is not None:
+            await self._router.close()
+            self._router = None
+
+    def _the_gateway(self) -> Gateway:
+        if self._gateway is None:
+            token = os.environ.get("JUPYTERHUB_API_TOKEN", "")
+            if not self.gateway_url or not token:
+                missing = "NBOS_GATEWAY_URL" if not self.gateway_url else "JUPYTERHUB_API_TOKEN"
+                raise GatewayError(
+                    f"{missing} is not set: NBOS kernels need a server started by JupyterHub with NBOSSpawner "
+                    "(`nbos up`, or configs/jupyterhub_config.py)"
+                )
+            self._gateway = Gateway(self.gateway_url, token)
+        return self._gateway
+
+    def _request(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What to ask the gateway for: the spawner's choice for this user, and where the notebook is."""
+        request: dict[str, Any] = {}
+        replicas = self.replicas or int(os.environ.get("NBOS_REPLICAS") or 0)
+        if replicas:
+            request["replicas"] = replicas
+        if os.environ.get("NBOS_RESOURCES"):
+            request["resources"] = json.loads(os.environ["NBOS_RESOURCES"])
+        if os.environ.get("NBOS_IMAGE"):
+            request["image"] = os.environ["NBOS_IMAGE"]
+        if kwargs.get("cwd"):
+            request["cwd"] = str(kwargs["cwd"])
+        given = kwargs.get("env") or {}
+        env = {name: given[name] for name in FORWARDED_ENV if name in given}
+        return {**request, "env": env} if env else request
+
+    def _heard(self, event: dict[str, Any]) -> None:
+        """An event of the router."""
+        if event["event"] == "need_members":
+            self._follow()
+        elif event["event"] == "shutdown_requested" and not event.get("restart"):
+            asyncio.get_running_loop().call_later(0.5, self._client_shutdown)
+
+    def _client_shutdown(self) -> None:
+        """A client (not the server) has asked the kernel to end: as with a plain kernel, it is then started anew."""
+        if not self._server_driven and not self._ended:
+            self.log.info("a client has shut kernel %s down", self.kernel_id)
+            self._ended = True
+
+    def _follow(self) -> None:
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.create_task(self._hand_over_members())
+
+    def _stop_following(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+
+    async def _hand_over_members(self) -> None:
+        """Until some replica is ready: from then on the replicas tell the router themselves who is there."""
+        gateway, router = self._the_gateway(), self._router
+        pause = MEMBERS_PAUSE
+        while router is self._router and router is not None:
+            try:
+                model = await gateway.kernel(self.kernel_id, wait=True, patience=0.0)
+            except GatewayError as err:
+                if err.status == 404:
+                    self.log.error("kernel %s does not exist any more; restart it to get a new one", self.kernel_id)
+                    return
+                self.log.warning("%s", err)
+                pause = min(pause * 2, 30.0)
+            else:
+                router.members(model)
+                if any(member.get("state") == "ready" for member in model.get("members", [])):
+                    return
+                pause = MEMBERS_PAUSE
+            await asyncio.sleep(pause)
+
+    async def _delete(self) -> None:
+        try:
+            await self._the_gateway().delete(self.kernel_id)
+            self._deleted = True
+        except GatewayError as err:
+            self.log.error("kernel %s may still run: %s", self.kernel_id, err)
+
+
+def _connection_info(connection: dict[str, Any], ports: dict[str, int]) -> KernelConnectionInfo:
+    info: dict[str, Any] = {
+        "transport": "tcp",
+        "ip": "127.0.0.1",
+        "key": connection["key"].encode(),
+        "signature_scheme": connection.get("signature_scheme", "hmac-sha256"),
+        "curve_publickey": connection["curve_publickey"],
+        "curve_secretkey": connection["curve_secretkey"],
+        **{f"{channel}_port": port for channel, port in ports.items()},
+    }
+    return info

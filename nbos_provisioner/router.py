@@ -1,0 +1,284 @@
+"""The router process, `python -m nbos_provisioner.router`: the front door of one kernel.
+
+Guarantees: its ip and ports never change while it lives; what it decides is decided by `router_core.RouterCore`, this
+module only carries it out; it holds keys in memory only (they arrive on stdin, never on the command line), and ends
+when its stdin closes, that is, when the Jupyter Server is gone.
+
+A plain loop around one poller: asyncio's zmq costs about 100 µs a hop, and this process is on the path of every output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import zmq
+
+from .front import Front
+from .instructions import (
+    Client,
+    Connect,
+    Disconnect,
+    FromReplica,
+    Log,
+    Lost,
+    Output,
+    Publish,
+    Reset,
+    Tell,
+    Tick,
+    ToClient,
+    ToReplica,
+    Up,
+)
+from .members import members_from
+from .messages import BadMessage, Signer, parse
+from .replica_link import ReplicaLink
+from .router_core import RouterCore
+
+BATCH = 500
+"""Messages read from one socket before the others get their turn."""
+
+LONELY = 1.0
+"""Seconds without any replica after which the provisioner is asked for the members (and again)."""
+
+
+class Router:
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.context: zmq.Context[Any] = zmq.Context()
+        self.signer = Signer(config["key"].encode())
+        public, secret = config["curve_publickey"].encode(), config["curve_secretkey"].encode()
+        self.front = Front(self.context, config.get("ip", "127.0.0.1"), config.get("ports") or {}, public, secret)
+        named = {f"{channel}_port": port for channel, port in self.front.ports.items()}
+        self.core = RouterCore(self.signer, rerun=bool(config.get("rerun", True)), ports=named)
+        own_public, own_secret = zmq.curve_keypair()
+        self._keys = (own_public, own_secret, public)
+        self._identity = os.urandom(16).hex().encode()
+        self.poller = zmq.Poller()
+        self.links: dict[int, ReplicaLink] = {}
+        self._sources: dict[Any, Callable[[], None]] = {}
+        self._buffer = b""
+        self._lonely_at = time.monotonic() + LONELY
+        self.alive = True
+        for channel in ("control", "shell", "stdin"):
+            self._listen(self.front.sockets[channel], partial(self._read_client, channel))
+        self._listen(self.front.sockets["iopub"], lambda: self.front.welcome(self.signer))
+        self._listen(sys.stdin.fileno(), self._read_commands)
+        self._carriers: dict[type, Callable[[Any], None]] = {
+            Publish: self._publish,
+            ToReplica: self._to_replica,
+            ToClient: self._to_client,
+            Connect: self._connect,
+            Disconnect: self._disconnect,
+            Tell: lambda instruction: tell(instruction.event),
+            Log: lambda instruction: log(instruction.text),
+        }
+
+    def _listen(self, source: Any, reader: Callable[[], None]) -> None:
+        self.poller.register(source, zmq.POLLIN)
+        self._sources[source] = reader
+
+    def _ignore(self, source: Any) -> None:
+        self.poller.unregister(source)
+        self._sources.pop(source, None)
+
+    # -- the loop
+
+    def run(self) -> None:
+        while self.alive:
+            for source, _ in self.poller.poll(self._timeout()):
+                reader = self._sources.get(source)
+                if reader is not None:
+                    reader()
+            now = time.monotonic()
+            deadline = self.core.deadline()
+            if deadline is not None and now >= deadline:
+                self._event(Tick(), now)
+            self._care(now)
+        self.front.close()
+
+    def _timeout(self) -> int | None:
+        times = [self.core.deadline(), self._lonely_at if not self.core.fleet.up else None]
+        times += [link.wake() for link in self.links.values()]
+        due = [at for at in times if at is not None]
+        return max(0, int((min(due) - time.monotonic()) * 1000) + 1) if due else None
+
+    def _care(self, now: float) -> None:
+        """New connections, heartbeats, and asking for members when nobody is there."""
+        watched = self.core.watched
+        for link in list(self.links.values()):
+            if link.becomes_up(now):
+                self._event(Up(link.index), now)
+            if link.up and not link.watch(link.index == watched, now):
+                self._renew(link, "it has not answered heartbeats for 3 s", now)
+        if self.core.fleet.up:
+            self._lonely_at = now + LONELY
+        elif now >= self._lonely_at:
+            self._lonely_at = now + LONELY
+            tell({"event": "need_members"})
+
+    def _event(self, event: Any, now: float) -> None:
+        for instruction in self.core.handle(event, now):
+            self._carriers[type(instruction)](instruction)
+
+    # -- reading
+
+    def _read_client(self, channel: Any) -> None:
+        socket = self.front.sockets[channel]
+        for _ in range(BATCH):
+            try:
+                parts = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            try:
+                message = self.signer.check(parts)
+            except BadMessage as err:
+                log(f"a message on {channel} was dropped: {err}")
+                continue
+            self._event(Client(channel, message), time.monotonic())
+
+    def _read_replica(self, link: ReplicaLink, channel: Any) -> None:
+        socket = link.sockets[channel]
+        for _ in range(BATCH):
+            if socket.closed:
+                return
+            if channel == "shell":
+                # What a client sent before it could see this reply stands in the queue first (stop_on_error).
+                self._read_client("shell")
+            try:
+                parts = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            try:
+                event = FromReplica(link.index, channel, parse(parts))
+            except BadMessage as err:
+                log(f"a message of replica {link.index} on {channel} was dropped: {err}")
+                continue
+            self._event(event, time.monotonic())
+
+    def _read_output(self, link: ReplicaLink) -> None:
+        socket = link.sockets["iopub"]
+        for _ in range(BATCH):
+            if socket.closed:
+                return
+            try:
+                frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            if not link.is_welcome(frames):
+                self._event(Output(link.index, frames), time.monotonic())
+
+    def _read_beat(self, link: ReplicaLink) -> None:
+        link.sockets["hb"].recv_multipart(zmq.NOBLOCK)
+        link.heard(time.monotonic())
+
+    def _read_monitor(self, link: ReplicaLink) -> None:
+        now = time.monotonic()
+        if link.monitor_event(now) == "disconnected" and link.up:
+            # The last words of the process are still in the sockets; they come before the news of its end.
+            for channel in ("shell", "control", "stdin"):
+                self._read_replica(link, channel)
+            self._read_output(link)
+            self._renew(link, "its connection was closed", now)
+
+    def _read_commands(self) -> None:
+        data = os.read(sys.stdin.fileno(), 1 << 16)
+        if not data:
+            self.alive = False
+            return
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
+        for line in lines:
+            self._command(json.loads(line))
+
+    def _command(self, command: dict[str, Any]) -> None:
+        now = time.monotonic()
+        if command["command"] == "members":
+            self._event(members_from(command), now)
+        elif command["command"] == "reset":
+            self._event(Reset(), now)
+
+    # -- carrying out
+
+    def _publish(self, instruction: Publish) -> None:
+        self.front.sockets["iopub"].send_multipart(instruction.frames, copy=False)
+
+    def _to_client(self, instruction: ToClient) -> None:
+        try:
+            self.front.sockets[instruction.channel].send_multipart(instruction.frames, zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            log(f"a client does not read its {instruction.channel} channel; a message for it was dropped")
+
+    def _to_replica(self, instruction: ToReplica) -> None:
+        link = self.links.get(instruction.replica)
+        if link is None:
+            return
+        try:
+            link.sockets[instruction.channel].send_multipart(instruction.frames, zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            log(f"replica {instruction.replica} does not read its {instruction.channel}; a message was dropped")
+
+    def _connect(self, instruction: Connect) -> None:
+        self._disconnect(Disconnect(instruction.replica))
+        link = ReplicaLink(
+            self.context,
+            instruction.replica,
+            instruction.ip,
+            instruction.ports,
+            self._identity,
+            self._keys,
+        )
+        self.links[instruction.replica] = link
+        for channel in ("shell", "control", "stdin"):
+            self._listen(link.sockets[channel], partial(self._read_replica, link, channel))
+        self._listen(link.sockets["iopub"], partial(self._read_output, link))
+        self._listen(link.sockets["hb"], partial(self._read_beat, link))
+        self._listen(link.monitor, partial(self._read_monitor, link))
+
+    def _disconnect(self, instruction: Disconnect) -> None:
+        link = self.links.pop(instruction.replica, None)
+        if link is None:
+            return
+        for source in [*link.sockets.values(), link.monitor]:
+            self._ignore(source)
+        link.close()
+
+    def _renew(self, link: ReplicaLink, reason: str, now: float) -> None:
+        """Say that the replica is lost, and connect to its address anew: it may come back there."""
+        self._connect(Connect(link.index, link.ip, link.ports))
+        self._event(Lost(link.index, reason), now)
+
+
+def tell(event: dict[str, Any]) -> None:
+    """One line for the provisioner. A closed pipe means that the server is gone; stdin says so as well."""
+    try:
+        sys.stdout.write(json.dumps(event) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        log("the Jupyter Server no longer listens")
+
+
+def log(text: str) -> None:
+    sys.stderr.write(f"[nbos router {os.getpid()}] {text}\n")
+
+
+def main() -> int:
+    line = sys.stdin.buffer.raw.readline()  # type: ignore[union-attr]
+    if not line:
+        return 0
+    try:
+        router = Router(json.loads(line))
+    except (OSError, ValueError, KeyError, zmq.ZMQError) as err:
+        tell({"event": "failed", "reason": f"{type(err).__name__}: {err}"})
+        return 1
+    tell({"event": "ready", "ip": router.front.ip, "ports": router.front.ports, "pid": os.getpid()})
+    router.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""What comes through a replica's socket: broken frames, others' blobs, somebody else's process; the daemon lives."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import stat
+import struct
+
+from nbos_cluster import wire
+from nbos_cluster.etcd import Etcd
+from tests.system.daemon.conftest import MakeHost
+from tests.system.daemon.site import create, kernel_spec
+from tests.system.etcdserver import eventually
+
+
+async def test_requests_that_make_no_sense_are_refused_each_with_its_reason(client: Etcd, host: MakeHost) -> None:
+    a = host("a")
+    await create(client, kernel_spec("k", "a"))
+    replica = a.replica("k", 0)
+    await replica.ready()
+    unknown = await replica.send("format_disk")
+    assert (unknown["ok"], unknown["error"]) == (False, "unknown")
+    for message in (
+        {"type": "bid", "n": -1, "applied": 0},
+        {"type": "bid", "n": 1, "applied": 0, "resources": {"gpus": "all"}},
+        {"type": "bid", "n": 1, "applied": 0, "resources": [1]},
+        {"type": "append", "entry": 7, "token": 1},
+        {"type": "append", "entry": {"n": 1, "kind": "origin"}, "token": 1},
+        {"type": "applied", "n": "x"},
+        {"type": "cancel"},
+        {"type": "put_blob", "hash": ["x"]},
+    ):
+        answer = await replica.order(send=message)
+        assert (answer["ok"], answer["error"]) == (False, "malformed"), message
+    assert (await replica.append(1, 5))["error"] == "fenced"
+    assert (await replica.bid(1))["answer"] == "lead"
+    assert (await replica.append(1, 5))["error"] == "fenced"
+
+
+async def test_broken_and_oversized_frames_close_that_connection_only(client: Etcd, host: MakeHost) -> None:
+    a = host("a")
+    await create(client, kernel_spec("k", "a"))
+    await create(client, kernel_spec("other", "a"))
+    replica, other = a.replica("k", 0), a.replica("other", 0)
+    await replica.ready()
+    pid = (await other.ready())["pid"]
+    no_json = b"this is not json"
+    for raw in (
+        struct.pack("!II", 1 << 31, 0),
+        struct.pack("!II", 2, 1 << 31),
+        struct.pack("!II", len(no_json), 0) + no_json,
+        struct.pack("!II", 2, 0) + b"[]",
+        b"GET / HTTP/1.1\r\n\r\n",
+    ):
+        before = len(await replica.pushed("error"))
+        await replica.order(raw=raw.hex())
+
+        async def told(count: int = before) -> bool:
+            return len(await replica.pushed("error")) > count
+
+        await eventually(told, f"an error for {raw[:20]!r}", 5)
+        await replica.ready()
+    assert (await other.ready())["pid"] == pid
+    assert (await replica.bid(1))["answer"] == "lead"
+
+
+async def test_another_process_cannot_use_a_replicas_socket(client: Etcd, host: MakeHost) -> None:
+    a = host("a")
+    await create(client, kernel_spec("k", "a"))
+    await a.replica("k", 0).ready()
+    path = a.folder("k", 0) / "s"
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    assert stat.S_IMODE(os.stat(path.parent).st_mode) == 0o700
+    assert stat.S_IMODE(os.stat(path.parent / "connection.json").st_mode) == 0o600
+    reader, writer = await asyncio.open_unix_connection(str(path))
+    hello = {"type": "hello", "id": 1, "pid": os.getpid(), "applied": -1, "running": None}
+    writer.writelines(wire.pack(hello))
+    answer, _ = await wire.read(reader)
+    assert (answer["ok"], answer["error"]) == (False, "refused")
+    assert await reader.read() == b""
+    writer.close()
+    assert (await a.replica("k", 0).bid(1))["answer"] == "lead"
+
+
+async def test_blobs_are_kept_checked_and_out_of_other_users_reach(client: Etcd, host: MakeHost) -> None:
+    a = host("a")
+    await create(client, kernel_spec("k", "a", owner="ann"))
+    await create(client, kernel_spec("mine", "a", owner="ann"))
+    await create(client, kernel_spec("other", "a", owner="bob"))
+    replica, mine, other = (a.replica(k, 0) for k in ("k", "mine", "other"))
+    for one in (replica, mine, other):
+        await one.ready()
+    data = os.urandom(100_000)
+    digest = hashlib.sha256(data).hexdigest()
+    assert (await replica.send("put_blob", data, hash=digest))["ok"]
+    assert bytes.fromhex((await mine.send("get_blob", hash=digest))["payload"]) == data
+    assert (await other.send("get_blob", hash=digest))["error"] == "missing"
+    assert (await other.send("put_blob", b"not that", hash=digest))["error"] == "refused"
+    assert (await replica.send("get_blob", hash="../../etc/passwd"))["error"] == "refused"
+
+
+async def test_a_replica_sees_none_of_the_daemons_environment_but_the_listed(client: Etcd, host: MakeHost) -> None:
+    a = host("a")
+    await create(client, kernel_spec("k", "a", env={"MINE": "yes"}, cwd="/tmp"))
+    state = await a.replica("k", 0).ready()
+    assert state["environ"]["MINE"] == "yes"
+    assert "DAEMON_SECRET" not in state["environ"]
+    assert state["cwd"] == "/tmp"
+    connection = json.loads((a.folder("k", 0) / "connection.json").read_text())
+    assert (connection["key"], connection["curve_publickey"]) == ("key", "p" * 40)

@@ -1,0 +1,175 @@
+"""GPUs are granted per execution: what a cell holds, who waits and why, and that a grant ends however its cell ends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+
+from tests.system.cluster import Cluster, Notebook
+from tests.system.hubclient import eventually
+
+pytestmark = pytest.mark.timeout(240)
+
+HOLD = "print('begun', flush=True)\nimport time; time.sleep({seconds})"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One simulated device of 66 TPCs on each of three hosts."""
+    cluster = Cluster(tmp_path_factory.mktemp("gpus") / "state", "--gpus", "1", "--tpcs", "66", "--gpu-memory", "80G")
+    cluster.start()
+    yield cluster
+    assert cluster.stop() == []
+
+
+@pytest.fixture
+async def notebooks(cluster: Cluster) -> AsyncIterator[list[Notebook]]:
+    """Four kernels: one more than there are devices."""
+    opened = [await Notebook.open(cluster, "ada") for _ in range(4)]
+    for notebook in opened:
+        await notebook.run("import nbos_kernel")
+        await notebook.settled()
+    yield opened
+    for notebook in opened:
+        await notebook.close()
+
+
+def grants(cluster: Cluster) -> list[dict[str, Any]]:
+    return [grant for host in cluster.status()["hosts"] for grant in host["grants"]]
+
+
+async def no_grants(cluster: Cluster) -> None:
+    async def none_left() -> bool:
+        return not await asyncio.to_thread(grants, cluster)
+
+    await eventually(none_left, "every grant is given back", 15)
+
+
+async def test_a_cell_holds_what_it_asked_for_and_only_while_it_runs(
+    cluster: Cluster, notebooks: list[Notebook]
+) -> None:
+    notebook = notebooks[0]
+    assert await notebook.run("print(nbos_kernel.grant())") == "None\n"
+    asked = "%%gpu tpcs=16 mem=20G\ng = nbos_kernel.grant(); print(g.tpcs, g.memory)"
+    assert await notebook.run(asked) == f"16 {20 << 30}\n"
+    whole = await notebook.run("%%gpu 1\nprint(nbos_kernel.grant().tpcs)")
+    assert whole == "66\n"
+    assert await notebook.run("print(nbos_kernel.grant())") == "None\n"
+    await no_grants(cluster)
+
+
+async def test_metadata_asks_as_the_magic_does(notebooks: list[Notebook]) -> None:
+    metadata = {"nbos": {"resources": {"tpcs": 8}}}
+    assert await notebooks[0].run("print(nbos_kernel.grant().tpcs)", metadata=metadata) == "8\n"
+
+
+async def test_more_than_a_host_has_is_refused_with_the_limit(notebooks: list[Notebook]) -> None:
+    result = await notebooks[0].channels.execute("%%gpu tpcs=72\n1")
+    assert result.status == "error"
+    assert "72" in result.error
+    assert "66" in result.error
+
+
+@pytest.mark.parametrize("line", ["%%gpu many", "%%gpu tpcs=0", "%%gpu 1 mem=lots", "%%gpu -1"])
+async def test_a_malformed_request_names_what_is_wrong(notebooks: list[Notebook], line: str) -> None:
+    result = await notebooks[0].channels.execute(f"{line}\n1")
+    assert result.status == "error"
+    assert "%%gpu" in result.error
+    assert await notebooks[0].run("1 + 1") == "2"
+
+
+async def test_slices_of_one_device_are_disjoint(cluster: Cluster, notebooks: list[Notebook]) -> None:
+    code = "%%gpu tpcs=22 mem=10G\n" + HOLD.format(seconds=3)
+    cells = [await notebook.channels.submit(code) for notebook in notebooks]
+    for cell in cells:
+        await cell.text("begun")
+    held = await asyncio.to_thread(grants, cluster)
+    assert len(held) == 4
+    for uuid in {share["uuid"] for grant in held for share in grant["shares"]}:
+        tpcs = [t for grant in held for share in grant["shares"] if share["uuid"] == uuid for t in share["tpcs"]]
+        assert len(tpcs) == len(set(tpcs))
+    for cell in cells:
+        assert (await cell.result(30)).status == "ok"
+    await no_grants(cluster)
+
+
+async def test_a_cell_without_room_waits_shows_why_and_runs_when_there_is_some(
+    cluster: Cluster, notebooks: list[Notebook]
+) -> None:
+    holders = [await n.channels.submit("%%gpu 1\n" + HOLD.format(seconds=6)) for n in notebooks[:3]]
+    for cell in holders:
+        await cell.text("begun")
+    waiting = await notebooks[3].channels.submit("%%gpu 1\nprint('ran')")
+    await waiting.text("position", 10)
+    assert waiting.reply is None
+    result = await waiting.result(60)
+    assert result.status == "ok"
+    assert "ran" in result.stdout
+    for cell in holders:
+        assert (await cell.result(30)).status == "ok"
+    await no_grants(cluster)
+
+
+async def test_a_cpu_cell_never_waits_for_a_gpu(notebooks: list[Notebook]) -> None:
+    holders = [await n.channels.submit("%%gpu 1\n" + HOLD.format(seconds=4)) for n in notebooks[:3]]
+    for cell in holders:
+        await cell.text("begun")
+    assert await notebooks[3].run("6 * 7", timeout=3) == "42"
+    assert [cell.reply for cell in holders] == [None, None, None]
+    for cell in holders:
+        await cell.result(30)
+
+
+async def test_interrupt_leaves_the_queue(cluster: Cluster, notebooks: list[Notebook]) -> None:
+    holders = [await n.channels.submit("%%gpu 1\n" + HOLD.format(seconds=30)) for n in notebooks[:3]]
+    for cell in holders:
+        await cell.text("begun")
+    waiting = await notebooks[3].channels.submit("%%gpu 1\nprint('ran')")
+    await waiting.text("position", 10)
+    await notebooks[3].server.interrupt(notebooks[3].kernel)
+    result = await waiting.result(10)
+    assert result.error.startswith("KeyboardInterrupt")
+    assert "ran" not in result.stdout
+
+    async def queue_is_empty() -> bool:
+        return not (await asyncio.to_thread(cluster.status))["queues"]
+
+    await eventually(queue_is_empty, "the queue is empty", 10)
+    for notebook in notebooks[:3]:
+        await notebook.server.interrupt(notebook.kernel)
+    for cell in holders:
+        assert (await cell.result(10)).error.startswith("KeyboardInterrupt")
+    await no_grants(cluster)
+    assert await notebooks[3].run("%%gpu 1\n1 + 1") == "2"
+
+
+@pytest.mark.parametrize(
+    "end", ["raise ValueError('no')", "import os; os._exit(1)", "import ctypes; ctypes.string_at(0)"]
+)
+async def test_the_grant_ends_however_the_cell_ends(cluster: Cluster, notebooks: list[Notebook], end: str) -> None:
+    result = await notebooks[0].channels.execute(f"%%gpu 1\n{end}")
+    assert result.status == "error"
+    await no_grants(cluster)
+
+
+async def test_a_daemon_restarted_knows_the_grants_of_its_running_cells(
+    cluster: Cluster, notebooks: list[Notebook]
+) -> None:
+    cell = await notebooks[0].channels.submit("%%gpu 1\n" + HOLD.format(seconds=6))
+    await cell.text("begun")
+    (held,) = await asyncio.to_thread(grants, cluster)
+    os.kill(cluster.daemon_pid(held["host"]), signal.SIGKILL)
+
+    async def there_again() -> bool:
+        hosts = (await asyncio.to_thread(cluster.status))["hosts"]
+        host = next((h for h in hosts if h["name"] == held["host"]), None)
+        return host is not None and any(d["tpcs_granted"] == 66 for d in host["devices"])
+
+    await eventually(there_again, "the new daemon lists the grant", 5)
+    assert (await cell.result(30)).status == "ok"
+    await no_grants(cluster)

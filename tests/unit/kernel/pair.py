@@ -1,0 +1,91 @@
+"""An executor and a standby in one process: two IPython shells, with the log between them as JSON and bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from typing import Any
+
+from IPython.core.interactiveshell import InteractiveShell
+from traitlets.config import Config
+
+from nbos_kernel import lost
+from nbos_kernel.entries import Layout
+from nbos_kernel.replica import Replica
+
+LOG = logging.getLogger("test")
+
+
+class Side:
+    """One replica's shell and its copy of the state."""
+
+    def __init__(self, blobs: dict[str, bytes]) -> None:
+        config = Config()
+        config.HistoryManager.enabled = False
+        self.shell = InteractiveShell(config=config)
+        self.blobs = blobs
+        self.replica = Replica(self.shell, self._blob, LOG)
+        self.shell.displayhook.write_format_data = lambda *_: None
+        self.shell.displayhook.write_output_prompt = lambda: None
+
+    async def _blob(self, digest: str) -> bytes:
+        return self.blobs[digest]
+
+    @property
+    def ns(self) -> dict[str, Any]:
+        return self.shell.user_ns
+
+    def run(self, code: str) -> Any:
+        self.shell.builtin_trap  # noqa: B018 - instantiated lazily
+        result = self.shell.run_cell(code, store_history=True)
+        return result
+
+    def eval(self, expression: str) -> Any:
+        return eval(expression, self.ns)
+
+
+class Pair:
+    """`cell` runs on the executor and replicates; `switch` makes the standby the executor."""
+
+    def __init__(self) -> None:
+        self.blobs: dict[str, bytes] = {}
+        self.executor, self.standby = Side(self.blobs), Side(self.blobs)
+        self.n = 0
+        self.entries: list[dict[str, Any]] = []
+
+    def cell(self, code: str) -> dict[str, Any]:
+        """Run, capture, send through JSON, apply. Returns the entry."""
+        self.executor.run(code)
+        self.n += 1
+        replica = self.executor.replica
+        replica.capture.note_source(code)
+        found = replica.capture.changes()
+        replica.capture.accept(found)
+        lost.install(self.executor.ns, replica.capture.lost)
+        layout = Layout(found.components)
+        self.blobs.update({digest: bytes(chunk) for _, digest, chunk in layout.blobs(found.components)})
+        components, payload = layout.encode(found.components)
+        entry = {
+            "n": self.n,
+            "kind": "cell",
+            "status": "ok",
+            "execution_count": replica.history.last(),
+            "source": code,
+            "components": components,
+            "deleted": found.deleted,
+            "lost": found.lost,
+            "effects": replica.watcher.changes(),
+        }
+        replica.own(self.n)
+        message = json.loads(json.dumps({"type": "entry", "entry": entry}))
+        self.standby.replica.arrived(message, payload)
+        asyncio.run(self.standby.replica.catch_up(lambda n, lost: None))
+        self.entries.append(entry)
+        return entry
+
+    def switch(self) -> None:
+        self.executor, self.standby = self.standby, self.executor
+
+    def on_standby(self, expression: str) -> Any:
+        return self.standby.eval(expression)

@@ -1,0 +1,115 @@
+"""Whatever order leads, yields, losses, duplicates, interrupts and errors come in: one busy, one reply, one idle a cell."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from .world import World
+
+REPLICA = st.integers(0, 2)
+
+
+class RouterMachine(RuleBasedStateMachine):
+    @initialize(rerun=st.booleans())
+    def begin(self, rerun: bool) -> None:
+        self.world = World(rerun=rerun)
+
+    @rule(silent=st.booleans())
+    def execute(self, silent: bool) -> None:
+        self.world.execute(silent=silent)
+
+    @rule(kind=st.sampled_from(["complete_request", "comm_msg", "kernel_info_request"]))
+    def ask(self, kind: str) -> None:
+        self.world.send(kind, {})
+
+    @rule()
+    def interrupt(self) -> None:
+        self.world.send("interrupt_request", {}, "control")
+
+    @rule(index=REPLICA)
+    def link(self, index: int) -> None:
+        self.world.link(index)
+
+    @rule(index=REPLICA)
+    def cut(self, index: int) -> None:
+        self.world.cut(index)
+
+    @rule(index=REPLICA, fate=st.sampled_from(["abandoned", "free", "committed"]))
+    def kill(self, index: int, fate: str) -> None:
+        self.world.kill(index, fate)
+
+    @rule(index=REPLICA)
+    def work(self, index: int) -> None:
+        self.world.work(index)
+
+    @rule(index=REPLICA, what=st.sampled_from(["said", "shown"]), twice=st.booleans())
+    def hear(self, index: int, what: str, twice: bool) -> None:
+        self.world.hear(index, what, twice=twice)
+
+    @rule(index=REPLICA)
+    def show(self, index: int) -> None:
+        self.world.output(index)
+
+    @rule(index=REPLICA, status=st.sampled_from(["ok", "error"]))
+    def finish(self, index: int, status: str) -> None:
+        self.world.finish(index, status)
+
+    @rule(index=REPLICA)
+    def commit(self, index: int) -> None:
+        self.world.commit(index)
+
+    @rule(index=REPLICA)
+    def no_room(self, index: int) -> None:
+        self.world.replicas[index].busy = True
+
+    @rule(index=REPLICA)
+    def room(self, index: int) -> None:
+        self.world.room(index)
+
+    @rule()
+    def bustle(self) -> None:
+        """Everybody who can does one thing: without it, random orders seldom get far."""
+        for index in self.world.replicas:
+            self.world.link(index)
+            self.world.work(index)
+            self.world.hear(index, "said")
+            self.world.hear(index, "shown")
+
+    @rule(seconds=st.sampled_from([0.01, 0.16, 1.1, 3.1]))
+    def tick(self, seconds: float) -> None:
+        self.world.tick(seconds)
+
+    @invariant()
+    def nothing_twice(self) -> None:
+        if hasattr(self, "world"):
+            for msg_id in self.world.sent:
+                for what in ("busy", "reply", "idle"):
+                    assert self.world.counts[msg_id, what] <= 1, (msg_id, what)
+
+    @invariant()
+    def replies_keep_their_order(self) -> None:
+        if hasattr(self, "world"):
+            replied = [msg_id for msg_id, _ in self.world.replies]
+            assert replied == [msg_id for msg_id in self.world.sent if msg_id in set(replied)]
+
+    @invariant()
+    def tokens_never_fall(self) -> None:
+        if hasattr(self, "world"):
+            cells = [(token, msg_id) for _, token, msg_id in self.world.published]
+            by_cell: dict[str, int] = {}
+            for token, msg_id in cells:
+                assert by_cell.get(msg_id, 0) <= token
+                by_cell[msg_id] = token
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            self.world.settle()
+            for msg_id in self.world.sent:
+                counts = {what: self.world.counts[msg_id, what] for what in ("busy", "reply", "idle")}
+                assert counts == {"busy": 1, "reply": 1, "idle": 1}, (msg_id, counts)
+
+
+TestRouterMachine = RouterMachine.TestCase
+TestRouterMachine.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)

@@ -1,0 +1,304 @@
+"""A made-up world behind the router's state machine: clients, replicas, and one log that decides claims."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from nbos_provisioner.instructions import (
+    Client,
+    Connect,
+    Disconnect,
+    Event,
+    FromReplica,
+    Lost,
+    Member,
+    Members,
+    Output,
+    Publish,
+    Tick,
+    ToClient,
+    ToReplica,
+    Up,
+)
+from nbos_provisioner.messages import Signer, parse, split
+from nbos_provisioner.router_core import RouterCore
+
+KEY = b"key"
+
+
+@dataclass
+class Replica:
+    """A process: what reached it, what it said and nobody has heard yet, what it runs."""
+
+    session: str
+    alive: bool = True
+    linked: bool = False
+    busy: bool = False
+    token: int = 0
+    inbox: list[tuple[str, list[Any]]] = field(default_factory=list)
+    said: list[tuple[str, list[Any]]] = field(default_factory=list)
+    shown: list[list[Any]] = field(default_factory=list)
+    running: tuple[Any, int] | None = None
+    uncommitted: tuple[Any, int] | None = None
+    waiting: list[tuple[Any, int]] = field(default_factory=list)
+
+
+class World:
+    def __init__(self, replicas: int = 3, *, rerun: bool = True) -> None:
+        self.now = 0.0
+        self.client = Signer(KEY, "client")
+        self.signers = {}
+        self.core = RouterCore(Signer(KEY, "router"), rerun=rerun)
+        self.log: dict[int, str] = {}
+        self.claims: dict[int, tuple[int, int, str]] = {}
+        self.tokens = 0
+        self.sent: list[str] = []
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.replies: list[tuple[str, str]] = []
+        self.published: list[tuple[int, int, str]] = []
+        self.runs: Counter[str] = Counter()
+        self.processes = 0
+        self.replicas = {i: self._process() for i in range(replicas)}
+        self.event(Members(1, tuple(self._member(i) for i in self.replicas)))
+
+    def _process(self) -> Replica:
+        self.processes += 1
+        session = f"process-{self.processes}"
+        self.signers[session] = Signer(KEY, session)
+        return Replica(session)
+
+    def _member(self, index: int) -> Member:
+        return Member(index, f"host-{index}", "ready", "127.0.0.1", {"shell": 1 + index}, pid=1)
+
+    # -- the router's side
+
+    def event(self, event: Event) -> None:
+        for instruction in self.core.handle(event, self.now):
+            if isinstance(instruction, ToReplica):
+                replica = self.replicas[instruction.replica]
+                if replica.linked and replica.alive:
+                    replica.inbox.append((instruction.channel, instruction.frames))
+            elif isinstance(instruction, ToClient):
+                self._reply(instruction.frames)
+            elif isinstance(instruction, Publish):
+                self._publish(instruction.frames)
+            elif isinstance(instruction, Connect | Disconnect):
+                self.replicas[instruction.replica].linked = False
+
+    def _reply(self, frames: list[Any]) -> None:
+        message = parse(frames)
+        if message.msg_type == "execute_reply":
+            msg_id = message.parent["msg_id"]
+            self.counts[msg_id, "reply"] += 1
+            self.replies.append((msg_id, message.content["status"]))
+
+    def _publish(self, frames: list[Any]) -> None:
+        message = parse(frames)
+        parent = message.parent
+        if message.msg_type == "status":
+            self.counts[parent["msg_id"], message.content["execution_state"]] += 1
+        elif message.msg_type == "made":
+            made = message.content
+            assert made["replica"] == self.core.fleet.executor, "output of a replica that is not the executor"
+            assert made["token"] == self.core.fleet.token, "output under a token that is not the current one"
+            self.published.append((made["replica"], made["token"], parent["msg_id"]))
+
+    def tick(self, seconds: float) -> None:
+        self.now += seconds
+        self.event(Tick())
+
+    def send(self, msg_type: str, content: dict[str, Any], channel: Any = "shell") -> str:
+        msg_id, frames = self.client.make(msg_type, content)
+        self.event(Client(channel, Signer(KEY).check([b"client", *frames])))
+        return msg_id
+
+    def execute(self, code: str = "x", *, silent: bool = False) -> str:
+        msg_id = self.send("execute_request", {"code": code, "silent": silent, "stop_on_error": True})
+        self.sent.append(msg_id)
+        return msg_id
+
+    # -- the replicas' side
+
+    def link(self, index: int) -> None:
+        replica = self.replicas[index]
+        if replica.alive and not replica.linked:
+            replica.linked = True
+            self.event(Up(index))
+
+    def cut(self, index: int) -> None:
+        """The connection goes; the process lives."""
+        replica = self.replicas[index]
+        if replica.linked:
+            replica.linked = False
+            replica.inbox.clear()
+            replica.said.clear()
+            replica.shown.clear()
+            self.event(Lost(index, "cut"))
+
+    def kill(self, index: int, fate: str) -> None:
+        """The process dies; its claim is abandoned, freed, or was just committed."""
+        replica = self.replicas[index]
+        for n, (holder, _, session) in list(self.claims.items()):
+            if session == replica.session and n not in self.log:
+                del self.claims[n]
+                if fate != "free":
+                    self.log[n] = "abandoned" if fate == "abandoned" else "ok"
+                assert holder == index
+        linked = replica.linked
+        self.replicas[index] = self._process()
+        if linked:
+            self.event(Lost(index, "killed"))
+
+    def say(self, index: int, msg_type: str, content: dict[str, Any], parent: Any, channel: str = "shell") -> None:
+        replica = self.replicas[index]
+        _, frames = self.signers[replica.session].make(msg_type, content, parent.header)
+        replica.said.append((channel, [*parent.idents, *frames]))
+
+    def show(self, index: int, msg_type: str, content: dict[str, Any], parent: Any) -> None:
+        replica = self.replicas[index]
+        _, frames = self.signers[replica.session].make(msg_type, content, parent.header)
+        replica.shown.append([b"nbos.%d.kernel.x.%s" % (replica.token, msg_type.encode()), *frames])
+
+    def hear(self, index: int, what: str, *, twice: bool = False) -> None:
+        """The router hears the next word of a replica, on shell/control or on iopub."""
+        replica = self.replicas[index]
+        queue: list[Any] = replica.said if what == "said" else replica.shown
+        if not queue or not replica.linked:
+            return
+        item = queue.pop(0)
+        for _ in range(2 if twice and what == "said" else 1):
+            if what == "said":
+                self.event(FromReplica(index, item[0], parse(item[1])))
+            else:
+                self.event(Output(index, item))
+
+    def work(self, index: int) -> None:
+        """The replica takes its next message (a running cell keeps its shell occupied)."""
+        replica = self.replicas[index]
+        for position, (channel, frames) in enumerate(replica.inbox):
+            if channel == "shell" and (replica.running or replica.waiting or replica.uncommitted):
+                continue
+            del replica.inbox[position]
+            message = parse(split(frames)[0] + [b"<IDS|MSG>"] + split(frames)[1])
+            self._handle(index, replica, channel, message)
+            return
+
+    def _handle(self, index: int, replica: Replica, channel: str, message: Any) -> None:
+        order = message.metadata.get("nbos_execution")
+        if order is not None:
+            return self._bid(index, replica, message, order["n"], order["wait"])
+        name, content = message.msg_type, message.content
+        if name == "nbos_cancel_request":
+            for parent, n in replica.waiting:
+                self.say(index, "nbos_yield", {"n": n, "code": "cancelled", "next": n}, parent)
+            replica.waiting.clear()
+        elif name == "nbos_status_request":
+            self.say(index, "nbos_status_reply", {"next": self._next(), "executor": -1}, message, "control")
+        elif name == "nbos_outcome_request":
+            self.say(index, "nbos_outcome_reply", self._outcome(content), message, "control")
+        elif name == "interrupt_request" and replica.running:
+            self.finish(index, "error")
+        elif name.endswith("_request") and not name.startswith("nbos"):
+            self.show(index, "status", {"execution_state": "busy"}, message)
+            self.say(index, name.replace("_request", "_reply"), {"status": "ok"}, message, channel)
+            self.show(index, "status", {"execution_state": "idle"}, message)
+
+    def _next(self) -> int:
+        return max(self.log, default=0) + 1
+
+    def _bid(self, index: int, replica: Replica, parent: Any, n: int, wait: bool) -> None:
+        code = "stale" if n < self._next() else "behind" if n > self._next() else ""
+        code = code or ("taken" if n in self.claims else "")
+        if not code and replica.busy:
+            if wait:
+                replica.waiting.append((parent, n))
+                return self.say(index, "nbos_waiting", {"n": n, "reason": "no room", "position": 1}, parent)
+            code = "busy"
+        if code:
+            content = {"n": n, "code": code, "reason": code, "next": self._next()}
+            return self.say(index, "nbos_yield", content, parent)
+        self.tokens += 1
+        replica.token = self.tokens
+        self.claims[n] = (index, self.tokens, replica.session)
+        self.say(index, "nbos_lead", {"n": n, "token": self.tokens, "host": "h"}, parent)
+        if parent.msg_type == "nbos_sync_request":
+            replica.uncommitted = (parent, n)
+            return
+        self.runs[parent.msg_id] += 1
+        replica.running = (parent, n)
+        self.output(index)
+
+    def room(self, index: int) -> None:
+        """There is room again: a waiting bid is decided."""
+        replica = self.replicas[index]
+        replica.busy = False
+        waiting, replica.waiting = replica.waiting, []
+        for parent, n in waiting:
+            if replica.running is None and replica.uncommitted is None:
+                self._bid(index, replica, parent, n, False)
+            else:
+                self.say(index, "nbos_yield", {"n": n, "code": "taken", "next": self._next()}, parent)
+
+    def _outcome(self, asked: dict[str, Any]) -> dict[str, Any]:
+        n = asked["n"]
+        if n in self.log:
+            status = self.log[n]
+            return (
+                {"state": "abandoned", "reason": "r"}
+                if status == "abandoned"
+                else {"state": "committed", "status": status, "execution_count": n}
+            )
+        if n in self.claims:
+            return {"state": "claimed", "replica": self.claims[n][0]}
+        if asked["abandon"]:
+            self.log[n] = "abandoned"
+            return {"state": "abandoned", "reason": "given up"}
+        return {"state": "free"}
+
+    def output(self, index: int) -> None:
+        replica = self.replicas[index]
+        if replica.running:
+            content = {"replica": index, "token": replica.token}
+            self.show(index, "made", content, replica.running[0])
+
+    def finish(self, index: int, status: str) -> None:
+        replica = self.replicas[index]
+        if replica.running is None:
+            return
+        parent, _ = replica.uncommitted = replica.running
+        replica.running = None
+        self.say(index, "execute_reply", {"status": status}, parent)
+        self.show(index, "status", {"execution_state": "idle"}, parent)
+
+    def commit(self, index: int) -> None:
+        replica = self.replicas[index]
+        if replica.uncommitted is None:
+            return
+        parent, n = replica.uncommitted
+        replica.uncommitted = None
+        if self.claims.get(n, (0, 0, ""))[2] == replica.session and n not in self.log:
+            self.log[n] = "ok"
+            del self.claims[n]
+            self.say(index, "nbos_committed", {"n": n}, parent)
+
+    def settle(self, rounds: int = 400) -> None:
+        """Everything comes back and goes on until nothing moves any more."""
+        for index in self.replicas:
+            self.room(index)
+        for _ in range(rounds):
+            for index in self.replicas:
+                self.link(index)
+                self.work(index)
+                self.finish(index, "ok")
+                self.commit(index)
+                while self.replicas[index].said or self.replicas[index].shown:
+                    self.hear(index, "said")
+                    self.hear(index, "shown")
+            self.tick(0.1)
+            core = self.core
+            if not core.queue and core.runner.active is None and core.runner.settlement is None:
+                return
+        raise AssertionError(f"does not come to rest: {self.core.runner.active} {list(self.core.queue)}")

@@ -9,33 +9,62 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Iterator
-from typing import Any
+import threading
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from jupyter_client.blocking.client import BlockingKernelClient
-from jupyter_client.manager import KernelManager
+from jupyter_client.manager import AsyncKernelManager
 from measure import PLAIN_KERNEL, Running
 
 from tests.system.nbosenv import kernel_environment, kernelspec_name
 
+T = TypeVar("T")
 
-@contextlib.contextmanager
-def running_kernel(name: str, env: dict[str, str] | None = None) -> Iterator[BlockingKernelClient]:
-    """A new kernel by the name of its kernelspec, with a client whose channels are open and that has
-    answered once.
-    """
-    with changed_environment(env or {}):
-        manager = KernelManager(kernel_name=name)
-        arguments: dict[str, Any] = {} if env is None else {"env": dict(os.environ)}
-        manager.start_kernel(**arguments)
-        client: BlockingKernelClient = manager.client()
+
+@dataclass(frozen=True)
+class Kernels:
+    """Kernel managers on a running event loop of their own, as a Jupyter Server keeps them; clients are blocking."""
+
+    loop: asyncio.AbstractEventLoop
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(120)
+
+    @contextlib.contextmanager
+    def started(self, name: str) -> Iterator[BlockingKernelClient]:
+        """A new kernel by the name of its kernelspec, and a client with open channels. Nothing was asked of it yet."""
+        manager = AsyncKernelManager(kernel_name=name)
+        self.run(manager.start_kernel())
+        client = BlockingKernelClient()
+        client.load_connection_info(manager.get_connection_info())
+        client.start_channels()
         try:
-            client.start_channels()
-            client.wait_for_ready(timeout=60)
             yield client
         finally:
             client.stop_channels()
-            manager.shutdown_kernel(now=True)
+            self.run(manager.shutdown_kernel(now=True))
+
+
+@contextlib.contextmanager
+def kernels() -> Iterator[Kernels]:
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="kernel managers")
+    thread.start()
+    try:
+        yield Kernels(loop)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+
+
+@contextlib.contextmanager
+def running_kernel(name: str, env: dict[str, str]) -> Iterator[BlockingKernelClient]:
+    """A kernel that has answered once."""
+    with changed_environment(env), kernels() as here, here.started(name) as client:
+        client.wait_for_ready(timeout=60)
+        yield client
 
 
 @contextlib.contextmanager
@@ -55,7 +84,7 @@ def changed_environment(env: dict[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def direct_plain() -> Iterator[BlockingKernelClient]:
-    with running_kernel(PLAIN_KERNEL) as client:
+    with running_kernel(PLAIN_KERNEL, {}) as client:
         yield client
 
 

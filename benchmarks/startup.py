@@ -12,35 +12,27 @@ import statistics
 import time
 from pathlib import Path
 
-from direct import changed_environment, nbos_environment
-from jupyter_client.manager import KernelManager
+from direct import Kernels, changed_environment, kernels, nbos_environment
 from measure import PLAIN_KERNEL, Running, Table, nbos_hub, ratio, scratch, stock_hub
 
 from tests.system.nbosenv import kernelspec_name
 
 
-def first_reply(name: str, env: dict[str, str]) -> float:
+def first_reply(here: Kernels, name: str) -> float:
     """Start a kernel, run one cell, end it: the seconds until the cell's reply."""
-    with changed_environment(env):
-        manager = KernelManager(kernel_name=name)
-        began = time.perf_counter()
-        manager.start_kernel()
-        client = manager.client()
-        client.start_channels()
-        try:
-            msg_id = client.execute("1 + 1")
-            while client.get_shell_msg(timeout=60)["parent_header"].get("msg_id") != msg_id:
-                pass
-            return time.perf_counter() - began
-        finally:
-            client.stop_channels()
-            manager.shutdown_kernel(now=True)
+    began = time.perf_counter()
+    with here.started(name) as client:
+        msg_id = client.execute("1 + 1")
+        while client.get_shell_msg(timeout=60)["parent_header"].get("msg_id") != msg_id:
+            pass
+        return time.perf_counter() - began
 
 
-def kernels(hub: Running, rounds: int) -> tuple[list[float], list[float]]:
+def first_replies(hub: Running, rounds: int) -> tuple[list[float], list[float]]:
     env = nbos_environment(hub)
     name = kernelspec_name(env)
-    pairs = [(first_reply(PLAIN_KERNEL, {}), first_reply(name, env)) for _ in range(rounds)]
+    with changed_environment(env), kernels() as here:
+        pairs = [(first_reply(here, PLAIN_KERNEL), first_reply(here, name)) for _ in range(rounds)]
     return [plain for plain, _ in pairs], [ours for _, ours in pairs]
 
 
@@ -60,7 +52,7 @@ def main() -> None:
     options = parser.parse_args()
     table = Table("Start, seconds", ("from … to", "plain", "NBOS", "ratio", "bar"))
     with nbos_hub() as hub:
-        plain, nbos = kernels(hub, options.rounds)
+        plain, nbos = first_replies(hub, options.rounds)
     for what, of in (("median", statistics.median), ("slowest", max)):
         a, b = of(plain), of(nbos)
         bar = "≤ 3 ×" if what == "median" else ""

@@ -53,6 +53,10 @@ class GPUDaemon(Application):
         "auto",
         help="Which GPUs: those NVML finds; simulated ones; auto: simulated ones only where NVML finds none.",
     ).tag(config=True)
+    device_uuids = List(
+        Unicode(),
+        help="Of the GPUs that NVML finds only these; empty: all. For several daemons on one machine.",
+    ).tag(config=True)
     simulated_devices = Integer(0, min=0, help="How many GPUs are played.").tag(config=True)
     simulated_model = Unicode("Simulated GPU", help="Their model.").tag(config=True)
     simulated_tpcs = Integer(66, min=1, help="TPCs of each.").tag(config=True)
@@ -125,7 +129,7 @@ class GPUDaemon(Application):
         found = inventory.look()
         logging.getLogger("gpu_daemon").info("NVML: %s %s", found.state.value, found.detail)
         if found.devices or self.devices == "nvml":
-            return found.devices
+            return tuple(d for d in found.devices if not self.device_uuids or d.uuid in self.device_uuids)
         return played
 
     def make_daemon(self) -> Daemon:

@@ -13,6 +13,8 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
+from msgspec.structs import replace
+
 from gpu_daemon import ledger, queue
 from gpu_daemon.fleet import ReplicaId
 from gpu_daemon.limits import over_limit
@@ -184,7 +186,7 @@ class Bidding:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if bid.over and not granted.done():
                 bid.ended.result()
-            return granted.result()
+            return replace(granted.result(), since=time.time())
         finally:
             bid.granted = None
             self._queued.pop(bid.grant_name, None)

@@ -174,11 +174,15 @@ class Daemon:
                     incarnation = view.epoch.incarnation if view.epoch is not None else 1
                     work = self._commits.abandon(kernel, n, held.token, reason, None, incarnation)
                     site.spawn(work, f"abandoning execution {n} of kernel {kernel}")
-        site.spawn(self._delete_stray_grants(), "deleting grants that nobody holds")
+        site.spawn(self._delete_strays(), "deleting records that nobody needs")
 
-    async def _delete_stray_grants(self) -> None:
-        """Grants under a resumed lease whose replicas are gone."""
+    async def _delete_strays(self) -> None:
+        """What stands under a resumed lease for nobody: grants of replicas that are gone, tickets of before."""
         site = self._site
+        tickets, _ = await site.etcd.range(keys.queue(site.host))
+        for kv in tickets:
+            if kv.key.rpartition("/")[2] not in self._bidding.told:
+                await site.etcd.delete(kv.key)
         found, _ = await site.etcd.range(keys.grants(site.host))
         for kv in found:
             grant = records.decode(kv.value, GrantRecord)

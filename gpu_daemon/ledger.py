@@ -185,10 +185,11 @@ class Ledger:
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
-    def reserve(
-        self, request: Request, now: float = 0.0, closed: Collection[str] = ()
-    ) -> GrantRecord | Busy | Impossible:
-        """Take what the request asks for, or say why not. A second request under the same grant name is a mistake."""
+    def reserve(self, request: Request, closed: Collection[str] = ()) -> GrantRecord | Busy | Impossible:
+        """Take what the request asks for, or say why not. A second request under the same grant name is a mistake.
+
+        The record has no time yet: this module knows no clock.
+        """
         if request.grant in self._grants:
             raise self._error(f"grant {request.grant} is held already")
         fit = self.fit(request.resources, closed)
@@ -202,7 +203,6 @@ class Ledger:
             replica=request.replica,
             n=request.n,
             shares=fit.shares,
-            since=now,
         )
         self._enter(record)
         return record

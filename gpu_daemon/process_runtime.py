@@ -55,7 +55,7 @@ class ProcessHandle(Handle):
 
     def kill(self) -> None:
         if self._exit is None:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
             # Should user code have left its group (setsid), the replica itself still goes.
             with contextlib.suppress(ProcessLookupError):
@@ -97,11 +97,9 @@ class ProcessRuntime(ReplicaRuntime):
     async def start(self, launch: Launch) -> ProcessHandle:
         cwd = launch.cwd or str(launch.folder)
         try:
-            handle = await asyncio.to_thread(_spawn, launch, cwd)
+            return await asyncio.to_thread(_spawn, launch, cwd)
         except OSError as err:
             raise RuntimeFailed(f"its process could not be started in {cwd}: {err}") from err
-        write_json(launch.folder / "process.json", {"pid": handle.pid, "start": _start_time(handle.pid)})
-        return handle
 
     async def find(self, folder: Path) -> ProcessHandle | None:
         saved = read_json(folder / "process.json") or {}
@@ -134,6 +132,8 @@ def _spawn(launch: Launch, cwd: str) -> ProcessHandle:
             stderr=output,
             start_new_session=True,
         )
+    # At once: a daemon that dies here must find it again.
+    write_json(launch.folder / "process.json", {"pid": process.pid, "start": _start_time(process.pid)})
     # We wait through the pidfd; Popen must neither wait nor warn.
     process.returncode = 0
     # When memory runs out, the replica goes before the daemon that would start it again.

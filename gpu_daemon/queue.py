@@ -262,7 +262,7 @@ class FairQueue:
         closed: frozenset[str] = frozenset()
         for place, name in enumerate(self.order(now)):
             waiting = self._waiting[name]
-            result = self.ledger.reserve(waiting.request, now, closed)
+            result = self.ledger.reserve(waiting.request, closed)
             if isinstance(result, Busy):
                 if place == 0:
                     self._head = name

@@ -38,6 +38,7 @@ class Replicas:
         self._site, self._runtime, self._commits, self._publisher = site, runtime, commits, publisher
         self._fleet = Fleet()
         self._timer: asyncio.TimerHandle | None = None
+        self._starting: set[asyncio.Task[None]] = set()
         self._memory_watch: asyncio.Task[None] | None = None
         self.answer: Answer | None = None
 
@@ -84,7 +85,9 @@ class Replicas:
         for step in self._fleet.handle(event):
             match step:
                 case fleet.Start(id, incarnation):
-                    self._site.spawn(self._start(id, incarnation), f"starting replica {id.index} of {id.kernel}")
+                    task = self._site.spawn(self._start(id, incarnation), f"starting replica {id.index} of {id.kernel}")
+                    self._starting.add(task)
+                    task.add_done_callback(self._starting.discard)
                 case fleet.Stop(id, reason):
                     self._site.replicas[id].end(reason)
                 case fleet.Publish(id, state, reason):
@@ -256,6 +259,9 @@ class Replicas:
 
     async def stop_all(self, seconds: float) -> None:
         """End every replica, and wait until they are gone."""
+        if self._starting:
+            # A process that is just being made would be left behind.
+            await asyncio.wait(self._starting, timeout=seconds / 2)
         running = [r for r in self._site.replicas.values() if r.handle is not None]
         handles = [r.handle for r in running if r.handle is not None]
         for replica in running:

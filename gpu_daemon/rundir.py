@@ -9,13 +9,11 @@ Everything is for this user alone (folders 0700, files 0600). Names are short be
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -112,15 +110,10 @@ class RunDir:
 
 def write(path: Path, data: bytes) -> None:
     """Whole or not at all, readable for this user only. Not synced: after a power cut no replica is left to find."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
+    new = path.with_name(f".new-{path.name}")
+    with open(new, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(data)
+    os.replace(new, path)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -180,6 +180,10 @@ class Session:
             reply, data = await self._answer(self, message, payload)
         except (RequestError, Refused) as err:
             return refusal(err.code, str(err))
+        except Exception as err:  # noqa: BLE001
+            # A mistake of ours: told and logged, so that the replica does not wait for ever.
+            log.exception("a request %r of %s failed", message.get("type"), self.replica.name)
+            return refusal("failed", f"the daemon could not carry out {message.get('type')!r}: {err}")
         return {"ok": True, **reply}, data
 
     async def _close(self) -> None:

@@ -21,7 +21,7 @@ from gpu_daemon.fleet import ReplicaId
 from gpu_daemon.ledger import Ledger
 from gpu_daemon.queue import FairQueue
 from gpu_daemon.rundir import RunDir
-from nbos_cluster.etcd import Etcd, EtcdError, EtcdUnavailable, Lease
+from nbos_cluster.etcd import Etcd, EtcdError, EtcdUnavailable, Lease, LeaseGone
 from nbos_cluster.kernelview import KernelView, KernelViews
 from nbos_cluster.kv import Txn, TxnResult
 
@@ -83,7 +83,10 @@ class Site:
 
     @property
     def lease_id(self) -> int:
-        return self.lease.id if self.lease is not None else 0
+        """Raises LeaseGone while there is none: what is put without a lease would stay for ever."""
+        if self.lease is None or not self.lease.id:
+            raise LeaseGone("this host's lease is being renewed")
+        return self.lease.id
 
     def now(self) -> float:
         """Seconds of the monotonic clock that queue and fleet count in."""
@@ -132,7 +135,7 @@ class Site:
             try:
                 return await self.commit(txn())
             except (EtcdUnavailable, EtcdError) as err:
-                if isinstance(err, EtcdError):
+                if isinstance(err, EtcdError) and not isinstance(err, LeaseGone):
                     log.error("etcd refused a transaction, it is tried again: %s", err)
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, RETRY_LAST)

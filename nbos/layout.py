@@ -107,8 +107,11 @@ class Layout:
             "etcd_cert": str(tls.cert),
             "etcd_key": str(tls.key),
         }
-        if self.devices:
-            app |= {"devices": "nvml", "device_uuids": self.devices_of(host)}
+        mine = self.devices_of(host)
+        if mine:
+            app |= {"devices": "nvml", "device_uuids": mine}
+        elif self.devices:  # fewer GPUs than hosts: this one has none
+            app |= {"devices": "simulated", "simulated_devices": 0}
         else:
             app |= {
                 "devices": "simulated",

@@ -62,6 +62,8 @@ def _get(url: str, token: str, *, running: bool) -> dict[str, Any]:
         with opener.open(request, timeout=15) as reply:
             return dict(json.load(reply))
     except urllib.error.HTTPError as err:
+        if err.code in (502, 503, 504):
+            raise NotRunning(f"the gateway at {url} does not answer yet ({err.code}: {_message(err)})") from err
         raise NotRunning(f"{url} refuses with {err.code}: {_message(err)}; look into the logs") from err
     except (OSError, ValueError) as err:
         way_out = "it is starting, or its log says why" if running else "start it with `nbos up`"

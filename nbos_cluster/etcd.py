@@ -102,6 +102,8 @@ _AWAY = {
     grpc.StatusCode.INTERNAL,
     grpc.StatusCode.ABORTED,
 }
+# A member without its quorum passes on its own deadline, and gRPC a stream that broke, as UNKNOWN.
+_AWAY_DETAILS = ("context deadline exceeded", "context canceled", "Stream removed")
 _PAUSE = 0.05
 
 
@@ -306,7 +308,7 @@ class Etcd:
 
     def failed(self, member: Member, err: Any) -> None:
         """Note that `member` did not answer, and use the next one. Raises EtcdError for a refusal."""
-        if err.code() not in _AWAY and "Stream removed" not in (err.details() or ""):
+        if not _is_away(err):
             raise _refusal(err) from err
         if self._away_since is None:
             self._away_since = time.time()
@@ -328,6 +330,11 @@ class Etcd:
             if not (isinstance(err, asyncio.CancelledError) and task is not None and task.cancelling()):
                 raise self.unavailable("this client was closed") from err
         raise err
+
+
+def _is_away(err: Any) -> bool:
+    unknown = err.code() is grpc.StatusCode.UNKNOWN
+    return err.code() in _AWAY or (unknown and any(text in (err.details() or "") for text in _AWAY_DETAILS))
 
 
 def _refusal(err: Any) -> EtcdError:

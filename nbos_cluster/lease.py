@@ -65,12 +65,19 @@ class Lease:
                 await self._etcd.lease_revoke(self.id)
 
     async def _keep(self) -> None:
+        well = True
         while True:
             await asyncio.sleep(self.ttl / 3)
             try:
                 await self._turn()
             except (EtcdUnavailable, EtcdError) as err:
-                log.warning("lease %x: %s", self.id, err)
+                # Once per outage; it may last for hours.
+                log.log(logging.WARNING if well else logging.DEBUG, "lease %x: %s", self.id, err)
+                well = False
+            else:
+                if not well:
+                    log.warning("lease %x is kept alive again", self.id)
+                well = True
 
     async def _turn(self) -> None:
         asked = time.monotonic()

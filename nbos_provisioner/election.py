@@ -17,7 +17,7 @@ LAST_RETRY = 1.0
 SURE = 0.4
 """Once the pause between questions has grown to this, an answer that all give is believed."""
 
-_SOON = {"behind", "taken"}
+_SOON = {"behind", "taken", "cancelled"}
 _WAIT = {"busy", "unavailable"}
 
 

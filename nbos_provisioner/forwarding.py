@@ -42,6 +42,12 @@ class Forwarded:
     replica: int
     replied: bool = False
     busy: bool = False
+    idle: bool = False
+
+    @property
+    def over(self) -> bool:
+        """Reply and idle come over two connections, in either order; comms have no reply."""
+        return self.idle and (self.replied or not self.message.msg_type.endswith("_request"))
 
 
 class Forwarding:
@@ -73,6 +79,8 @@ class Forwarding:
         if entry is None or entry.replica != replica or entry.replied:
             return
         entry.replied = True
+        if entry.over:
+            del self._open[entry.message.msg_id]
         if entry.message.msg_type == "execute_request":
             self.dirty = True
         self.out.append(ToClient(channel, message.wire()))
@@ -83,7 +91,9 @@ class Forwarding:
             return
         entry.busy = state == "busy"
         if state == "idle":
-            del self._open[msg_id]
+            entry.idle = True
+            if entry.over:
+                del self._open[msg_id]
             self.dirty |= entry.message.msg_type in DIRTYING
 
     def lost(self, replica: int) -> list[tuple[Channel, Message]]:

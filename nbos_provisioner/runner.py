@@ -20,7 +20,7 @@ from .notices import NOBODY, Notices
 from .outbox import Outbox, error
 from .settlement import Settlement, Verdict
 
-IDLE_PATIENCE = 1.0
+IDLE_PATIENCE = 10.0
 """Seconds after its reply in which an execution's idle is awaited from its executor; then the router says it."""
 
 SYNC_PATIENCE = 1.0
@@ -142,7 +142,7 @@ class Runner:
             return self.out.log(f"lead of {self.fleet.name(replica)} for {n} under {token} comes too late")
         for other in mine.election.open_asks():
             if other != replica:
-                self.out.ask(other, "nbos_cancel_request", {"n": n})
+                self.out.ask(other, "nbos_cancel_request", {"n": n, "msg_id": mine.msg_id})
         self.unsettled = None if self.unsettled is not self._settled() else self.unsettled
         mine.led, mine.executor, mine.token, mine.wake = True, replica, token, None
         mine.phase = Phase.RUNNING
@@ -190,11 +190,17 @@ class Runner:
 
     def _ended(self, replica: int, kind: str, content: dict[str, Any], parent: dict[str, Any], now: float) -> None:
         for execution in (self.unsettled, self.active):
-            if execution is None or execution.msg_id != parent.get("msg_id") or execution.executor != replica:
+            if execution is None or execution.msg_id != parent.get("msg_id"):
+                continue
+            if execution.phase is Phase.ASKING and not execution.cell:
+                return self._finish(execution)  # nothing had changed: no number was needed
+            if execution.executor != replica:
                 continue
             if kind == "nbos_failed":
                 reason = str(content.get("reason", "its claim was lost"))
                 return self._settle(execution, replica, reason, now)
+            if execution.phase is Phase.RUNNING and not execution.replied:
+                return self._settle(execution, replica, "its reply was lost", now)
             execution.committed = True
             if execution is self.unsettled:
                 if self._settled() is execution:
@@ -284,7 +290,7 @@ class Runner:
         if len(self._left) > REMEMBERED:
             self._left.pop(next(iter(self._left)))
         for replica in execution.election.open_asks():
-            self.out.ask(replica, "nbos_cancel_request", {"n": execution.n})
+            self.out.ask(replica, "nbos_cancel_request", {"n": execution.n, "msg_id": execution.msg_id})
         lost = execution.phase is Phase.SETTLING and self.settlement is not None
         if lost:
             assert self.settlement is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import logging
 import signal
@@ -75,16 +74,22 @@ async def run(config: GatewayConfig) -> None:
         kernels = Kernels(etcd, copy, watch, config)
         repair = Repair(kernels, watch, config.host_grace)
         await watch.start()
-        repairing = asyncio.create_task(repair.run())
         server = HTTPServer(make_app(kernels, watch, users, config.prefix), max_body_size=_HARD_BODY_LIMIT)
         server.listen(config.port, config.address, reuse_port=True)
         log.info("the gateway serves http://%s:%d%s", config.address, config.port, config.prefix)
-        await stopped.wait()
+        repairing = asyncio.create_task(repair.run(), name="repair")
+        stopping = asyncio.create_task(stopped.wait(), name="stop")
+        # Watches and repair never end by themselves. Should one fail, the whole gateway ends and is started afresh:
+        # better than one that answers from an old copy.
+        parts = {repairing, *watch.tasks}
+        await asyncio.wait({stopping, *parts}, return_when=asyncio.FIRST_COMPLETED)
         server.stop()
-        repairing.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await repairing
-        await watch.stop()
+        failed = [task for task in parts if task.done()]
+        for task in {stopping, *parts}:
+            task.cancel()
+        await asyncio.gather(stopping, *parts, return_exceptions=True)
+        for task in failed:
+            raise RuntimeError(f"the gateway's {task.get_name()} ended") from task.exception()
 
 
 def main() -> None:

@@ -29,10 +29,12 @@ POLICY = (
 _loader = Loader(str(HERE / "templates"), autoescape="xhtml_escape")
 
 
-def render_dashboard(status: dict[str, Any], *, name: str, admin: bool, prefix: str, problem: str = "") -> bytes:
+def render_dashboard(
+    status: dict[str, Any], *, name: str, admin: bool, prefix: str, hub: str = "/hub/", problem: str = ""
+) -> bytes:
     """The page for the caller `name`."""
     return _loader.load("dashboard.html").generate(
-        status=status, caller=name, admin=admin, prefix=prefix, problem=problem, size=show_size, since=_since
+        status=status, caller=name, admin=admin, prefix=prefix, hub=hub, problem=problem, size=show_size, since=_since
     )
 
 
@@ -66,14 +68,19 @@ class DashboardHandler(HubOAuthenticated, SafeHeaders):
             caller = await self.users.of_model(self._model)
         except ApiError as err:
             raise HTTPError(err.status, "%s", err.message) from err
-        problem = self.watch.failed
-        if not problem and not self.watch.ready.is_set():
+        problem = ""
+        if not self.watch.ready.is_set():
             problem = "The gateway has not read the cluster's records yet. Is etcd running?"
         status = status_model(self.kernels.copy, caller)
         self.set_header("Cache-Control", "no-store")
         self.finish(
             render_dashboard(
-                status, name=caller.name, admin=caller.admin, prefix=self.users.auth.base_url, problem=problem
+                status,
+                name=caller.name,
+                admin=caller.admin,
+                prefix=self.users.auth.base_url,
+                hub=self.users.auth.hub_prefix,
+                problem=problem,
             )
         )
 

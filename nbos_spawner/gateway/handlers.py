@@ -74,8 +74,8 @@ class HealthHandler(JsonHandler):
     """GET api/health: no token; says nothing but whether the gateway can work."""
 
     async def get(self) -> None:
-        reason = self.watch.failed
-        if not reason and not self.watch.ready.is_set():
+        reason = ""
+        if not self.watch.ready.is_set():
             reason = "the gateway has not read the cluster's records yet"
         if not reason:
             try:
@@ -137,15 +137,14 @@ class KernelHandler(AuthenticatedHandler):
         wait = self.get_query_argument("wait", "")
         if wait not in ("", "ready"):
             raise ApiError(400, "malformed", f"wait={wait[:40]!r} is unknown; use wait=ready")
-        model = self.model(kernel_id)
-        if wait and not is_ready(model):
+        self.kernels.find(self.caller, kernel_id)
+        if wait:
             await self.watch.until(lambda: self._ready_or_gone(kernel_id), LONGEST_WAIT)
-            model = self.model(kernel_id)
-        self.answer(model)
+        self.answer(self.model(kernel_id))
 
     def _ready_or_gone(self, kernel_id: str) -> bool:
         view = self.kernels.copy.kernel(kernel_id)
-        return view is None or is_ready(kernel_model(view, secrets=False))
+        return view is None or is_ready(view)
 
     async def delete(self, kernel_id: str) -> None:
         await self.kernels.delete(self.caller, kernel_id)

@@ -89,8 +89,15 @@ def lost_names(view: KernelView) -> dict[str, str]:
     return lost
 
 
-def is_ready(model: dict[str, Any]) -> bool:
-    return any(member["state"] == "ready" for member in model["members"])
+def is_ready(view: KernelView) -> bool:
+    """Whether a replica of the present incarnation is ready where it should be."""
+    spec = view.spec
+    return spec is not None and any(
+        record.state == "ready"
+        and record.incarnation == spec.incarnation
+        and record.host == spec.placement.get(str(index))
+        for index, record in view.replicas.items()
+    )
 
 
 def resources_model(resources: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ class ClusterWatch:
         self.copy = copy
         self.ready = asyncio.Event()
         self._changed = asyncio.Condition()
-        self._tasks: list[asyncio.Task[None]] = []
+        self.tasks: list[asyncio.Task[None]] = []
         self._pending = {keys.HOSTS, keys.QUEUES, keys.KERNELS}
 
     async def start(self) -> None:
@@ -33,20 +33,7 @@ class ClusterWatch:
             keys.KERNELS: lambda item: self.copy.apply_kernels(item, time.monotonic()),
         }
         for prefix, feed in feeds.items():
-            self._tasks.append(asyncio.create_task(self._follow(prefix, feed), name=f"watch {prefix}"))
-
-    async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    @property
-    def failed(self) -> str:
-        """Why a watch has ended, which it never should; empty while all run."""
-        for task in self._tasks:
-            if task.done() and not task.cancelled():
-                return f"the {task.get_name()} ended: {task.exception()!r}"
-        return ""
+            self.tasks.append(asyncio.create_task(self._follow(prefix, feed), name=f"watch {prefix}"))
 
     async def _follow(self, prefix: str, feed: Callable[[Snapshot | Changes], None]) -> None:
         async for item in self.etcd.watch(prefix):

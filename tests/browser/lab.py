@@ -31,7 +31,7 @@ async def spawn(page: Page, hub_url: str, answers: dict[str, str]) -> None:
         await page.wait_for_selector("form#spawn_form")
         for name, value in answers.items():
             await page.fill(f"form#spawn_form [name={name}]", value)
-        await page.click("form#spawn_form input[type=submit]")
+        await page.click("form#spawn_form [type=submit]")
     await page.wait_for_url(re.compile(r"/user/[^/]+/(lab|tree)"), timeout=START)
 
 

@@ -48,7 +48,7 @@ def nbos_status(state_dir: Path) -> dict[str, Any]:
 def entered(state_dir: Path) -> Hub:
     """The hub of the cluster in this state directory, with the token file that its status names."""
     status = nbos_status(state_dir)
-    return Hub(status["hub_url"], Path(status["token_file"]).read_text().strip())
+    return Hub(status["hub_url"].rstrip("/"), Path(status["token_file"]).read_text().strip())
 
 
 def etcd_of(state_dir: Path) -> tuple[list[str], TLSFiles]:

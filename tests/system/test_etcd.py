@@ -163,7 +163,9 @@ async def test_a_lost_member_is_not_felt_and_a_lost_quorum_is_told(three_etcds: 
         for i in range(50):
             await client.put("/w/1", b"%d" % i)
         await seen.until("/w/1", b"49")
-        assert [value for _, value in seen.puts] == [b"a", *(b"%d" % i for i in range(50))]
+        # A put whose answer died with the member is repeated, so it may be seen twice.
+        values = [value for _, value in seen.puts if value != b"a"]
+        assert list(dict.fromkeys(values)) == [b"%d" % i for i in range(50)]
         another = next(server for server in three_etcds if server is not lost)
         another.stop()
         with pytest.raises(EtcdUnavailable):

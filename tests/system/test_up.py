@@ -80,7 +80,11 @@ async def healthy(cluster: Cluster, timeout: float = 30.0) -> None:
 
 async def test_a_person_logs_in_with_the_printed_password_and_sees_the_dashboard(cluster: Cluster) -> None:
     password = (cluster.state_dir / "password").read_text().strip()
-    assert password in cluster.log.read_text()
+
+    async def printed() -> bool:
+        return password in cluster.log.read_text()
+
+    await eventually(printed, "the password is printed", 10)
     browser = Browser(f"http://127.0.0.1:{cluster.port}")
     page = await browser.get("/hub/login")
     found = re.search(r'name="_xsrf" value="([^"]+)"', page)
@@ -195,13 +199,13 @@ async def test_a_killed_gateway_is_back_in_seconds(cluster: Cluster, ada: Hub) -
 async def test_a_killed_hub_comes_back_and_servers_live_on(cluster: Cluster, ada: Hub) -> None:
     await cluster.hub.start_server("ada")
     server = next(p for p in cluster.processes(lambda line: "jupyterhub.singleuser" in line))
-    hub = cluster.hub_process()
+    client, hub = cluster.hub, cluster.hub_process()
     hub.kill()
     hub.wait(5)
-    await cluster.hub.ready()
+    await client.ready()
     await healthy(cluster)
     assert server.is_running()
-    model = await cluster.hub.api("GET", "users/ada")
+    model = await client.api("GET", "users/ada")
     assert model["servers"][""]["ready"]
     assert cluster.hub_process().pid != hub.pid
 

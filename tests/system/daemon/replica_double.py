@@ -24,6 +24,7 @@ class Double:
         self.said = {"pid": os.getpid(), "python": "3", "ip": connection["ip"], "ports": ports, "running": None}
         self.applied = -1
         self.ids = 0
+        self.hellos = 0
         self.pending: dict[int, tuple[asyncio.Future[Any], dict[str, Any], bytes]] = {}
         self.pushed: list[tuple[dict[str, Any], bytes]] = []
         self.hello_reply: dict[str, Any] = {}
@@ -46,6 +47,7 @@ class Double:
             message, payload = await wire.read(reader)
             if message.get("re") == 0:
                 self.hello_reply = message
+                self.hellos += 1
                 if not message["ok"]:
                     writer.close()
                     raise OSError("refused")
@@ -108,6 +110,7 @@ class Double:
             "pid": os.getpid(),
             "applied": self.applied,
             "hello": self.hello_reply,
+            "hellos": self.hellos,
             "connected": self.writer is not None,
             "environ": dict(os.environ),
             "cwd": os.getcwd(),

@@ -131,6 +131,28 @@ async def test_a_claim_whose_lease_was_lost_is_renewed_when_nobody_took_it(clien
     assert (await replica.append(1, token))["ok"]
 
 
+async def test_a_claim_lost_while_its_daemon_was_dead_is_renewed_when_the_replica_reports_it(
+    client: Etcd, host: MakeHost
+) -> None:
+    a = host("a")
+    await create(client, kernel_spec("k", "a"))
+    replica = a.replica("k", 0)
+    pid = (await replica.ready())["pid"]
+    lead = await replica.bid(1, gpus=1)
+    a.kill()
+
+    async def gone() -> bool:
+        return (await view_of(client, "k")).claims == {}
+
+    await eventually(gone, "the claim ends with the lease", 15)
+    a.start()
+    assert (await replica.ready())["pid"] == pid
+    assert [g.grant for g in await grants_of(client, "a")] == [lead["grant"]["grant"]]
+    assert (await replica.append(1, lead["token"]))["ok"], "an old token of the same claim is understood"
+    assert await grants_of(client, "a") == []
+    assert (await replica.bid(2, gpus=2))["answer"] == "lead"
+
+
 async def test_without_etcd_bids_say_so_and_an_append_waits_until_it_is_back(
     etcd: EtcdServer, client: Etcd, host: MakeHost
 ) -> None:

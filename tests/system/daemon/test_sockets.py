@@ -55,14 +55,14 @@ async def test_broken_and_oversized_frames_close_that_connection_only(client: Et
         struct.pack("!II", 2, 0) + b"[]",
         b"GET / HTTP/1.1\r\n\r\n",
     ):
-        before = len(await replica.pushed("error"))
+        before, hellos = len(await replica.pushed("error")), (await replica.ready())["hellos"]
         await replica.order(raw=raw.hex())
 
-        async def told(count: int = before) -> bool:
-            return len(await replica.pushed("error")) > count
+        async def connected_again(count: int = hellos) -> bool:
+            return bool((await replica.order())["hellos"] > count)
 
-        await eventually(told, f"an error for {raw[:20]!r}", 5)
-        await replica.ready()
+        await eventually(connected_again, f"a new connection after {raw[:20]!r}", 5)
+        assert len(await replica.pushed("error")) == before + 1
     assert (await other.ready())["pid"] == pid
     assert (await replica.bid(1))["answer"] == "lead"
 

@@ -36,7 +36,7 @@ def test_a_replica_nobody_reports_is_missing_and_the_kernel_not_ready() -> None:
     assert view is not None
     model = kernel_model(view, secrets=False)
     assert [m["state"] for m in model["members"]] == ["missing"] * 3
-    assert not is_ready(model)
+    assert not is_ready(view)
 
 
 def test_who_appended_last_is_the_executor() -> None:
@@ -57,7 +57,7 @@ def test_a_replica_of_the_old_incarnation_is_not_ready() -> None:
     copy.apply_kernels(put(keys.replica("k", 0), replica(0, "a", incarnation=0), 2), now=0.0)
     view = copy.kernel("k")
     assert view is not None
-    assert not is_ready(kernel_model(view, secrets=False))
+    assert not is_ready(view)
 
 
 def test_a_replica_that_still_runs_where_it_was_moved_from_does_not_count() -> None:

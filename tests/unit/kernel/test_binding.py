@@ -1,0 +1,73 @@
+"""A grant becomes CUDA_VISIBLE_DEVICES before CUDA starts, and a device of a running torch afterwards."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import nbos_kernel
+from nbos_kernel import binding
+
+
+def grant(*uuids: str, kind: str = "nvml", memory: int = 10, whole: bool = True) -> binding.Grant | None:
+    shares = [
+        {"uuid": uuid, "index": i, "model": "m", "tpcs": [0, 1], "memory": memory, "whole": whole, "kind": kind}
+        for i, uuid in enumerate(uuids)
+    ]
+    return binding.from_wire({"grant": "g", "host": "h", "n": 3, "shares": shares})
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(binding.VISIBLE, "before")
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+
+
+def test_before_cuda_starts_the_environment_names_the_devices() -> None:
+    assert binding.bind(grant("GPU-a", "GPU-b")) == ""
+    assert os.environ[binding.VISIBLE] == "GPU-a,GPU-b"
+    held = nbos_kernel.grant()
+    assert held is not None
+    assert (held.devices, held.tpcs, held.memory) == (("GPU-a", "GPU-b"), 4, 20)
+    binding.unbind()
+    assert nbos_kernel.grant() is None
+
+
+def test_without_a_grant_no_device_is_visible() -> None:
+    binding.bind(None)
+    assert os.environ[binding.VISIBLE] == ""
+
+
+def test_a_simulated_grant_shows_no_device() -> None:
+    binding.bind(grant("GPU-s", kind="simulated"))
+    assert os.environ[binding.VISIBLE] == ""
+    binding.unbind()
+
+
+def running_torch(calls: list[Any]) -> SimpleNamespace:
+    cuda = SimpleNamespace(
+        is_initialized=lambda: True,
+        device_count=lambda: 2,
+        get_device_properties=lambda i: SimpleNamespace(uuid="ab"[i], total_memory=100),
+        set_device=lambda i: calls.append(("device", i)),
+        set_per_process_memory_fraction=lambda f, i: calls.append(("fraction", f, i)),
+    )
+    return SimpleNamespace(cuda=cuda)
+
+
+def test_a_running_torch_gets_the_device_and_the_slices_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setitem(sys.modules, "torch", running_torch(calls))
+    assert binding.bind(grant("GPU-b", memory=25, whole=False)) == ""
+    assert calls == [("device", 1), ("fraction", 0.25, 1)]
+    binding.unbind()
+
+
+def test_a_device_that_torch_cannot_see_any_more_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", running_torch([]))
+    assert "restart the kernel" in binding.bind(grant("GPU-z"))
+    binding.unbind()

@@ -1,0 +1,53 @@
+"""What a cell asks of the GPUs, read from its first line, its metadata or the kernel's default."""
+
+from __future__ import annotations
+
+import pytest
+
+from nbos_kernel import resources
+from nbos_kernel.magics import strip_resource_line
+
+DEFAULT = {"gpus": 1, "tpcs": 0, "memory": 0, "model": ""}
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("x = 1", {"gpus": 1}),
+        ("%%cpu\nx", {}),
+        ("%%gpu\nx", {"gpus": 1}),
+        ("\n  %%gpu 2 model=H100\nx", {"gpus": 2, "model": "H100"}),
+        ("%%gpu tpcs=16 mem=1.5G\nx", {"tpcs": 16, "memory": 3 * 2**29}),
+        ("x\n%%gpu 2", {"gpus": 1}),
+    ],
+)
+def test_the_first_line_decides(code: str, expected: dict[str, object]) -> None:
+    assert resources.of_cell(code, {}, DEFAULT) == {**resources.NONE, **expected}
+
+
+def test_metadata_comes_before_the_default() -> None:
+    assert resources.of_cell("x", {"nbos": {"resources": {"tpcs": 4}}}, DEFAULT)["tpcs"] == 4
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ("%%gpu 65", "0 to 64"),
+        ("%%gpu one", "whole number"),
+        ("%%gpu 0", "nothing"),
+        ("%%gpu 1 tpcs=4", "either"),
+        ("%%gpu cores=4", "cores"),
+        ("%%gpu mem=lots", "size"),
+        ("%%gpu 1 gpus=2", "twice"),
+        ("%%cpu 4", "no arguments"),
+    ],
+)
+def test_a_mistake_is_named(line: str, word: str) -> None:
+    with pytest.raises(resources.BadResources, match=word):
+        resources.of_cell(line + "\nx", {}, DEFAULT)
+
+
+def test_the_line_becomes_a_comment_unless_another_magic_follows() -> None:
+    assert strip_resource_line(["%%gpu 1\n", "x\n"]) == ["# %%gpu 1\n", "x\n"]
+    assert strip_resource_line(["%%gpu 1\n", "%%time\n", "x\n"]) == ["%%time\n", "x\n"]
+    assert strip_resource_line(["%%gpu 99\n", "x\n"]) == ["%%gpu 99\n", "x\n"]

@@ -24,7 +24,7 @@ from tests.system.hubclient import Server, eventually
 from tests.system.nbosenv import settled
 
 PID = "import os; os.getpid()"
-LONG = "import time\nprint('begun', flush=True)\ntime.sleep(600)"
+LONG = "import os, time\nprint('begun', os.getpid(), 'now', flush=True)\ntime.sleep(600)"
 PATIENCE = 30.0
 
 
@@ -57,16 +57,18 @@ async def next_value(channels: Channels) -> str:
 
 
 async def kill_during(side: Running, channels: Channels, kernel: str, number: int, felt: Felt) -> None:
-    pid = await prepared(side, channels, kernel, number)
+    await prepared(side, channels, kernel, number)
     cell = await channels.submit(LONG)
-    await cell.text("begun")
+    await cell.text("now")
+    pid = int(cell.written().split()[1])  # of the replica that runs this very cell
     seen, said = len(cell.messages), len(channels.unclaimed)
+    before = cell.written()
     began = time.perf_counter()
     os.kill(pid, signal.SIGKILL)
 
     async def told() -> str | None:
         if cell.reply is not None or len(cell.messages) > seen:
-            return cell.written()[len("begun\n") :].strip() or str(cell.reply and cell.reply.content)
+            return cell.written().removeprefix(before).strip() or str(cell.reply and cell.reply.content)
         restarts = [m for m in channels.unclaimed[said:] if m.content.get("execution_state") == "restarting"]
         return "(not in the cell: the kernel's status says 'restarting')" if restarts else None
 

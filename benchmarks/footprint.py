@@ -25,13 +25,13 @@ from tests.system.hubclient import Server
 from tests.system.nbosenv import etcd_of, settled
 
 KINDS = {
+    "jupyterhub.singleuser": "Jupyter Server",  # first: its command line names our extension
     "nbos_spawner.gateway": "gateway",
     "nbos_spawner.proxy": "proxy",
     "nbos_kernel": "replica",
-    "nbos_provisioner": "router",
+    "nbos_provisioner.router": "router",
     "gpu_daemon": "daemon",
     "nbos.cli": "nbos up",
-    "singleuser": "Jupyter Server",
     "jupyterhub": "JupyterHub",
     "etcd": "etcd",
 }

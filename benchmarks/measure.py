@@ -42,7 +42,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def ratio(ours: float, theirs: float) -> str:
-    return f"{ours / theirs:.2f} ×" if theirs else "–"
+    return f"{ours / theirs:.2f} ×" if ours and theirs else "–"
 
 
 @dataclass

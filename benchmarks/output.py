@@ -100,7 +100,7 @@ async def measure_websocket(stock: Running, nbos: Running, rounds: int) -> dict[
             try:
                 took.extend([await over_websocket(channels, code) for _ in range(rounds)])
             except (ConnectionLost, TimeoutError, AssertionError) as err:
-                samples[name].note += f"{side.name}, {name}: not delivered ({str(err).partition(';')[0]}). "
+                samples[name].note += f"{side.name}, {name}: not delivered ({str(err).partition(';')[0]})"
             await channels.close()
         await server.delete_kernel(kernel)
     return samples
@@ -114,7 +114,8 @@ def report(paths: dict[str, dict[str, Samples]]) -> str:
         for name, samples in cases.items():
             plain, nbos = middle(samples.plain), middle(samples.nbos)
             bar = CASES[name][1] if path == "jupyter_client" else ""
-            table.add(path, name, f"{plain * 1e3:.1f}", f"{nbos * 1e3:.1f}", ratio(nbos, plain), bar)
+            shown = [f"{took * 1e3:.1f}" if took else "–" for took in (plain, nbos)]
+            table.add(path, name, *shown, ratio(nbos, plain), bar)
             notes += [samples.note] if samples.note else []
     return "\n".join([table.render(), *notes])
 

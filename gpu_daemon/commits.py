@@ -21,7 +21,6 @@ from gpu_daemon.transactions import abandon_held, end_grant, grant_key
 from nbos_cluster import election, statelog
 from nbos_cluster.etcd import EtcdError, EtcdUnavailable
 from nbos_cluster.kernelview import KernelView
-from nbos_cluster.kv import TxnResult
 from nbos_cluster.records import ClaimRecord, GrantRecord, LogEntry
 from nbos_cluster.statewire import EntryError, entry_from_wire
 from nbos_cluster.wire import ENTRY_LIMIT, Message
@@ -207,9 +206,9 @@ class Commits:
         view = self._site.view(kernel)
         incarnation = view.epoch.incarnation if view is not None and view.epoch is not None else 1
         txn = election.abandon(kernel, n, reason, incarnation=incarnation, at=time.time())
-        result: TxnResult = await self._site.commit(txn)
-        if not isinstance(election.classify_abandon(n, result), election.Fenced):
-            await self._site.until(lambda: _decided(self._site.view(kernel), n), 1.0)
+        await self._site.commit(txn)
+        # Abandoned now, or somebody's claim or entry was in the way: either reaches the local copy shortly.
+        await self._site.until(lambda: not _free(self._site.view(kernel), n), 1.0)
 
     # -- after a restart of the daemon --------------------------------------------------------------------------------
 
@@ -275,5 +274,5 @@ def _claim_record(replica: LocalReplica, n: int, host: str, grant: GrantRecord |
     return ClaimRecord(n=n, replica=replica.id.index, host=host, grant=name, started=time.time())
 
 
-def _decided(view: KernelView | None, n: int) -> bool:
-    return view is None or view.last >= n
+def _free(view: KernelView | None, n: int) -> bool:
+    return view is not None and view.last < n and view.claim_of(n) is None

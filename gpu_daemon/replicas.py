@@ -38,6 +38,8 @@ class Replicas:
         self._site, self._runtime, self._commits, self._publisher = site, runtime, commits, publisher
         self._fleet = Fleet()
         self._timer: asyncio.TimerHandle | None = None
+        self._refused: set[ReplicaId] = set()
+        """Wanted here, but beyond what this host takes."""
         self._starting: set[asyncio.Task[None]] = set()
         self._memory_watch: asyncio.Task[None] | None = None
         self.answer: Answer | None = None
@@ -51,6 +53,7 @@ class Replicas:
         if spec is not None:
             indexes = {int(i) for i, host in spec.placement.items() if host == self._site.host}
             indexes -= self._no_room(spec, indexes)
+        self._forget_refused(kernel, spec)
         usable = view is not None and any(r.state == "ready" for r in view.replicas.values())
         incarnation = spec.incarnation if spec is not None else 0
         wanted = fleet.Wanted(kernel, frozenset(indexes), incarnation, usable, self._site.now())
@@ -71,7 +74,16 @@ class Replicas:
                 index=index, host=self._site.host, state="failed", incarnation=spec.incarnation, reason=reason
             )
             self._publisher.put(keys.replica(spec.kernel, index), record)
+        self._refused |= {ReplicaId(spec.kernel, index) for index in new[room:]}
+        self._refused -= {ReplicaId(spec.kernel, index) for index in new[:room]}
         return set(new[room:])
+
+    def _forget_refused(self, kernel: str, spec: KernelSpec | None) -> None:
+        """Their records go with the wish for them."""
+        for id in [id for id in self._refused if id.kernel == kernel]:
+            if spec is None or spec.placement.get(str(id.index)) != self._site.host:
+                self._refused.discard(id)
+                self._publisher.remove(keys.replica(id.kernel, id.index))
 
     def heard(self, replica: LocalReplica) -> None:
         self._handle(fleet.Hello(replica.id, self._site.now()))
@@ -214,6 +226,9 @@ class Replicas:
             replica.server.close()
         self._publisher.remove(keys.replica(id.kernel, id.index))
         self._site.rundir.forget(id)
+        for kernel in {id.kernel for id in self._refused}:
+            # There is room for one that was refused.
+            self.kernel_changed(kernel, self._site.view(kernel))
 
     # -- memory -------------------------------------------------------------------------------------------------------
 

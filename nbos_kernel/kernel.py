@@ -80,11 +80,12 @@ class NBOSKernel(IPythonKernel):
     def start(self) -> None:
         super().start()
         self._main_loop = self.io_loop.asyncio_loop
-        # Has asyncio watch for signals: without it an interrupt of `await asyncio.sleep(60)` sets a future in a loop that
-        # goes on sleeping (ipykernel's handler calls tornado's add_callback, which does not wake its own thread).
+        # Has asyncio watch for signals: without it an interrupt of `await asyncio.sleep(60)` sets a future in a loop
+        # that goes on sleeping (ipykernel's handler calls tornado's add_callback, which does not wake its own thread).
         self._main_loop.add_signal_handler(signal.SIGURG, lambda: None)
         self.link.start()
-        self.io_loop.call_later(0.2, self.replica.watcher.prepare)
+        # Reading every package's version takes a while: beside the first cell, before one can have installed any.
+        threading.Thread(target=self.replica.watcher.prepare, name="NBOS packages", daemon=True).start()
 
     # The daemon: these run on the link's thread ------------------------------------------------------------------
 

@@ -4,11 +4,10 @@ Guarantees: a request made while the daemon is away, or not answered when it wen
 the next connection, in the order of the first sending; every future ends. Reconnecting never gives up (50 ms to
 1 s).
 
-Threads: a reader thread of its own ("NBOS link") with a plain blocking socket reads everything, so that
-membership, a renewed token and the control channel's questions get through while a cell blocks the main loop.
-Any thread may write: it does so itself, under a lock, so that a bid costs one system call and one wake-up each
-way instead of two event loops (measured: 60 µs a request against an echo, 250 µs through an asyncio loop in
-another thread).
+Threads: a reader thread of its own ("NBOS link") with a plain blocking socket reads everything, so that membership,
+a renewed token and the control channel's questions get through while a cell blocks the main loop. Any thread may
+write: it does so itself, under a lock, so that a bid costs one system call and one wake-up each way and passes no
+event loop of ours (measured: 0.18 ms from bid to answer, a daemon in memory included).
 """
 
 from __future__ import annotations

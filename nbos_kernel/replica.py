@@ -99,7 +99,9 @@ class Replica:
             try:
                 frames = await frames_of(component, payload, self._get_blob)
                 with quiet():
-                    values.update(load(frames[0], frames[1:], self.roots))
+                    loaded = load(frames[0], frames[1:], self.roots)
+                # A fold narrows `names` when one of them was written again later: the stream's other values are old.
+                values.update({name: loaded[name] for name in component["names"]})
             except BaseException as err:
                 if isinstance(err, asyncio.CancelledError):
                     raise

@@ -1,7 +1,7 @@
 """Whom to ask to run one execution, when, and what their answers come to. No IO, no clock.
 
 Guarantees: the preferred replica is asked first and alone; the others as soon as it yields, is lost, or has been silent
-for SILENCE; nobody is asked twice at a time; every answer leads to a lead, a new number, a refusal, or a next time to act.
+for SILENCE; nobody is asked twice at a time; every answer leads to a lead, a new number, a refusal, or a next time.
 """
 
 from __future__ import annotations

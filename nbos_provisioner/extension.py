@@ -9,21 +9,25 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+from jupyter_client.provisioning import KernelProvisionerFactory
 from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
 from traitlets import TraitError
 
 from .gateway import GatewayError
 from .kernelmanager import NBOSKernelManager
 
+PROVISIONER = "nbos-provisioner"
 KERNELS = Path(__file__).parent / "kernels"
 
 
 def load(app: Any) -> None:
     """Called by the Jupyter Server while it starts, before it listens."""
     without_nagle()
+    offer_provisioner()
     offer_kernelspec(app.kernel_spec_manager)
     keep_sessions(app)
     manager = app.kernel_manager
@@ -63,6 +67,13 @@ def offer_kernelspec(manager: Any) -> None:
     """Make "Python 3 (NBOS)" known where the package is not installed into sys.prefix."""
     if "nbos-python3" not in manager.find_kernel_specs():
         manager.kernel_dirs = [*manager.kernel_dirs, str(KERNELS)]
+
+
+def offer_provisioner() -> None:
+    """Make the provisioner known where NBOS runs from a checkout, whose entry points nobody has installed."""
+    group = KernelProvisionerFactory.GROUP_NAME
+    entry = EntryPoint(PROVISIONER, "nbos_provisioner.provisioner:NBOSProvisioner", group)
+    KernelProvisionerFactory.provisioners.setdefault(PROVISIONER, entry)
 
 
 def keep_sessions(app: Any) -> None:

@@ -35,7 +35,7 @@ class Fleet:
         self.token = -1
         self.epoch = -1
         self.banned: set[tuple[int, int]] = set()
-        self._held: dict[int, list[tuple[int, bytes, list[Any]]]] = {}
+        self._held: dict[int, list[list[Any]]] = {}
         self.prefix = b"nbos.-1."
 
     def name(self, index: int) -> str:
@@ -74,17 +74,21 @@ class Fleet:
             self.appoint(replica, found[0])
         return found[1]
 
-    def hold(self, replica: int, topic: bytes, frames: list[Any]) -> None:
+    def hold(self, replica: int, topic: bytes, frames: list[Any]) -> bool:
+        """Keep what a candidate says under a token that is newer than the current one; whether it was such."""
         found = token_of(topic)
+        if found is None or found[0] <= self.token:
+            return False
         held = self._held.setdefault(replica, [])
-        if found is not None and found[0] > self.token and len(held) < HOLD_MESSAGES:
-            held.append((found[0], found[1], frames))
+        if len(held) < HOLD_MESSAGES:
+            held.append(frames)
+        return True
 
-    def released(self, replica: int, token: int) -> list[tuple[bytes, list[Any]]]:
-        """What `replica` said under `token` before its lead was known; what the others said is dropped."""
+    def released(self, replica: int) -> list[list[Any]]:
+        """What `replica` said before its lead was known; what the others said is dropped."""
         held = self._held.pop(replica, [])
         self._held.clear()
-        return [(topic, frames) for its, topic, frames in held if its >= token]
+        return held
 
     def update(self, epoch: int, members: tuple[Member, ...]) -> tuple[list[Instruction], list[tuple[int, str]]]:
         """Take in a membership list: (connections to make and end, replicas lost by it)."""

@@ -1,7 +1,7 @@
 """Requests that go to the current executor without a number, and what becomes of them when it is lost.
 
 Guarantees: each one gets at most one reply; when its replica is lost it is asked again where that is harmless
-(completion, inspection, …), and answered with an error where it is not; a busy that the client saw is followed by an idle.
+(completion, inspection, …), and answered with an error where it is not; a busy that the client saw gets its idle.
 """
 
 from __future__ import annotations

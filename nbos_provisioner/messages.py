@@ -1,4 +1,5 @@
-"""Jupyter messages as the router handles them: parsed as little as possible, signed and checked like jupyter_client does.
+"""Jupyter messages as the router handles them: parsed as little as possible, signed and checked like
+jupyter_client does.
 
 Guarantees: a message that is malformed, unsigned, signed with another key or seen before never becomes a `Message`;
 frames are kept as they came (zero-copy), so passing a message on costs no copy of its buffers. No IO, and nothing but

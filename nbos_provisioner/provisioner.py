@@ -78,7 +78,8 @@ class NBOSProvisioner(KernelProvisionerBase):
         self._ended = True
 
     async def shutdown_requested(self, restart: bool = False) -> None:
-        """Called right after the KernelManager's own shutdown_request: the router has answered it, so this is the end."""
+        """Called right after the KernelManager's own shutdown_request: the router has answered it, so this
+        is the end."""
         self._server_driven = True
         self._ended = True
 

@@ -50,7 +50,7 @@ class RouterCore:
         self.fleet = Fleet()
         self.runner = Runner(self.fleet, self.out, rerun=rerun)
         self.runner.on_over = self._over
-        self.runner.on_executor = self._flush_comms
+        self.runner.on_executor = self._led
         self.forwarding = Forwarding(self.fleet, self.out)
         self.ports = ports or {}
         self.queue: deque[Message] = deque()
@@ -177,6 +177,15 @@ class RouterCore:
         self.runner.start(cell, now)
         return True
 
+    def _led(self, now: float) -> None:
+        """A cell has begun to run: what its executor said before its lead was heard, and what waits to go there."""
+        self._flush_comms()
+        replica = self.fleet.executor
+        if replica is None:
+            return
+        for frames in self.fleet.released(replica):
+            self._output(Output(replica, frames), now)
+
     def _flush_comms(self) -> None:
         """A cell has begun to run: comms that came before it was known where go there, past the queued cells."""
         replica = self.fleet.executor
@@ -253,10 +262,11 @@ class RouterCore:
             self._pump_due = True
             return self._members(members_from(content), now)
         else:
+            # Shell and iopub are two connections: what a candidate says may overtake its lead.
+            if self.runner.asking(event.replica) and fleet.hold(event.replica, topic, frames):
+                return
             admitted = fleet.admit(event.replica, topic)
             if admitted is None:
-                if self.runner.asking(event.replica):
-                    fleet.hold(event.replica, topic, frames)
                 return
             topic = admitted
         if topic.endswith(b"status"):

@@ -1,4 +1,5 @@
-"""The numbered executions: who runs the next one, its answers to the client, and what happens when its executor is lost.
+"""The numbered executions: who runs the next one, its answers to the client, and what happens when its
+executor is lost.
 
 Guarantees: one execution at a time; each cell gets exactly one busy, one reply and one idle, whatever the replicas do;
 a lead for an older token, a second reply, and anything of a replica that is not the executor change nothing.
@@ -14,7 +15,7 @@ from typing import Any, Literal
 from .election import Election
 from .execution import Execution, Phase
 from .fleet import Fleet
-from .instructions import Publish, ToClient, ToReplica
+from .instructions import ToClient, ToReplica
 from .messages import Message
 from .notices import NOBODY, Notices
 from .outbox import Outbox, error
@@ -39,7 +40,7 @@ class Runner:
         self.settlement: Settlement | None = None
         self.next_n: int | None = None
         self.on_over: Callable[[Execution], None] = lambda execution: None
-        self.on_executor: Callable[[], None] = lambda: None
+        self.on_executor: Callable[[float], None] = lambda now: None
         self._asks = 0
         self._closed: OrderedDict[str, int] = OrderedDict()
         self._left: dict[str, int] = {}
@@ -104,7 +105,12 @@ class Runner:
     def asking(self, replica: int) -> bool:
         """Whether `replica` may become the executor by a lead that is on its way."""
         active = self.active
-        return active is not None and active.phase is not Phase.OVER and replica in active.election.asks
+        return (
+            active is not None
+            and active.cell
+            and active.phase in (Phase.ASKING, Phase.SETTLING)
+            and replica in active.election.asks
+        )
 
     # -- what replicas say
 
@@ -154,9 +160,7 @@ class Runner:
         if not mine.cell:
             return self._finish(mine)
         self.notices.runs(mine, self.fleet.name(replica), now)
-        for topic, frames in self.fleet.released(replica, token):
-            self.out.append(Publish([topic, *frames[1:]]))
-        self.on_executor()
+        self.on_executor(now)
 
     def _late_lead(self, replica: int, n: int, parent: dict[str, Any]) -> None:
         """A lead for an execution that has left: when its user interrupted it, it must not run on unseen."""
@@ -387,7 +391,7 @@ class Runner:
             if execution is self.active:
                 self.fleet.appoint(settlement.lost, execution.token)
                 self.notices.resumed(execution, name)
-                self.on_executor()
+                self.on_executor(now)
             return
         if verdict is Verdict.RERUN:
             if execution.led:

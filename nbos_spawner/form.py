@@ -30,6 +30,7 @@ _TEXT = """
 
 def options_form(limits: Limits, chosen: KernelOptions) -> str:
     """The form's inner HTML for a user with `limits`; `chosen` fills it in (the last choice)."""
+    most = f"; at most {show_size(limits.memory)}" if limits.memory else ""
     return f"""<fieldset>
 <legend>What new kernels start with</legend>
 <p>A GPU is held only while a cell runs. A cell may ask for something else with <code>%%gpu</code> or
@@ -60,8 +61,8 @@ def options_form(limits: Limits, chosen: KernelOptions) -> str:
             "memory",
             "GPU memory on each device",
             show_size(chosen.memory) if chosen.memory else "",
-            limits.memory == 0,
-            f"For example 20G; at most {show_size(limits.memory)}. Empty: all of a whole GPU, or a slice's share.",
+            limits.gpus == 0 and limits.tpcs == 0,
+            f"For example 20G{most}. Empty: all of a whole GPU, or a slice's share.",
         )
     }
 {_text("model", "GPU model", chosen.model, limits.gpus == 0 and limits.tpcs == 0, "Empty: any model.")}

@@ -75,7 +75,7 @@ def check_options(options: KernelOptions, limits: Limits) -> None:
             raise OptionError(
                 name, f"{asked} {unit} asked for, your limit is {bound}; ask for at most {bound}", limit=True
             )
-    if options.memory > limits.memory:
+    if limits.memory and options.memory > limits.memory:
         bound_text = show_size(limits.memory)
         raise OptionError(
             "memory",

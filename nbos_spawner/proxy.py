@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from configurable_http_proxy import configproxy, handlers
@@ -211,10 +210,6 @@ class NotebookProxy(configproxy.PythonProxy):
 def main() -> None:
     from configurable_http_proxy import cli
 
-    from .processes import die_with_parent
-
-    if os.environ.get("NBOS_DIE_WITH_PARENT"):
-        die_with_parent()
     AsyncHTTPClient.configure(None, max_clients=1000, max_body_size=MAX_BODY)
     cli.PythonProxy = NotebookProxy
     cli.main(prog_name="nbos-proxy")

@@ -223,4 +223,5 @@ def why_not(err: BaseException, value: Any) -> str:
         text = str(err).strip().splitlines()
     except Exception:  # noqa: BLE001 - the user's exception may fail to print itself
         text = []
-    return f"{kind}: {text[0] if text else type(err).__name__}"[:300]
+    reason = f"{kind}: {text[0] if text else type(err).__name__}"[:300]
+    return reason.encode("utf-8", "replace").decode()

@@ -47,6 +47,7 @@ class Kernels:
         self.watch = watch
         self.config = config
         self._making: dict[str, asyncio.Lock] = {}
+        self._said: dict[str, str] = {}
 
     def find(self, caller: Caller, kernel_id: str) -> KernelView:
         """The kernel, when the caller may see it. Raises ApiError 404 otherwise, for whatever reason."""
@@ -132,8 +133,11 @@ class Kernels:
         try:
             plan = replace_lost(view.spec, hosts)
         except NoRoom as err:
-            log.warning("%s", err)
+            if self._said.get(kernel_id) != str(err):  # the next round comes in a second; say it once
+                log.warning("%s", err)
+                self._said[kernel_id] = str(err)
             return ""
+        self._said.pop(kernel_id, None)
         if plan is None or plan == view.spec.placement:
             return ""
         before = view.spec.placement

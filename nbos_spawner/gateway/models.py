@@ -35,6 +35,8 @@ def kernel_model(view: KernelView, *, secrets: bool) -> dict[str, Any]:
         "incarnation": spec.incarnation,
         "created": spec.created,
         "resources": resources_model(spec.resources),
+        "durable": spec.durable,
+        "rerun": spec.rerun,
         "members": [member_model(view, spec, index) for index in sorted(spec.placement, key=int)],
         "last": view.last,
         "executor": view.executor,

@@ -71,6 +71,19 @@ class Notebook:
     def cells(self) -> Locator:
         return self.panel.locator(".jp-Notebook .jp-CodeCell")
 
+    async def cell(self, source: str) -> Locator:
+        """The code cell that holds this text. JupyterLab draws a long notebook bit by bit: scroll until it is there."""
+        found = self.cells.filter(has_text=source)
+        await self.panel.locator(".jp-WindowedPanel-outer, .jp-Notebook").first.hover()
+        for _ in range(100):
+            if await found.count():
+                break
+            await self.page.mouse.wheel(0, 400)
+            await self.page.evaluate("() => new Promise(requestAnimationFrame)")
+        await expect(found).to_have_count(1, timeout=START)
+        await found.scroll_into_view_if_needed()
+        return found
+
     @property
     def kernel_name(self) -> Locator:
         return self.panel.locator(".jp-Toolbar .jp-KernelName, .jp-Toolbar .jp-Toolbar-kernelName").first

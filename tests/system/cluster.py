@@ -106,6 +106,10 @@ class Cluster:
     def hub_process(self) -> psutil.Process:
         return self.one("jupyterhub", "-f") if not self.processes(_is_hub) else self.processes(_is_hub)[0]
 
+    def user_server(self, user: str) -> psutil.Process:
+        """The process of the user's Jupyter Server."""
+        return next(p for p in self.processes(_is_server) if p.environ().get("JUPYTERHUB_USER") == user)
+
     def daemon_pid(self, host: str) -> int:
         return next(int(h["pid"]) for h in self.status()["hosts"] if h["name"] == host)
 
@@ -179,3 +183,7 @@ async def gone(pid: int, timeout: float = 10.0) -> None:
 async def after(seconds: float) -> None:
     """Let a fault last: the one thing that only time can do."""
     await asyncio.sleep(seconds)
+
+
+def _is_server(line: str) -> bool:
+    return "singleuser" in line

@@ -194,7 +194,7 @@ async def test_the_users_server_restarted_finds_its_kernel_with_its_variables(
 async def test_the_users_server_killed_finds_its_kernel_with_its_variables(
     cluster: Cluster, notebook: Notebook
 ) -> None:
-    server = cluster.one("singleuser", "ada")
+    server = cluster.user_server("ada")
     server.kill()
     await gone(server.pid)
     await notebook.channels.close()

@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+from nbos_cluster import membership
 from nbos_cluster.etcd import Etcd
 from tests.system.daemon.conftest import MakeHost
 from tests.system.daemon.site import create, grants_of, kernel_spec, view_of
@@ -215,3 +216,18 @@ async def test_sigterm_ends_all_replicas_and_gives_the_lease_back(client: Etcd, 
     view = await view_of(client, "k")
     assert (view.replicas, view.claims, view.last) == ({}, {}, 0)
     assert (await client.range("/nbos/v1/hosts/"))[0] == []
+
+
+async def test_a_full_host_says_so_and_takes_the_replica_when_there_is_room(client: Etcd, host: MakeHost) -> None:
+    a = host("a", max_replicas=1)
+    await create(client, kernel_spec("k", "a"))
+    await a.replica("k", 0).ready()
+    await create(client, kernel_spec("second", "a"))
+
+    async def refused() -> bool:
+        record = (await view_of(client, "second")).replicas.get(0)
+        return record is not None and record.state == "failed" and "its limit" in record.reason
+
+    await eventually(refused, "the record says that the host is full", 5)
+    await client.commit(membership.delete("k"))
+    await a.replica("second", 0).ready()

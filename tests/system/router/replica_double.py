@@ -97,9 +97,9 @@ class Double(IPythonKernel):
 
     def _publish_status(self, status: str, channel: str, parent: Any = None) -> None:
         header = (parent or self.get_parent(channel) or {}).get("header", {})
-        if header.get("msg_type") == "execute_request" and not header.get("subshell_id"):
-            if status == "busy" or header["msg_id"] in _SILENT:
-                return
+        numbered = header.get("msg_type") == "execute_request" and not header.get("subshell_id")
+        if numbered and (status == "busy" or header["msg_id"] in _SILENT):
+            return
         super()._publish_status(status, channel, parent)
 
     async def execute_request(self, stream: Any, ident: Any, parent: Any) -> None:

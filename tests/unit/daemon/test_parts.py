@@ -152,3 +152,10 @@ def test_configuration_comes_from_a_file_and_names_what_is_missing(
         app.initialize(["--config", str(file)])
     assert "blob_store is not set" in capsys.readouterr().err
     assert [d.tpcs for d in app.find_devices()] == [66, 66]
+
+
+def test_a_daemon_takes_only_the_gpus_named_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(count=2))
+    monkeypatch.setattr(inventory, "_sms_by_uuid", lambda: {"0": 132, "1": 132})
+    app = GPUDaemon(devices="nvml", device_uuids=["GPU-1", "GPU-gone"])
+    assert [d.uuid for d in app.find_devices()] == ["GPU-1"]

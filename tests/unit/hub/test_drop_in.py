@@ -63,5 +63,5 @@ def test_a_servers_token_may_reach_nbos_and_little_else() -> None:
 
 
 def test_wrong_limits_end_the_start_with_the_entry_named() -> None:
-    with pytest.raises(ValueError, match="default.gpu"):
+    with pytest.raises(ValueError, match=r"default\.gpu"):
         NBOSSpawner(limits={"default": {"gpu": 1}})

@@ -52,6 +52,7 @@ class Pair:
         self.blobs: dict[str, bytes] = {}
         self.executor, self.standby = Side(self.blobs), Side(self.blobs)
         self.n = 0
+        self.payload = b""
         self.entries: list[dict[str, Any]] = []
 
     def cell(self, code: str) -> dict[str, Any]:
@@ -77,6 +78,7 @@ class Pair:
             "lost": found.lost,
             "effects": replica.watcher.changes(),
         }
+        self.payload = payload
         replica.own(self.n)
         message = json.loads(json.dumps({"type": "entry", "entry": entry}))
         self.standby.replica.arrived(message, payload)

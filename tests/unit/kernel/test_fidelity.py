@@ -194,8 +194,8 @@ def test_assigning_a_lost_name_heals_it(pair: Pair) -> None:
 
 
 def test_what_does_not_load_is_lost_on_the_standby_only(pair: Pair) -> None:
-    code = "class Trap:\n    def __setstate__(self, s): raise ValueError('cannot come back')\n"
-    "t = Trap(); t.x = 1\nok = [2]"
+    trap = "class Trap:\n    def __setstate__(self, s): raise ValueError('cannot come back')\n"
+    code = trap + "t = Trap(); t.x = 1\nok = [2]"
     pair.cell(code)
     assert "cannot come back" in pair.standby.replica.lost["t"]
     assert pair.on_standby("ok") == [2]
@@ -260,3 +260,16 @@ def test_a_whole_state_replaces_everything(pair: Pair) -> None:
     assert pair.standby.replica.applied == 9
     assert pair.standby.shell.execution_count == 9
     assert pair.standby.replica.lost == {"x": "why"}
+
+
+def test_only_the_names_that_a_fold_left_are_set(pair: Pair) -> None:
+    import asyncio
+
+    entry = pair.cell("a = [1]\nb = a")
+    payload = pair.payload
+    (component,) = (c for c in entry["components"] if "a" in c["names"])
+    narrowed = {"type": "state", "upto": 5, "execution_count": 1, "components": [{**component, "names": ["b"]}]}
+    pair.standby.replica.arrived(narrowed, payload)
+    asyncio.run(pair.standby.replica.catch_up(lambda n, lost: None))
+    assert pair.on_standby("b") == [1]
+    assert "a" not in pair.standby.ns

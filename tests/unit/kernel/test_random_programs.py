@@ -1,4 +1,4 @@
-"""Random small programs over a small namespace: a standby equals the executor, and a plain Python run, after every cell."""
+"""Random small programs: after every cell a standby equals the executor, and a plain Python run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Whatever order leads, yields, losses, duplicates, interrupts and errors come in: one busy, one reply, one idle a cell."""
+"""Whatever order leads, yields, losses, duplicates, interrupts and errors come in: one busy, one reply, one
+idle a cell."""
 
 from __future__ import annotations
 

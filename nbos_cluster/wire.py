@@ -53,7 +53,7 @@ async def read(reader: asyncio.StreamReader) -> tuple[Message, bytes]:
     frame."""
     head, size = _PREFIX.unpack(await reader.readexactly(_PREFIX.size))
     _check(head, size)
-    message = _header(await reader.readexactly(head))
+    message = header(await reader.readexactly(head))
     return message, await reader.readexactly(size) if size else b""
 
 
@@ -62,7 +62,7 @@ def receive(sock: socket.socket) -> tuple[Message, bytes]:
     frame."""
     head, size = _PREFIX.unpack(_exactly(sock, _PREFIX.size))
     _check(head, size)
-    message = _header(bytes(_exactly(sock, head)))
+    message = header(bytes(_exactly(sock, head)))
     return message, bytes(_exactly(sock, size)) if size else b""
 
 
@@ -77,7 +77,8 @@ def _exactly(sock: socket.socket, size: int) -> bytearray:
     return data
 
 
-def _header(raw: bytes) -> Message:
+def header(raw: bytes) -> Message:
+    """The JSON object of a frame. Raises WireError."""
     try:
         message = json.loads(raw)
     except ValueError as err:

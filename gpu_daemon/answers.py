@@ -6,9 +6,9 @@ since they are the only answers that wait for a disk.
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 
 from gpu_daemon import requests
 from gpu_daemon.bidding import Bidding
@@ -19,10 +19,12 @@ from gpu_daemon.requests import RequestError
 from gpu_daemon.sessions import Reply, Session, members_message
 from gpu_daemon.site import Refused, Site, log, plain
 from nbos_cluster import keys, records
+from nbos_cluster.arena import Arena
+from nbos_cluster.content import ALGORITHM
 from nbos_cluster.etcd import EtcdUnavailable
 from nbos_cluster.kernelview import KernelView
 from nbos_cluster.records import HostRecord, KernelSpec, LogEntry
-from nbos_cluster.wire import Message
+from nbos_cluster.wire import BLOB_CHUNK, Message
 
 KNOWN_WITHIN = 5.0
 """Seconds that `hello` waits for the kernel's records (after a restart of the daemon they may be on their way)."""
@@ -30,6 +32,8 @@ HOLD_OUTCOME = 1.0
 HOSTS_FRESH = 2.0
 UNUSED_CLAIM = 5.0
 """Seconds that a replica has, after `hello`, to ask again for what it was granted while it was not connected."""
+
+MAX_HASHES = 4096
 
 Heard = Callable[[LocalReplica], None]
 
@@ -47,6 +51,8 @@ class Answers:
             "cancel": self._cancel,
             "put_blob": self._put_blob,
             "get_blob": self._get_blob,
+            "have_blobs": self._have_blobs,
+            "arena": self._arena,
             "append": self._append,
             "applied": self._applied,
             "release": self._release,
@@ -66,10 +72,7 @@ class Answers:
 
     async def _hello(self, session: Session, message: Message, payload: bytes) -> Reply:
         said, replica = requests.hello(message), session.replica
-        if replica.handle is None or not replica.handle.owns(session.peer_pid):
-            raise Refused(
-                "refused", f"process {session.peer_pid} is not {replica.name}; only the replica may use its socket"
-            )
+        self._check_peer(session)
         spec = await self._spec(replica)
         if replica.session is not None and replica.session is not session:
             replica.session.close()
@@ -92,7 +95,15 @@ class Answers:
             "resources": plain(spec.resources),
             "members": members_message(view),
             "durable": spec.durable,
+            "blobs": {"hash": ALGORITHM, "chunk": BLOB_CHUNK, "keep": self._site.blobs.keep},
         }, b""
+
+    def _check_peer(self, session: Session) -> None:
+        replica = session.replica
+        if replica.handle is None or not replica.handle.owns(session.peer_pid):
+            raise Refused(
+                "refused", f"process {session.peer_pid} is not {replica.name}; only the replica may use its socket"
+            )
 
     async def _bid(self, session: Session, message: Message, payload: bytes) -> Reply:
         bid, replica = requests.bid(message), session.replica
@@ -105,12 +116,49 @@ class Answers:
         self._bidding.cancel(session.replica, requests.number(message, "n"))
         return {}, b""
 
+    async def _arena(self, session: Session, message: Message, payload: bytes) -> Reply:
+        """The whole conversation of a connection of its own: no reply besides the frame with the descriptor."""
+        self._check_peer(session)
+        replica = session.replica
+        replica.drop_arena()
+        replica.arena = Arena.make()
+        session.hand_over(replica.arena)
+        return {}, b""
+
     async def _put_blob(self, session: Session, message: Message, payload: bytes) -> Reply:
-        await self._blob(self._site.blobs.put, self._owner(session.replica), requests.text(message, "hash"), payload)
+        data: bytes | memoryview = payload
+        if "at" in message:
+            data = self._place(session, message, "size")
+        with _blob_errors():
+            await self._site.blobs.put(self._owner(session.replica), requests.text(message, "hash"), data)
         return {}, b""
 
     async def _get_blob(self, session: Session, message: Message, payload: bytes) -> Reply:
-        return {}, await self._blob(self._site.blobs.get, self._owner(session.replica), requests.text(message, "hash"))
+        owner, digest = self._owner(session.replica), requests.text(message, "hash")
+        with _blob_errors():
+            if "at" in message:
+                place = self._place(session, message, "room")
+                return {"size": await self._site.blobs.read_into(owner, digest, place)}, b""
+            data = await self._site.blobs.get(owner, digest)
+            return {"size": len(data)}, data
+
+    async def _have_blobs(self, session: Session, message: Message, payload: bytes) -> Reply:
+        hashes = requests.texts(message, "hashes", most=MAX_HASHES)
+        with _blob_errors():
+            there = await self._site.blobs.have(self._owner(session.replica), hashes)
+        return {"have": sorted(there)}, b""
+
+    def _place(self, session: Session, message: Message, size: str) -> memoryview:
+        """The part of the arena that a request names."""
+        arena = session.replica.arena
+        if arena is None:
+            raise Refused(
+                "no_arena", "this daemon shares no memory with the replica (it was restarted); ask for it anew"
+            )
+        try:
+            return arena.part(requests.number(message, "at"), requests.number(message, size))
+        except ValueError as err:
+            raise RequestError(str(err)) from err
 
     async def _append(self, session: Session, message: Message, payload: bytes) -> Reply:
         entry = message.get("entry")
@@ -230,12 +278,6 @@ class Answers:
         assert spec is not None
         return spec.owner
 
-    async def _blob(self, work: Callable[..., bytes | None], *args: object) -> bytes:
-        try:
-            return await asyncio.to_thread(work, *args) or b""
-        except BlobError as err:
-            raise Refused(err.code, str(err)) from err
-
     async def _host_list(self) -> list[Message]:
         """All hosts, for people; at most once in two seconds from etcd, the last known while that is away."""
         if time.monotonic() - self._hosts[0] > HOSTS_FRESH:
@@ -249,6 +291,15 @@ class Answers:
                 [_host(records.decode(kv.value, HostRecord)) for kv in found if _is_host(kv.key)],
             )
         return self._hosts[1]
+
+
+@contextlib.contextmanager
+def _blob_errors() -> Iterator[None]:
+    try:
+        yield
+    except BlobError as err:
+        log.warning("%s", err)
+        raise Refused(err.code, str(err)) from err
 
 
 LOST_EXECUTOR = "the host that ran it was lost"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from traitlets import Bool, Enum, Float, Integer, List, TraitError, Unicode, default, validate
+from traitlets import Bool, Dict, Enum, Float, Integer, List, TraitError, Unicode, default, validate
 from traitlets.config import Application
 
 from gpu_daemon import inventory
@@ -47,7 +47,19 @@ class GPUDaemon(Application):
     run_dir = Unicode(help="Folder for sockets, connection files, logs and what is found again. Short.").tag(
         config=True
     )
-    blob_store = Unicode(help="Where large values are kept: file:///path, shared by all hosts.").tag(config=True)
+    blob_store = Unicode(
+        help="Where large values are kept: file:///path (shared by all hosts), or s3://bucket/prefix."
+    ).tag(config=True)
+    blob_store_options = Dict(
+        help="For s3://: endpoint, region, access_key_id, secret_access_key, … (obstore's S3Config). What is not here "
+        "comes from the environment (AWS_…)."
+    ).tag(config=True)
+    blob_grace = Float(
+        3600.0, min=1.0, help="Seconds that a blob stays though nothing names it (yet), and once more set aside."
+    ).tag(config=True)
+    collect_every = Float(
+        600.0, min=0.0, help="Seconds between two collections of blobs that nothing names; 0: this daemon never does."
+    ).tag(config=True)
     devices = Enum(
         ["auto", "nvml", "simulated"],
         "auto",
@@ -145,8 +157,10 @@ class GPUDaemon(Application):
             max_replicas=self.max_replicas,
             stop_replicas_on_exit=self.stop_replicas_on_exit,
             replica_command=tuple(self.replica_command),
+            blob_grace=self.blob_grace,
+            collect_every=self.collect_every,
         )
-        devices, blobs = self.find_devices(), open_store(self.blob_store)
+        devices, blobs = self.find_devices(), open_store(self.blob_store, self.blob_store_options)
         return Daemon(settings, Etcd(endpoints, tls), devices, blobs, ProcessRuntime())
 
     def start(self) -> None:

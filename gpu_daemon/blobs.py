@@ -1,25 +1,27 @@
-"""The blob store: large values by content hash, in a namespace per owner.
+"""The blob store: large values by content, in a namespace per owner. The interface, its errors, and which one a URL names.
 
-Guarantees: a blob that `put` returned for is on the disk; what `get` returns has the hash it was asked for; nobody
-reaches another owner's blobs, since the owner is part of the path and comes from the kernel's record, never from a
-replica. A full disk, a missing and a corrupt blob are different errors.
+Guarantees of every store: a blob that was written and settled survives a power cut; what is read has the hash it was
+asked for; nobody reaches another owner's blobs, since the owner is part of the path and comes from the kernel's
+record, never from a replica. A full disk, a missing blob, a damaged one and a store that is away are different errors,
+and each text names the thing, the limit and the way out.
+
+Who may be deleted is not decided here: see `collecting`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
-import os
 import re
-import tempfile
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from nbos_cluster.content import is_address
 from nbos_cluster.wire import BLOB_CHUNK
 
-_HASH = re.compile(r"[0-9a-f]{64}")
+FOLDER = re.compile(r"[0-9a-f]{32}")
 
 
 class BlobError(RuntimeError):
@@ -37,7 +39,7 @@ class BlobCorrupt(BlobError):
 
 
 class BlobRefused(BlobError):
-    """The request itself is wrong: no SHA-256 name, another hash than the name, or too large."""
+    """The request itself is wrong: no address, other bytes than the address says, or too large."""
 
     code = "refused"
 
@@ -46,93 +48,144 @@ class BlobStoreFull(BlobError):
     code = "full"
 
 
+class BlobStoreAway(BlobError):
+    """The store does not answer. What is in it is not lost; worth repeating."""
+
+    code = "away"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Something in the store: its address, or '' for what is no blob any more (set aside, half written). at: when it
+    was last put or touched, by the store's own clock. condemned: a collection has set it aside, to be deleted later."""
+
+    key: str
+    address: str
+    size: int
+    at: float
+    condemned: bool = False
+
+
 class BlobStore(ABC):
-    """What the daemon needs of a store. Called from worker threads, several at once; every call may block on IO."""
+    """What the daemon needs of a store. Called from worker threads, several at once; every call may block on IO, and
+    raises BlobStoreAway when the store does not answer."""
+
+    where: str
+    """The store in words, for errors."""
 
     @abstractmethod
-    def put(self, owner: str, digest: str, data: bytes) -> None:
-        """Store `data` under its SHA-256 `digest` (hex). Called for each `put_blob`; storing twice is no error.
+    def write(self, owner: str, digest: str, data: bytes | memoryview) -> None:
+        """Store `data` under its address; whole or not at all. After a power cut it is surely there once `settle`
+        has returned. What is there already counts as put anew (`Stored.at`).
 
-        Raises BlobRefused when the bytes have another hash, BlobStoreFull when there is no room.
+        Raises BlobRefused when the bytes have another address, BlobStoreFull when there is no room.
         """
 
     @abstractmethod
+    def settle(self, owner: str, digests: Iterable[str]) -> None:
+        """Make sure that what was written stays there over a power cut."""
+
+    @abstractmethod
+    def read_into(self, owner: str, digest: str, target: memoryview) -> int:
+        """Read the blob into the beginning of `target` and say how long it is. Raises BlobMissing, BlobCorrupt, or
+        BlobRefused when it is longer than `target`."""
+
+    @abstractmethod
     def get(self, owner: str, digest: str) -> bytes:
-        """The bytes. Called for each `get_blob`. Raises BlobMissing or BlobCorrupt."""
+        """The blob. Raises BlobMissing or BlobCorrupt."""
+
+    @abstractmethod
+    def have(self, owner: str, digests: Iterable[str]) -> set[str]:
+        """Which of them are there. Those stay for one period of grace at least, whether anything names them or not."""
+
+    # -- for the collection -------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def folders(self) -> list[str]:
+        """The namespaces that are there, as `folder_of` names them."""
+
+    @abstractmethod
+    def contents(self, folder: str) -> Iterator[Stored]:
+        """Everything in a namespace."""
+
+    @abstractmethod
+    def now(self) -> float:
+        """The clock that `Stored.at` is taken from."""
+
+    @abstractmethod
+    def condemn(self, folder: str, found: Stored) -> None:
+        """Take a blob that nothing names out of use. A store that can sets it aside, so that it comes back when it is
+        wanted after all, and `remove` ends it in a later collection; one that cannot deletes it."""
+
+    @abstractmethod
+    def remove(self, folder: str, found: Stored) -> None:
+        """Delete what was condemned or is no blob."""
+
+    @abstractmethod
+    def restore(self, folder: str, found: Stored) -> None:
+        """A condemned blob is wanted after all."""
+
+    @abstractmethod
+    def identity(self, propose: str) -> str:
+        """Which cluster the store belongs to; `propose` when it belonged to none until now."""
+
+    # -- the same for all ---------------------------------------------------------------------------------------------
+
+    def put(self, owner: str, digest: str, data: bytes | memoryview) -> None:
+        """Write and settle."""
+        self.write(owner, digest, data)
+        self.settle(owner, [digest])
 
 
-class DirectoryStore(BlobStore):
-    """Blobs as files `<root>/<owner>/<first two digits>/<hash>`, on a disk that all hosts share (or one host)."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-
-    def put(self, owner: str, digest: str, data: bytes) -> None:
-        path = self._path(owner, digest)
-        if len(data) > BLOB_CHUNK:
-            raise BlobRefused(f"a blob has {len(data)} bytes, at most {BLOB_CHUNK} are taken; cut it into several")
-        actual = hashlib.sha256(data).hexdigest()
-        if actual != digest:
-            raise BlobRefused(f"the bytes sent as blob {digest} have the SHA-256 {actual}")
-        if path.exists() and path.stat().st_size == len(data):
-            return
-        try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _write(path, data)
-        except OSError as err:
-            if err.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise BlobStoreFull(f"no room for a blob of {len(data)} bytes in {self.root}: {err.strerror}") from err
-            raise BlobError(f"blob {digest} could not be stored: {err}") from err
-
-    def get(self, owner: str, digest: str) -> bytes:
-        path = self._path(owner, digest)
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            raise BlobMissing(f"blob {digest} of {owner} is not in the store") from None
-        except OSError as err:
-            raise BlobError(f"blob {digest} could not be read: {err}") from err
-        if hashlib.sha256(data).hexdigest() != digest:
-            # Out of the way, so that a replica that still has the value can store it again.
-            with contextlib.suppress(OSError):
-                path.rename(path.with_suffix(".corrupt"))
-            raise BlobCorrupt(f"blob {digest} of {owner} is damaged in the store")
-        return data
-
-    def _path(self, owner: str, digest: str) -> Path:
-        if not isinstance(digest, str) or not _HASH.fullmatch(digest):
-            raise BlobRefused(f"{str(digest)[:80]!r} is no SHA-256 in hexadecimal digits")
-        # A user name may hold anything; its hash is a safe folder name, and two users never share one.
-        folder = hashlib.sha256(owner.encode()).hexdigest()[:32]
-        return self.root / folder / digest[:2] / digest
+def folder_of(owner: str) -> str:
+    """The owner's namespace. A user name may hold anything; its hash is a safe name, and two users never share one."""
+    return hashlib.sha256(owner.encode()).hexdigest()[:32]
 
 
-def open_store(url: str) -> BlobStore:
-    """The store that `url` names: `file:///path`, or just a path."""
+def check_address(digest: object) -> str:
+    if not isinstance(digest, str) or not is_address(digest):
+        raise BlobRefused(f"{str(digest)[:80]!r} is no BLAKE3 address of 64 hexadecimal digits")
+    return digest
+
+
+def check_size(size: int) -> None:
+    if size > BLOB_CHUNK:
+        raise BlobRefused(f"a blob has {size} bytes, at most {BLOB_CHUNK} are taken; cut it into several")
+
+
+def wrong_bytes(digest: str, actual: str) -> BlobRefused:
+    return BlobRefused(f"the bytes sent as blob {digest} have the address {actual}; they changed while they were sent")
+
+
+def missing(where: str, digest: str) -> BlobMissing:
+    return BlobMissing(f"blob {digest[:12]}… is not in {where}; run the cell that made the value again")
+
+
+def damaged(where: str, digest: str) -> BlobCorrupt:
+    return BlobCorrupt(
+        f"blob {digest[:12]}… is damaged in {where} (its bytes have another hash) and was set aside; "
+        "run the cell that made the value again"
+    )
+
+
+def too_long(digest: str, size: int, room: int) -> BlobRefused:
+    return BlobRefused(f"blob {digest[:12]}… has {size} bytes, the place given for it {room}")
+
+
+def open_store(url: str, options: Mapping[str, str] | None = None) -> BlobStore:
+    """The store that `url` names: `file:///path` or just a path, or `s3://bucket/prefix` with `options` of obstore's
+    S3Store (endpoint, region, access_key_id, …; what is not there comes from the environment, AWS_…)."""
     parts = urlsplit(url)
+    if parts.scheme == "s3":
+        from gpu_daemon.s3_store import S3Store
+
+        return S3Store(parts.netloc, unquote(parts.path).strip("/"), options or {})
     if parts.scheme not in ("", "file") or parts.netloc not in ("", "localhost"):
-        raise ValueError(f"blob store {url!r} is not known; use file:///path of a folder that all hosts share")
+        raise ValueError(
+            f"blob store {url!r} is not known; use file:///path of a folder that all hosts share, or s3://bucket/prefix"
+        )
     if not parts.path.startswith("/"):
         raise ValueError(f"blob store {url!r} needs an absolute path")
+    from gpu_daemon.directory_store import DirectoryStore
+
     return DirectoryStore(Path(unquote(parts.path)))
-
-
-def _write(path: Path, data: bytes) -> None:
-    """All or nothing, also over a power cut: a temporary file, fsync, rename, fsync of the folder."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

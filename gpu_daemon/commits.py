@@ -13,7 +13,7 @@ import time
 from msgspec.structs import replace
 
 from gpu_daemon.bidding import Bidding
-from gpu_daemon.folding import Folding
+from gpu_daemon.folding import Folding, store_blob
 from gpu_daemon.replica import Held, LocalReplica
 from gpu_daemon.requests import RequestError
 from gpu_daemon.site import RETRY_LAST, Refused, Site, log
@@ -80,19 +80,20 @@ class Commits:
             raise Refused("too_large", f"entry {entry.n} has {size} bytes without its values, limit {ENTRY_LIMIT}")
         owner = self._owner(replica)
         for digest, data in spill.blobs.items():
-            await asyncio.to_thread(self._site.blobs.put, owner, digest, data)
+            await store_blob(self._site, owner, digest, data)
         assert isinstance(spill.record, LogEntry)
         return spill.record
 
     async def _append_txn(self, replica: LocalReplica, held: Held, entry: LogEntry) -> None:
-        kernel = replica.id.kernel
+        kernel, owner = replica.id.kernel, self._owner(replica)
         while True:
             # The token may change while etcd is away: the lease was lost, the claim renewed.
             token, claim_grant = held.token, held.claim.grant
             key = grant_key(held.grant) if held.grant is not None and claim_grant else ""
             try:
                 txn = election.append(kernel, replace(entry, token=token), token, grant_key=key)
-                outcome = election.classify_append(entry.n, token, await self._site.commit(txn))
+                result = await self._site.blobs.commit(self._site.commit, owner, statelog.blobs_of(entry), txn)
+                outcome = election.classify_append(entry.n, token, result)
             except EtcdUnavailable:
                 if replica.handle is None:
                     raise Refused("unavailable", self._site.away_text()) from None

@@ -11,7 +11,9 @@ import psutil
 
 from gpu_daemon.answers import Answers
 from gpu_daemon.bidding import Bidding
+from gpu_daemon.blobdesk import BlobDesk
 from gpu_daemon.blobs import BlobStore
+from gpu_daemon.collector import Collector
 from gpu_daemon.commits import Commits
 from gpu_daemon.fleet import ReplicaId
 from gpu_daemon.ledger import Ledger
@@ -44,7 +46,8 @@ class Daemon:
     ) -> None:
         ledger = Ledger(settings.host, devices)
         rundir = RunDir(settings.run_dir)
-        self._site = Site(settings, etcd, ledger, FairQueue(ledger), blobs, rundir)
+        desk = BlobDesk(blobs, settings.blob_grace)
+        self._site = Site(settings, etcd, ledger, FairQueue(ledger), desk, rundir)
         self._devices = devices
         self._publisher = Publisher(self._site)
         self._bidding = Bidding(self._site, self._publisher)
@@ -83,6 +86,8 @@ class Daemon:
         self._site.spawn(self._publisher.run(), "writing records")
         self._site.spawn(self._watch_kernels(), "watching kernels")
         self._site.spawn(self._watch_host(), "watching this host's record")
+        collector = Collector(self._site, self._site.settings.blob_grace, self._site.settings.collect_every)
+        self._site.spawn(collector.run(), "collecting blobs")
 
     async def _end(self) -> None:
         site = self._site
@@ -92,6 +97,7 @@ class Daemon:
         if stop_replicas:
             await self._replicas.stop_all(STOP_WITHIN)
         await site.cancel_tasks()
+        site.blobs.close()
         if site.lease is not None:
             try:
                 async with asyncio.timeout(0.5):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-
-from gpu_daemon.site import Site, log
+from gpu_daemon.blobs import BlobError
+from gpu_daemon.site import Refused, Site, log
 from nbos_cluster import statelog
 from nbos_cluster.etcd import EtcdError, EtcdUnavailable
 from nbos_cluster.records import Checkpoint
@@ -44,9 +43,19 @@ class Folding:
             size = statelog.size_of(spill.record)
             log.error("the folded log of kernel %s has %d bytes, limit %d: not folded", kernel, size, ENTRY_LIMIT)
             return
-        for digest, data in spill.blobs.items():
-            await asyncio.to_thread(self._site.blobs.put, owner, digest, data)
+        txn = statelog.fold_txn(kernel, old_rev, spill.record, upto, upto_rev=upto_rev)
         try:
-            await self._site.commit(statelog.fold_txn(kernel, old_rev, spill.record, upto, upto_rev=upto_rev))
-        except (EtcdUnavailable, EtcdError) as err:
+            for digest, data in spill.blobs.items():
+                await store_blob(self._site, owner, digest, data)
+            # The other blobs it names have been named all the time by what it replaces.
+            await self._site.blobs.commit(self._site.commit, owner, spill.blobs.keys(), txn)
+        except (EtcdUnavailable, EtcdError, Refused) as err:
             log.warning("the log of kernel %s could not be folded yet: %s", kernel, err)
+
+
+async def store_blob(site: Site, owner: str, digest: str, data: bytes) -> None:
+    """Put what was spilled out of a record. Raises Refused with the store's reason."""
+    try:
+        await site.blobs.put(owner, digest, data)
+    except BlobError as err:
+        raise Refused(err.code, str(err)) from err

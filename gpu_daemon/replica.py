@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from gpu_daemon.fleet import ReplicaId
 from gpu_daemon.runtime import Handle
+from nbos_cluster.arena import Arena
 from nbos_cluster.records import ClaimRecord, GrantRecord, Ports, ReplicaRecord
 from nbos_cluster.wire import Message
 
@@ -54,6 +55,8 @@ class LocalReplica:
     """n and token of the newest entry that this replica appended."""
     appending: asyncio.Task[None] | None = None
     applied: int = -1
+    arena: Arena | None = None
+    """Memory shared with its process, once that has asked for it."""
     python: str = ""
     lost: dict[str, str] = field(default_factory=dict)
     death_reason: str = ""
@@ -96,3 +99,9 @@ class LocalReplica:
         """A new process starts: what the old one knew and held is gone."""
         self.held, self.appended, self.appending = None, (-1, 0), None
         self.applied, self.lost, self.python, self.death_reason = -1, {}, "", ""
+        self.drop_arena()
+
+    def drop_arena(self) -> None:
+        arena, self.arena = self.arena, None
+        if arena is not None:
+            arena.close()

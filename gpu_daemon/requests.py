@@ -107,6 +107,13 @@ def text(message: Message, name: str, default: str | None = None) -> str:
     return value.encode("utf-8", "replace").decode()
 
 
+def texts(message: Message, name: str, most: int) -> list[str]:
+    value = message.get(name)
+    if not isinstance(value, list) or len(value) > most or not all(isinstance(item, str) for item in value):
+        raise RequestError(f"{name} must be a list of at most {most} texts")
+    return value
+
+
 def flag(message: Message, name: str) -> bool:
     value = message.get(name, False)
     if not isinstance(value, bool):

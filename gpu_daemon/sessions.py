@@ -19,7 +19,9 @@ from pathlib import Path
 from gpu_daemon.replica import LocalReplica
 from gpu_daemon.requests import RequestError
 from gpu_daemon.site import Refused, Site, log, plain
+from nbos_cluster import arena as arena_module
 from nbos_cluster import wire
+from nbos_cluster.arena import Arena
 from nbos_cluster.kernelview import KernelView
 from nbos_cluster.statewire import entry_to_wire, state_to_wire
 from nbos_cluster.wire import Message, WireError
@@ -27,6 +29,8 @@ from nbos_cluster.wire import Message, WireError
 BUFFER_LIMIT = 32 * 1024 * 1024
 AT_ONCE = 8
 """Requests of one replica that are carried out at the same time; more wait in the socket."""
+BLOBS_AT_ONCE = 256
+"""As many that move blobs through the arena: they hold none of our memory, and the store may be slow."""
 HELLO_WITHIN = 30.0
 
 Reply = tuple[Message, bytes]
@@ -50,6 +54,7 @@ class Session:
         self._follower: asyncio.Task[None] | None = None
         self._news = asyncio.Event()
         self._free = asyncio.Semaphore(AT_ONCE)
+        self._free_for_blobs = asyncio.Semaphore(BLOBS_AT_ONCE)
         self._last_append: asyncio.Task[None] | None = None
         self._members: Message | None = None
         self.used: set[int] = set()
@@ -60,6 +65,13 @@ class Session:
         """The process at the other end, as the kernel of the operating system says."""
         sock = self._writer.get_extra_info("socket")
         return int(struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
+
+    def hand_over(self, arena: Arena) -> None:
+        """Answer this connection's first message, `arena`, with its descriptor. Nothing was written before it."""
+        sock = self._writer.get_extra_info("socket")
+        with socket.socket(fileno=os.dup(sock.fileno())) as own:
+            own.setblocking(False)
+            arena_module.hand_over(own, arena)
 
     # -- out ----------------------------------------------------------------------------------------------------------
 
@@ -142,20 +154,21 @@ class Session:
             await self._close()
 
     async def _start(self, message: Message, payload: bytes) -> None:
-        await self._free.acquire()
-        before = self._last_append
         kind = message.get("type")
+        free = self._free_for_blobs if kind in ("put_blob", "get_blob", "have_blobs") and not payload else self._free
+        await free.acquire()
+        before = self._last_append
         if kind not in ("append", "bid"):
             before = None
         task = asyncio.create_task(self._carry_out_after(before, message, payload))
         self._tasks.add(task)
-        task.add_done_callback(self._done)
+        task.add_done_callback(lambda done: self._done(done, free))
         if kind == "append":
             self._last_append = task
 
-    def _done(self, task: asyncio.Task[None]) -> None:
+    def _done(self, task: asyncio.Task[None], free: asyncio.Semaphore) -> None:
         self._tasks.discard(task)
-        self._free.release()
+        free.release()
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a request of %s failed", self.replica.name, exc_info=error)
 
@@ -174,12 +187,15 @@ class Session:
             self.follow(self.replica.applied)
 
     async def _reply(self, message: Message, payload: bytes) -> Reply:
-        if self.replica.session is not self and message.get("type") != "hello":
+        if self.replica.session is not self and message.get("type") not in ("hello", "arena"):
             return refusal("malformed", "the first message of a connection is hello")
         try:
             reply, data = await self._answer(self, message, payload)
-        except (RequestError, Refused) as err:
+        except RequestError as err:
             return refusal(err.code, str(err))
+        except Refused as err:
+            reply, data = refusal(err.code, str(err))
+            return {**err.fields, **reply}, data
         except Exception as err:  # noqa: BLE001
             # A mistake of ours: told and logged, so that the replica does not wait for ever.
             log.exception("a request %r of %s failed", message.get("type"), self.replica.name)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from gpu_daemon.blobs import BlobStore
 from gpu_daemon.fleet import ReplicaId
 from gpu_daemon.ledger import Ledger
 from gpu_daemon.queue import FairQueue
@@ -26,6 +25,7 @@ from nbos_cluster.kernelview import KernelView, KernelViews
 from nbos_cluster.kv import Txn, TxnResult
 
 if TYPE_CHECKING:
+    from gpu_daemon.blobdesk import BlobDesk
     from gpu_daemon.replica import LocalReplica
 
 T = TypeVar("T")
@@ -36,11 +36,12 @@ RETRY_LAST = 1.0
 
 
 class Refused(RuntimeError):
-    """A request is answered with `ok` false: nothing is broken. `code` is what the answer's `error` says."""
+    """A request is answered with `ok` false: nothing is broken. `code` is what the answer's `error` says,
+    `fields` stand beside it."""
 
-    def __init__(self, code: str, reason: str) -> None:
+    def __init__(self, code: str, reason: str, fields: dict[str, Any] | None = None) -> None:
         super().__init__(reason)
-        self.code = code
+        self.code, self.fields = code, fields or {}
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Settings:
     max_replicas: int = 64
     stop_replicas_on_exit: bool = True
     replica_command: tuple[str, ...] = ()
+    blob_grace: float = 3600.0
+    collect_every: float = 600.0
 
 
 @dataclass
@@ -63,7 +66,7 @@ class Site:
     etcd: Etcd
     ledger: Ledger
     queue: FairQueue
-    blobs: BlobStore
+    blobs: BlobDesk
     rundir: RunDir
     views: KernelViews = field(default_factory=KernelViews)
     replicas: dict[ReplicaId, LocalReplica] = field(default_factory=dict)

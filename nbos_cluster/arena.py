@@ -18,6 +18,7 @@ import struct
 import threading
 import time
 from bisect import insort
+from collections.abc import Callable
 
 from . import wire
 
@@ -89,6 +90,17 @@ class Room:
                 if left is not None and left <= 0:
                     return None
                 self._changed.wait(left)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing of it is taken."""
+        return self._free == [(0, self.size)]
+
+    def when_idle(self, work: Callable[[], None]) -> None:
+        """Do `work` if nothing is taken; nothing is given out meanwhile."""
+        with self._changed:
+            if self.idle:
+                work()
 
     def give(self, at: int, size: int) -> None:
         with self._changed:

@@ -26,6 +26,8 @@ def checked(identifier: str, what: str = "identifier") -> str:
 HOSTS = f"{PREFIX}/hosts/"
 KERNELS = f"{PREFIX}/kernels/"
 QUEUES = f"{PREFIX}/queues/"
+GC = f"{PREFIX}/gc/"
+GC_STORE = f"{PREFIX}/gc/store"
 
 
 def host(name: str) -> str:
@@ -87,6 +89,16 @@ def queue(host_name: str) -> str:
 
 def ticket(host_name: str, ticket_id: str) -> str:
     return queue(host_name) + checked(ticket_id, "ticket")
+
+
+def gc_fence(folder: str) -> str:
+    """Counts, by its revision, the collections of blobs in one owner's namespace."""
+    return GC + checked(folder, "namespace") + "/fence"
+
+
+def gc_lock(folder: str) -> str:
+    """There, under its lease, while somebody collects in that namespace."""
+    return GC + checked(folder, "namespace") + "/lock"
 
 
 def number(n: int) -> str:

@@ -232,6 +232,17 @@ class QueueTicket(Record, frozen=True, tag="ticket"):
     estimate: float = -1.0
 
 
+class Collection(Record, frozen=True, tag="collection"):
+    """A collection of blobs: who did it, when (by the store's clock; 0 = none has ended yet), and what came of it."""
+
+    host: str
+    at: float = 0.0
+    kept: int = 0
+    kept_bytes: int = 0
+    condemned: int = 0
+    removed: int = 0
+
+
 class Versioned(msgspec.Struct, frozen=True, array_like=True):
     version: int
     body: msgspec.Raw

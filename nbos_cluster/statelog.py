@@ -10,13 +10,13 @@ How entries and states look on a replica's socket is in `statewire`, re-exported
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from msgspec.structs import replace
 
 from . import keys, records
+from .content import address
 from .kv import Compare, Txn, exists, mod_is, op_delete_range, op_put
 from .records import Checkpoint, Component, Effects, Frame, LogEntry
 from .statewire import EntryError, entry_from_wire, entry_to_wire, state_to_wire
@@ -170,7 +170,7 @@ def _to_blobs(frame: Frame, blobs: dict[str, bytes]) -> Frame:
     hashes = []
     for at in range(0, len(data), BLOB_CHUNK):
         chunk = data[at : at + BLOB_CHUNK]
-        hashes.append(hashlib.sha256(chunk).hexdigest())
+        hashes.append(address(chunk))
         blobs[hashes[-1]] = chunk
     return Frame(size=frame.size, blobs=tuple(hashes))
 

@@ -7,18 +7,16 @@ the message.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any, cast
 
+from .content import is_address
 from .records import Checkpoint, Component, Effects, EntryKind, Frame, LogEntry
 from .wire import BLOB_CHUNK, Message
 
 MAX_NAMES = 100_000
 MAX_TEXT = 4096
 """Characters of one name, reason, path or variable at most (a cell's source has ENTRY_LIMIT only)."""
-
-_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 class EntryError(ValueError):
@@ -145,8 +143,8 @@ def _frame(raw: object, payload: bytes) -> Frame:
             raise EntryError(f"a frame of {size} bytes at {at} is outside the payload of {len(payload)} bytes")
         return Frame(size=size, data=payload[at : at + size])
     hashes = _texts(item.get("blobs"), "blobs")
-    if not all(_HASH.fullmatch(h) for h in hashes):
-        raise EntryError("a frame's blobs are sha256 hashes in lower-case hex")
+    if not all(is_address(h) for h in hashes):
+        raise EntryError("a frame's blobs are BLAKE3 addresses (64 digits, lower-case hex)")
     if size > len(hashes) * BLOB_CHUNK or (size == 0) != (not hashes):
         raise EntryError(f"a frame of {size} bytes does not fit {len(hashes)} blobs of at most {BLOB_CHUNK} bytes")
     return Frame(size=size, blobs=hashes)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import os
 import stat
 import struct
 
 from nbos_cluster import wire
+from nbos_cluster.content import address
 from nbos_cluster.etcd import Etcd
 from tests.system.daemon.conftest import MakeHost
 from tests.system.daemon.site import create, kernel_spec
@@ -94,7 +94,7 @@ async def test_blobs_are_kept_checked_and_out_of_other_users_reach(client: Etcd,
     for one in (replica, mine, other):
         await one.ready()
     data = os.urandom(100_000)
-    digest = hashlib.sha256(data).hexdigest()
+    digest = address(data)
     assert (await replica.send("put_blob", data, hash=digest))["ok"]
     assert bytes.fromhex((await mine.send("get_blob", hash=digest))["payload"]) == data
     assert (await other.send("get_blob", hash=digest))["error"] == "missing"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 
 from nbos_cluster import statelog
 from nbos_cluster.records import Checkpoint, Component, Effects, Frame, LogEntry
+from nbos_cluster.content import address
 from nbos_cluster.statelog import blobs_of, fold, plan_fold, size_of, spill
 
 NAMES = ["a", "b", "c", "d", "e"]
@@ -165,7 +165,7 @@ def test_large_frames_leave_the_entry_largest_first() -> None:
     assert size_of(moved.record) <= statelog.ENTRY_LIMIT
     frames = {c.names[0]: c.frames[0] for c in moved.record.components}
     assert [name for name, frame in frames.items() if frame.blobs] == ["a"]
-    assert {hashlib.sha256(data).hexdigest() for data in moved.blobs.values()} == set(moved.blobs)
+    assert {address(data) for data in moved.blobs.values()} == set(moved.blobs)
     assert blobs_of(moved.record) == set(moved.blobs)
 
 

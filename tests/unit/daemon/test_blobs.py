@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 from pathlib import Path
 
 import pytest
 
 from gpu_daemon import blobs
-from gpu_daemon.blobs import BlobCorrupt, BlobMissing, BlobRefused, BlobStoreFull, DirectoryStore, open_store
+from gpu_daemon.blobs import BlobCorrupt, BlobMissing, BlobRefused, BlobStoreFull, open_store
+from gpu_daemon.directory_store import DirectoryStore
+from nbos_cluster.content import address
 
 DATA = b"value" * 100
-HASH = hashlib.sha256(DATA).hexdigest()
+HASH = address(DATA)
 
 
 @pytest.fixture
@@ -77,4 +78,4 @@ def test_a_blob_over_the_limit_is_refused(store: DirectoryStore, monkeypatch: py
 def test_stores_are_named_by_url(tmp_path: Path) -> None:
     assert isinstance(open_store(f"file://{tmp_path}/b"), DirectoryStore)
     with pytest.raises(ValueError, match="not known"):
-        open_store("s3://bucket")
+        open_store("gopher://bucket")

@@ -1,0 +1,167 @@
+"""The daemon's way to the blob store: threads, time limits, group commit, and the fence that keeps the collection away.
+
+Guarantees: what `put` returned for is safe on the store; a store that hangs costs its own requests a clear `away`, and
+nothing else of the daemon; a record that names blobs gets into etcd (`commit`) only if every one of them is in the
+store and no collection has begun since that was seen (`collecting` says how the two exclude each other).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from gpu_daemon import collecting
+from gpu_daemon.blobs import BlobCorrupt, BlobError, BlobMissing, BlobStore, BlobStoreAway, folder_of
+from gpu_daemon.collecting import Fence
+from gpu_daemon.site import Refused
+from nbos_cluster.kv import Txn, TxnResult
+
+T = TypeVar("T")
+Send = Callable[[Txn], Awaitable[TxnResult]]
+
+THREADS = min(16, max(4, 2 * (os.cpu_count() or 1)))
+PATIENCE = 45.0
+"""Seconds after which a call counts as hanging. A store that answers late ends its calls itself before that."""
+SEEN = 200_000
+"""Addresses that are remembered as being in the store."""
+
+
+@dataclass(eq=False)
+class _Batch:
+    digests: set[str] = field(default_factory=set)
+    task: asyncio.Task[None] | None = None
+
+
+class BlobDesk:
+    def __init__(self, store: BlobStore, keep: float = 3600.0, patience: float = PATIENCE) -> None:
+        self.store = store
+        self.keep, self._patience = keep, patience
+        """keep: seconds that a blob stays when nothing names it (yet)."""
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="blobs")
+        self._fences: dict[str, Fence] = {}
+        self._seen: dict[tuple[str, str], int] = {}
+        """Blobs known to be in the store, with the revision of the fence under which that was seen."""
+        self._next: dict[str, _Batch] = {}
+        self._last: dict[str, _Batch] = {}
+
+    # -- blobs --------------------------------------------------------------------------------------------------------
+
+    async def put(self, owner: str, digest: str, data: bytes | memoryview) -> None:
+        """Store it safely. Raises BlobError."""
+        fence = self._fences.get(folder_of(owner))
+        await self._call("a blob could not be stored", self.store.write, owner, digest, data)
+        await self._settled(owner, digest)
+        if fence is not None and not fence.locked:
+            self._saw(owner, [digest], fence)
+
+    async def read_into(self, owner: str, digest: str, target: memoryview) -> int:
+        """Read it into `target`; its size. Raises BlobError."""
+        return await self._reading(owner, digest, self.store.read_into, target)
+
+    async def get(self, owner: str, digest: str) -> bytes:
+        return await self._reading(owner, digest, self.store.get)
+
+    async def have(self, owner: str, digests: Collection[str]) -> set[str]:
+        """Which of them are there; they stay for `keep` seconds at least. Raises BlobError."""
+        fence = self._fences.get(folder_of(owner))
+        there = await self._call("blobs could not be looked up", self.store.have, owner, digests)
+        if fence is not None and not fence.locked:
+            self._saw(owner, there, fence)
+        return there
+
+    # -- records that name blobs --------------------------------------------------------------------------------------
+
+    async def commit(self, send: Send, owner: str, digests: Collection[str], txn: Txn) -> TxnResult:
+        """Carry out `txn`, which makes something name `digests`.
+
+        Raises Refused: `blobs_missing` with the field `missing`, or a store's error. What `send` raises passes.
+        """
+        if not digests:
+            return await send(txn)
+        folder = folder_of(owner)
+        while True:
+            fence = await self._secure(send, owner, digests)
+            result = await send(collecting.fenced(folder, fence, txn))
+            if result.succeeded or collecting.read_fence(folder, result.responses[-2:]) == fence:
+                return TxnResult(result.succeeded, result.revision, result.responses[: len(txn.failure)])
+
+    async def _secure(self, send: Send, owner: str, digests: Collection[str]) -> Fence:
+        """The fence under which all of them are in the store."""
+        fence = await self._fence(send, folder_of(owner))
+        folder = folder_of(owner)
+        unknown = {digest for digest in digests if self._seen.get((folder, digest)) != fence.revision}
+        if unknown:
+            try:
+                gone = unknown - await self.have(owner, unknown)
+            except BlobError as err:
+                raise Refused(err.code, str(err)) from err
+            if gone:
+                reason = f"{len(gone)} of the blobs it names are not in {self.store.where} (any more); put them first"
+                raise Refused("blobs_missing", reason, {"missing": sorted(gone)})
+        return fence
+
+    async def _fence(self, send: Send, folder: str) -> Fence:
+        """How it stands with the collection of this namespace, once none is under way."""
+        while True:
+            fence = collecting.read_fence(folder, (await send(collecting.look(folder))).responses)
+            self._fences[folder] = fence
+            if not fence.locked:
+                return fence
+            await asyncio.sleep(0.02)
+
+    def _saw(self, owner: str, digests: Iterable[str], fence: Fence) -> None:
+        if len(self._seen) > SEEN:
+            self._seen.clear()
+        folder = folder_of(owner)
+        self._seen.update(((folder, digest), fence.revision) for digest in digests)
+
+    # -- threads ------------------------------------------------------------------------------------------------------
+
+    async def _reading(self, owner: str, digest: str, read: Callable[..., T], *more: Any) -> T:
+        try:
+            return await self._call("a blob could not be read", read, owner, digest, *more)
+        except (BlobMissing, BlobCorrupt):
+            self._seen.pop((folder_of(owner), digest), None)
+            raise
+
+    async def _settled(self, owner: str, digest: str) -> None:
+        """One settling of an owner's blobs at a time; what comes meanwhile is settled together by the next."""
+        batch = self._next.get(owner)
+        if batch is None:
+            batch = self._next[owner] = _Batch()
+            batch.task = asyncio.create_task(self._settle(owner, batch))
+        batch.digests.add(digest)
+        assert batch.task is not None
+        await asyncio.shield(batch.task)
+
+    async def _settle(self, owner: str, batch: _Batch) -> None:
+        before, self._last[owner] = self._last.get(owner), batch
+        if before is not None and before.task is not None:
+            await asyncio.wait({before.task})
+        del self._next[owner]
+        try:
+            await self._call("blobs could not be made safe", self.store.settle, owner, batch.digests)
+        finally:
+            if self._last.get(owner) is batch:
+                del self._last[owner]
+
+    async def _call(self, what: str, work: Callable[..., T], *args: Any) -> T:
+        future = asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+        done, _ = await asyncio.wait({future}, timeout=self._patience)
+        if not done:
+            future.add_done_callback(lambda f: f.cancelled() or f.exception())
+            raise BlobStoreAway(
+                f"{what}: {self.store.where} has not answered for {self._patience:.0f} s; it is tried again"
+            )
+        return future.result()
+
+    async def call(self, work: Callable[..., T], *args: Any) -> T:
+        """Any other call of the store, for the collection."""
+        return await self._call("the store could not be looked through", work, *args)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,301 @@
+"""Blobs as files `<root>/<owner>/<first two digits>/<address>`, on a disk that all hosts share (NFS), or one host has.
+
+Guarantees, besides those of every store: under an address stands only what was whole and had that address when it
+was read back from the file; a file is never changed once it has its name. A blob that the collection condemned is
+`<address>.old` for one more period of grace, and comes back by itself when anybody reads, puts or asks for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from gpu_daemon.blobs import (
+    FOLDER,
+    BlobError,
+    BlobStore,
+    BlobStoreAway,
+    BlobStoreFull,
+    Stored,
+    check_address,
+    check_size,
+    damaged,
+    folder_of,
+    missing,
+    too_long,
+    wrong_bytes,
+)
+from nbos_cluster.content import address, is_address
+
+OLD, DAMAGED, NEW = ".old", ".corrupt", ".new-"
+_DIGITS = re.compile(r"[0-9a-f]{2}")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_AWAY = (errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN, errno.ENETUNREACH, errno.EREMOTEIO)
+
+
+class DirectoryStore(BlobStore):
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.where = f"the blob store {root}"
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    # -- blobs --------------------------------------------------------------------------------------------------------
+
+    def write(self, owner: str, digest: str, data: bytes | memoryview) -> None:
+        path, size = self._path(owner, digest), memoryview(data).nbytes
+        check_size(size)
+        try:
+            if self._touch(path, size) and self._sound(path):
+                return
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._write(path, data)
+        except OSError as err:
+            raise self._failed(f"blob {digest[:12]}… of {size} bytes could not be stored", err) from err
+
+    def settle(self, owner: str, digests: Iterable[str]) -> None:
+        folders = {self._path(owner, digest).parent for digest in digests}
+        try:
+            for folder in folders:
+                _sync_folder(folder)
+            if folders:
+                # New sub-folders are names too.
+                _sync_folder(self.root / folder_of(owner))
+                _sync_folder(self.root)
+        except OSError as err:
+            raise self._failed("blobs could not be made safe", err) from err
+
+    def read_into(self, owner: str, digest: str, target: memoryview) -> int:
+        path = self._path(owner, digest)
+        with self._reading(path, digest) as file:
+            size = os.fstat(file).st_size
+            if size > target.nbytes:
+                raise too_long(digest, size, target.nbytes)
+            done = 0
+            while done < size and (got := os.preadv(file, [target[done:size]], done)):
+                done += got
+        if done != size or address(target[:size]) != digest:
+            self._set_aside(path)
+            raise damaged(self.where, digest)
+        return size
+
+    def get(self, owner: str, digest: str) -> bytes:
+        path = self._path(owner, digest)
+        with self._reading(path, digest) as file, open(file, "rb", closefd=False) as whole:
+            data = whole.read()
+        if address(data) != digest:
+            self._set_aside(path)
+            raise damaged(self.where, digest)
+        return data
+
+    def have(self, owner: str, digests: Iterable[str]) -> set[str]:
+        there = set()
+        for digest in digests:
+            path = self._path(owner, digest)
+            try:
+                if self._touch(path, None):
+                    there.add(digest)
+            except OSError as err:
+                raise self._failed(f"blob {digest[:12]}… could not be looked up", err) from err
+        return there
+
+    # -- collection ---------------------------------------------------------------------------------------------------
+
+    def folders(self) -> list[str]:
+        try:
+            return sorted(name for name in os.listdir(self.root) if FOLDER.fullmatch(name))
+        except OSError as err:
+            raise self._failed("the namespaces could not be listed", err) from err
+
+    def contents(self, folder: str) -> Iterator[Stored]:
+        try:
+            for digits in sorted(filter(_DIGITS.fullmatch, os.listdir(self.root / folder))):
+                with os.scandir(self.root / folder / digits) as found:
+                    for item in found:
+                        with contextlib.suppress(FileNotFoundError):
+                            stat = item.stat(follow_symlinks=False)
+                            yield _stored(f"{digits}/{item.name}", item.name, stat.st_size, stat.st_mtime)
+        except OSError as err:
+            raise self._failed("the blobs could not be listed", err) from err
+
+    def now(self) -> float:
+        """By the file server's clock, not ours."""
+        path = self.root / ".clock"
+        try:
+            path.touch(mode=0o600)
+            os.utime(path)
+            return path.stat().st_mtime
+        except OSError as err:
+            raise self._failed("the store's clock could not be read", err) from err
+
+    def condemn(self, folder: str, found: Stored) -> None:
+        path = self.root / folder / found.key
+        aside = path.with_name(path.name + OLD)
+        try:
+            # The time of condemnation first: the pass after next counts from it.
+            os.rename(path, aside)
+            os.utime(aside)
+        except FileNotFoundError:
+            return
+        except OSError as err:
+            raise self._failed(f"blob {found.address[:12]}… could not be set aside", err) from err
+
+    def remove(self, folder: str, found: Stored) -> None:
+        try:
+            (self.root / folder / found.key).unlink(missing_ok=True)
+        except OSError as err:
+            raise self._failed(f"{found.key} could not be deleted", err) from err
+
+    def restore(self, folder: str, found: Stored) -> None:
+        path = self.root / folder / found.key
+        self._bring_back(path.with_name(found.address))
+
+    def identity(self, propose: str) -> str:
+        path = self.root / "cluster"
+        try:
+            handle, name = tempfile.mkstemp(dir=self.root, prefix=NEW)
+            with os.fdopen(handle, "w") as file:
+                file.write(propose)
+            try:
+                os.link(name, path)
+            except FileExistsError:
+                return path.read_text()
+            finally:
+                os.unlink(name)
+            return propose
+        except OSError as err:
+            raise self._failed("the store's identity could not be read", err) from err
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def _path(self, owner: str, digest: str) -> Path:
+        check_address(digest)
+        return self.root / folder_of(owner) / digest[:2] / digest
+
+    def _touch(self, path: Path, size: int | None) -> bool:
+        """Whether it is there (with `size` bytes); from now on it counts as new."""
+        for _ in range(2):
+            try:
+                if size is not None and path.stat().st_size != size:
+                    return False
+                os.utime(path)
+                return True
+            except FileNotFoundError:
+                if not self._bring_back(path):
+                    return False
+        return False
+
+    def _sound(self, path: Path) -> bool:
+        """Whether what stands there already is what its name says; set aside otherwise."""
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            sound = _address_in(file, os.fstat(file).st_size) == path.name
+        finally:
+            os.close(file)
+        if not sound:
+            self._set_aside(path)
+        return sound
+
+    def _bring_back(self, path: Path) -> bool:
+        """A blob that was condemned and is wanted again."""
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(path.with_name(path.name + OLD), path)
+            return True
+        return path.exists()
+
+    @contextlib.contextmanager
+    def _reading(self, path: Path, digest: str) -> Iterator[int]:
+        try:
+            file = self._open(path, digest)
+            try:
+                yield file
+            finally:
+                os.close(file)
+        except OSError as err:
+            if err.errno == errno.EIO:
+                # The disk says itself that it cannot give these bytes back.
+                self._set_aside(path)
+                raise damaged(self.where, digest) from err
+            raise self._failed(f"blob {digest[:12]}… could not be read", err) from err
+
+    def _open(self, path: Path, digest: str) -> int:
+        for _ in range(2):
+            with contextlib.suppress(FileNotFoundError):
+                return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            if not self._bring_back(path):
+                break
+        raise missing(self.where, digest)
+
+    def _set_aside(self, path: Path) -> None:
+        """Out of the way, so that a replica that still has the value can store it again."""
+        with contextlib.suppress(OSError):
+            path.rename(path.with_name(path.name + DAMAGED))
+
+    def _write(self, path: Path, data: bytes | memoryview) -> None:
+        """All or nothing, also over a power cut: a temporary file, read back, fsync, rename."""
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=NEW)
+        try:
+            try:
+                view = memoryview(data).cast("B")
+                done = 0
+                while done < view.nbytes:
+                    done += os.write(handle, view[done:])
+                # What counts is what is in the file: shared memory may have changed meanwhile.
+                if (actual := _address_in(handle, view.nbytes)) != path.name:
+                    raise wrong_bytes(path.name, actual)
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
+
+    def _failed(self, what: str, err: OSError) -> BlobError:
+        if err.errno in _FULL:
+            return BlobStoreFull(
+                f"{what}: {self.where} is full ({self._room()}); delete kernels or files, or enlarge it"
+            )
+        if err.errno in _AWAY:
+            return BlobStoreAway(f"{what}: {self.where} does not answer ({err.strerror}); it is tried again")
+        return BlobError(f"{what} in {self.where}: {err.strerror or err}; see the daemon's log on its host")
+
+    def _room(self) -> str:
+        try:
+            stat = os.statvfs(self.root)
+        except OSError as err:
+            return str(err.strerror)
+        free, size = stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize
+        return f"{free / 1e6:,.1f} MB free of {size / 1e6:,.1f} MB"
+
+
+def _stored(key: str, name: str, size: int, at: float) -> Stored:
+    if is_address(name):
+        return Stored(key, name, size, at)
+    base = name.removesuffix(OLD)
+    condemned = base != name and is_address(base)
+    return Stored(key, base if condemned else "", size, at, condemned)
+
+
+def _address_in(handle: int, size: int) -> str:
+    if not size:
+        return address(b"")
+    with mmap.mmap(handle, size, prot=mmap.PROT_READ) as content, memoryview(content) as view:
+        return address(view)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

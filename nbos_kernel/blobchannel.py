@@ -1,0 +1,201 @@
+"""The replica's end of blobs: into the store, out of it, through memory shared with the daemon (docs/protocol.md).
+
+Guarantees: once `put` returned, the memory it was given may change: the bytes are copied (into the shared memory, at
+most `arena.SIZE` of them at a time; where that has no room in time or is not to be had, into the request). Every
+future ends with the daemon's reply, also over restarts of the daemon. Nothing here is needed for correctness besides:
+without shared memory the bytes travel as payloads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from nbos_cluster import wire
+from nbos_cluster.arena import Arena, Room, fetch
+
+from .link import Link, Request
+
+IDLE = 20.0
+"""Seconds after which shared memory that is not used is given back to the system."""
+AHEAD = 4
+"""Blobs that are asked for before the first has come."""
+
+Reply = dict[str, Any]
+
+
+@dataclass
+class _Shared:
+    arena: Arena
+    room: Room
+
+
+class BlobChannel:
+    """`path`: the daemon's socket. `renew()` is to be called at each new connection of the link."""
+
+    def __init__(self, link: Link, path: str, log: logging.Logger) -> None:
+        self._link, self._path, self._log = link, path, log
+        self._lock = threading.Lock()
+        self._shared: _Shared | None = None
+        self._asked = False
+        self._trim: threading.Timer | None = None
+
+    def renew(self) -> None:
+        """The daemon may be another one now: shared memory is asked for again when it is needed next."""
+        with self._lock:
+            self._shared, self._asked = None, False
+
+    # -- out ----------------------------------------------------------------------------------------------------------
+
+    def put(self, digest: str, data: memoryview | bytes, wait: float | None = 5.0) -> Future[Reply]:
+        """Have `data` stored. wait: seconds to wait for room in the shared memory, before the request carries a
+        copy."""
+        size = memoryview(data).nbytes
+        shared = self._get()
+        at = shared.room.take(size, wait) if shared is not None else None
+        done: Future[Reply] = Future()
+        message = {"type": "put_blob", "hash": digest}
+        if shared is None or at is None:
+            _pass_on(self._link.request(message, bytes(data)), done)
+            return done
+        place = shared.arena.part(at, size)
+        place[:] = memoryview(data).cast("B")
+
+        def answered(reply: Reply) -> None:
+            if reply.get("error") == "no_arena":
+                again = self._link.request(message, bytes(place))
+                self._give(shared, at, size)
+                _pass_on(again, done)
+                return
+            self._give(shared, at, size)
+            done.set_result(reply)
+
+        _when(self._link.request({**message, "at": at, "size": size}), answered, done)
+        return done
+
+    def have(self, digests: Sequence[str]) -> Future[Reply]:
+        """The reply's `have` holds those that need not be sent."""
+        done: Future[Reply] = Future()
+        _pass_on(self._link.request({"type": "have_blobs", "hashes": list(digests)}), done)
+        return done
+
+    # -- in -----------------------------------------------------------------------------------------------------------
+
+    async def read(self, digests: Sequence[str], target: memoryview, chunk: int = wire.BLOB_CHUNK) -> int:
+        """Fill `target` with the blobs one after the other; how many bytes they had. chunk: what one has at most.
+
+        Raises BlobFailed with the daemon's code and reason.
+        """
+        filled = 0
+        coming: deque[asyncio.Future[tuple[Reply, Any, Callable[[], None]]]] = deque()
+        left = deque(digests)
+        try:
+            while left or coming:
+                while left and len(coming) < AHEAD:
+                    coming.append(asyncio.wrap_future(self._get_blob(left.popleft(), chunk)))
+                reply, data, give = await coming[0]
+                coming.popleft()
+                try:
+                    if not reply.get("ok"):
+                        raise BlobFailed(str(reply.get("error")), str(reply.get("reason") or reply.get("error")))
+                    size = int(reply["size"])
+                    if filled + size > target.nbytes:
+                        raise BlobFailed("failed", f"a value of {target.nbytes} bytes came as more than that")
+                    target[filled : filled + size] = memoryview(data)[:size]
+                    filled += size
+                finally:
+                    give()
+        finally:
+            for waiting in coming:
+                waiting.add_done_callback(_give_late)
+        return filled
+
+    def _get_blob(self, digest: str, room: int) -> Future[tuple[Reply, Any, Callable[[], None]]]:
+        """The reply, where its bytes are, and what to call when they are not needed there any more."""
+        done: Future[tuple[Reply, Any, Callable[[], None]]] = Future()
+        message = {"type": "get_blob", "hash": digest}
+        shared = self._get()
+        at = shared.room.take(room) if shared is not None else None
+        if shared is None or at is None:
+            self._link.request(message).future.add_done_callback(lambda f: _as_payload(f, done))
+            return done
+
+        def answered(reply: Reply) -> None:
+            if reply.get("error") == "no_arena":
+                self._give(shared, at, room)
+                self._link.request(message).future.add_done_callback(lambda f: _as_payload(f, done))
+                return
+            done.set_result((reply, shared.arena.part(at, room), lambda: self._give(shared, at, room)))
+
+        _when(self._link.request({**message, "at": at, "room": room}), answered, done)
+        return done
+
+    # -- shared memory ------------------------------------------------------------------------------------------------
+
+    def _get(self) -> _Shared | None:
+        with self._lock:
+            if self._shared is None and not self._asked and self._link.connected:
+                self._asked = True
+                try:
+                    arena = fetch(self._path)
+                    self._shared = _Shared(arena, Room(arena.size))
+                    arena.close()
+                except (OSError, EOFError, ValueError) as err:
+                    self._log.info("NBOS: no shared memory with the daemon, blobs travel through the socket: %s", err)
+            return self._shared
+
+    def _give(self, shared: _Shared, at: int, size: int) -> None:
+        shared.room.give(at, size)
+        with self._lock:
+            if self._trim is None and shared.room.idle:
+                self._trim = threading.Timer(IDLE, self._give_back, [shared])
+                self._trim.daemon = True
+                self._trim.start()
+
+    def _give_back(self, shared: _Shared) -> None:
+        with self._lock:
+            self._trim = None
+        shared.room.when_idle(shared.arena.forget_pages)
+
+
+class BlobFailed(Exception):
+    """The daemon cannot give a blob: `code` is the protocol's (`missing`, `away`, …), the text its reason."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+def _when(request: Request, answered: Callable[[Reply], None], done: Future[Any]) -> None:
+    def ended(future: Future[tuple[Reply, bytes]]) -> None:
+        error = future.exception()
+        if error is not None:
+            done.set_exception(error)
+        else:
+            answered(future.result()[0])
+
+    request.future.add_done_callback(ended)
+
+
+def _pass_on(request: Request, done: Future[Reply]) -> None:
+    _when(request, done.set_result, done)
+
+
+def _as_payload(future: Future[tuple[Reply, bytes]], done: Future[Any]) -> None:
+    error = future.exception()
+    if error is not None:
+        done.set_exception(error)
+        return
+    reply, payload = future.result()
+    done.set_result((reply, payload, lambda: None))
+
+
+def _give_late(future: asyncio.Future[Any]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        future.result()[2]()

@@ -18,15 +18,22 @@ from typing import Any
 
 from nbos_cluster import wire
 
+from .blobchannel import BlobChannel
 from .capture.changes import Changes, Packed
 from .entries import Layout
 from .link import Link, Reply, Request
 from .replica import Replica
 
 Message = dict[str, Any]
+Put = tuple[Packed, str, concurrent.futures.Future[Message]]
 
 BLOB_WAIT = 10.0
-"""Seconds the main thread waits for blobs to be stored; then what is left is copied and goes on behind."""
+"""Seconds to wait for the answer which blobs are in the store."""
+
+FEW = 4
+"""Blobs that are sent without asking whether they are in the store."""
+
+MOST_ASKED = 4096
 
 KNOWN_BLOBS = 65536
 """Hashes remembered as stored, so that unchanged buffers are not sent again."""
@@ -52,8 +59,8 @@ class Entry:
 class Appender:
     """At most one append is under way; `settled()` waits for it."""
 
-    def __init__(self, link: Link, replica: Replica, channel: Any) -> None:
-        self._link, self._replica, self._channel = link, replica, channel
+    def __init__(self, link: Link, replica: Replica, channel: Any, blobs: BlobChannel) -> None:
+        self._link, self._replica, self._channel, self._blobs = link, replica, channel, blobs
         self._task: asyncio.Task[None] | None = None
         self._stored: OrderedDict[str, None] = OrderedDict()
         self.trouble = ""
@@ -77,20 +84,30 @@ class Appender:
         """Put the blobs, safe from later changes, and append behind."""
         layout = Layout(entry.changes.components)
         puts = self._put(layout, entry.changes.components)
-        if puts:
-            concurrent.futures.wait([request.future for _, _, request in puts], timeout=BLOB_WAIT)
-            self._link.own_payloads()
         request = self._append(entry, layout, running) if not puts else None
         self._task = asyncio.get_running_loop().create_task(
             self._finish(entry, layout, running, puts, request, finished)
         )
 
-    def _put(self, layout: Layout, components: list[Packed]) -> list[tuple[Packed, str, Request]]:
-        puts = []
-        for component, digest, chunk in layout.blobs(components):
-            if digest not in self._stored:
-                puts.append((component, digest, self._link.request({"type": "put_blob", "hash": digest}, chunk)))
-        return puts
+    def _put(self, layout: Layout, components: list[Packed]) -> list[Put]:
+        """Give the blobs that are not known to be stored to the daemon; their memory may change afterwards."""
+        wanted = [each for each in layout.blobs(components) if each[1] not in self._stored]
+        if len(wanted) > FEW:
+            self._ask_for(list(dict.fromkeys(digest for _, digest, _ in wanted)))
+        puts: dict[str, concurrent.futures.Future[Message]] = {}
+        for _, digest, chunk in wanted:
+            if digest not in self._stored and digest not in puts:
+                puts[digest] = self._blobs.put(digest, chunk)
+        return [(component, digest, puts[digest]) for component, digest, _ in wanted if digest in puts]
+
+    def _ask_for(self, digests: list[str]) -> None:
+        """Which of them are in the store already, by another variable or an earlier replica."""
+        for at in range(0, len(digests), MOST_ASKED):
+            try:
+                reply = self._blobs.have(digests[at : at + MOST_ASKED]).result(timeout=BLOB_WAIT)
+            except (TimeoutError, ConnectionError):
+                return  # then they are sent
+            self._stored.update(dict.fromkeys(reply.get("have") or ()))
 
     def _append(self, entry: Entry, layout: Layout, running: Any) -> Request:
         components, payload = layout.encode(entry.changes.components)
@@ -112,7 +129,7 @@ class Appender:
         entry: Entry,
         layout: Layout,
         running: Any,
-        puts: list[tuple[Packed, str, Request]],
+        puts: list[Put],
         request: Request | None,
         finished: Callable[[Any], None],
     ) -> None:
@@ -130,6 +147,11 @@ class Appender:
                 self._channel.reply("nbos_failed", {"n": entry.n, "reason": reason}, running.parent, running.ident)
                 self._channel.die(reason)
                 return
+            if error == "blobs_missing":
+                for digest in reply.get("missing") or ():
+                    self._stored.pop(digest, None)
+                await self._stored_all(entry, self._put(layout, entry.changes.components))
+                continue
             if error in TOO_LARGE and not everything:
                 everything, layout = True, Layout(entry.changes.components, inline_limit=0)
                 await self._stored_all(entry, self._put(layout, entry.changes.components))
@@ -144,16 +166,19 @@ class Appender:
         self._channel.reply("nbos_committed", {"n": entry.n}, running.parent, running.ident)
         self.applied(entry.n, self._replica.lost)
 
-    async def _stored_all(self, entry: Entry, puts: list[tuple[Packed, str, Request]]) -> None:
+    async def _stored_all(self, entry: Entry, puts: list[Put]) -> None:
         """Wait for the blobs. What could not be stored is lost, with the daemon's reason, and the user is told."""
-        for component, digest, request in puts:
-            reply, _ = await _answer(request)
+        for component, digest, future in puts:
+            try:
+                reply = await asyncio.wrap_future(future)
+            except wire.WireError as err:
+                reply = {"ok": False, "reason": str(err)}
             if reply.get("ok"):
                 self._stored[digest] = None
                 if len(self._stored) > KNOWN_BLOBS:
                     self._stored.popitem(last=False)
                 continue
-            reason = f"its data could not be stored: {reply.get('error', 'refused')}"
+            reason = f"its data could not be stored: {reply.get('reason') or reply.get('error', 'refused')}"
             self._lose(entry, component, reason)
 
     def _lose(self, entry: Entry, component: Packed, reason: str) -> None:
@@ -161,7 +186,7 @@ class Appender:
             entry.changes.components.remove(component)
             lost = dict.fromkeys(component.names, reason)
             entry.changes.lost.update(lost)
-            self._replica.capture.accept(Changes(lost=lost, atoms={}))
+            self._replica.capture.lose(lost)
             for name in component.names:
                 self.tell_user(f"NBOS: {name!r} is not replicated and would be gone after a failover: {reason}")
 

@@ -5,12 +5,15 @@ Small frames stand in the message's payload, larger ones are blobs that are stor
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from nbos_cluster import wire
 
-from .capture.changes import FrameData, Packed
+from .capture import arrays, buffers
+from .capture.buffers import FrameData
+from .capture.changes import Packed
 
 INLINE_BUDGET = wire.ENTRY_LIMIT // 2
 """Bytes of one entry's inline frames; the other half is for names, source and the JSON around them."""
@@ -52,22 +55,83 @@ class Layout:
         return encoded, bytes(payload)
 
 
-async def frames_of(
-    component: Mapping[str, Any], payload: bytes, get_blob: Callable[[str], Awaitable[bytes]]
-) -> list[bytearray]:
-    """The frames of one component in memory of their own, writable: arrays are built on them without a copy."""
-    frames = []
+class Memory:
+    """The memory that loaded frames lie in, so that the next version of a value needs only the chunks that differ.
+
+    Valid while this replica runs no cell of its own: `forget()` before. Holds nothing alive.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, list[tuple[tuple[str, ...], Any]]] = {}
+
+    def take(self, names: Sequence[str], size: int, hashes: Sequence[str]) -> tuple[Any, set[int]]:
+        """Memory for a frame, and the numbers of the chunks that are in it already."""
+        best: tuple[int, Any, tuple[str, ...]] = (0, None, ())
+        for name in names:
+            for before, reference in self._held.get(name, ()):
+                same = sum(1 for one, other in zip(before, hashes, strict=False) if one == other)
+                memory = reference()
+                if same > best[0] and memory is not None and memory.nbytes == size and len(before) == len(hashes):
+                    best = (same, memory, before)
+        _, memory, before = best
+        if memory is None:
+            return arrays.memory(size), set()
+        for name in list(self._held):  # given once: two frames never share memory
+            self._held[name] = [each for each in self._held[name] if each[1]() is not memory]
+        memory.flags.writeable = True
+        return memory, {number for number, (one, other) in enumerate(zip(before, hashes, strict=True)) if one == other}
+
+    def keep(self, names: Sequence[str], frames: Sequence[tuple[tuple[str, ...], Any]]) -> None:
+        """`frames`: hashes and memory of each large frame of a component that is loaded now."""
+        held = [(hashes, weakref.ref(memory)) for hashes, memory in frames if not isinstance(memory, bytearray)]
+        for name in names:
+            self._held.pop(name, None)
+            if held:
+                self._held[name] = held
+
+    def forget(self) -> None:
+        self._held.clear()
+
+
+Read = Callable[[Sequence[str], memoryview, int], Awaitable[int]]
+"""`read(hashes, target, chunk)` fills `target` with blobs of at most `chunk` bytes; returns how many bytes they had."""
+
+
+async def frames_of(component: Mapping[str, Any], payload: bytes, read: Read, memory: Memory) -> list[Any]:
+    """The frames of one component in writable memory of their own: arrays are built on them without a copy."""
+    frames: list[Any] = []
+    large: list[tuple[tuple[str, ...], Any]] = []
     for frame in component["frames"]:
-        data = bytearray(frame["size"])
         if "at" in frame:
-            data[:] = payload[frame["at"] : frame["at"] + frame["size"]]
+            data = arrays.memory(frame["size"]) if frames else bytearray(frame["size"])
+            memoryview(data)[:] = payload[frame["at"] : frame["at"] + frame["size"]]
+        elif not frames:
+            data = bytearray(frame["size"])
+            await _fetch(memoryview(data), frame["blobs"], set(), read)
         else:
-            at = 0
-            for digest in frame["blobs"]:
-                blob = await get_blob(digest)
-                data[at : at + len(blob)] = blob
-                at += len(blob)
-            if at != frame["size"]:
-                raise ValueError(f"a value of {frame['size']} bytes came as {at} bytes")
+            data, there = memory.take(component["names"], frame["size"], frame["blobs"])
+            await _fetch(_bytes(data), frame["blobs"], there, read)
+            large.append((tuple(frame["blobs"]), data))
         frames.append(data)
+    memory.keep(component["names"], large)
     return frames
+
+
+def _bytes(memory: Any) -> memoryview:
+    return memoryview(memory if isinstance(memory, bytearray) else memory.reshape(-1).view("uint8"))
+
+
+async def _fetch(view: memoryview, hashes: Sequence[str], there: set[int], read: Read) -> None:
+    """All chunks but the last have the same size; runs of those that are not `there` are fetched together."""
+    step = buffers.chunk_size(view.nbytes)
+    number = 0
+    while number < len(hashes):
+        end = number
+        while end < len(hashes) and end not in there:
+            end += 1
+        if end > number:
+            part = view[number * step : end * step]
+            size = await read(hashes[number:end], part, step)
+            if size != part.nbytes:
+                raise ValueError(f"a value of {part.nbytes} bytes came as {size} bytes")
+        number = end + 1

@@ -25,6 +25,7 @@ from nbos_cluster import wire
 
 from . import binding, lost, resources
 from .append import Appender, Entry
+from .blobchannel import BlobChannel
 from .link import DaemonAway, Link
 from .replica import Replica
 
@@ -67,7 +68,7 @@ class Running:
 class Execution:
     """`greeting`: the daemon's latest answer to hello (default resources, durable)."""
 
-    def __init__(self, shell: Any, link: Link, replica: Replica, channel: Channel) -> None:
+    def __init__(self, shell: Any, link: Link, replica: Replica, channel: Channel, blobs: BlobChannel) -> None:
         self._shell, self._link, self._replica, self._channel = shell, link, replica, channel
         self.greeting: Message = {}
         self.running: Running | None = None
@@ -75,7 +76,7 @@ class Execution:
         self._cancelled: set[str] = set()  # msg_ids
         self._left = asyncio.Event()
         self._loop = asyncio.get_event_loop()
-        self._appender = Appender(link, replica, channel)
+        self._appender = Appender(link, replica, channel, blobs)
 
     # Called from other threads ---------------------------------------------------------------------------------
 

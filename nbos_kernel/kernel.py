@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from ipykernel.ipkernel import IPythonKernel
@@ -22,6 +23,7 @@ from ipykernel.zmqshell import ZMQInteractiveShell
 from traitlets import Type, Unicode
 
 from . import __version__, lost, magics
+from .blobchannel import BlobChannel, BlobFailed
 from .execution import Execution
 from .iopub import MEMBERS_TOPIC
 from .link import DaemonAway, Link
@@ -68,8 +70,9 @@ class NBOSKernel(IPythonKernel):
         self._led: str = ""
         self._answering: set[asyncio.Task[None]] = set()
         self.link = Link(self.nbos_socket, self._hello, self._greeted, self._pushed, self.log)
-        self.replica = Replica(self.shell, self._get_blob, self.log)
-        self.execution = Execution(self.shell, self.link, self.replica, self)
+        self.blobs = BlobChannel(self.link, self.nbos_socket, self.log)
+        self.replica = Replica(self.shell, self._read, self.log)
+        self.execution = Execution(self.shell, self.link, self.replica, self, self.blobs)
         self.shell.lost_names = self.replica.capture.lost
         self.shell.input_transformers_cleanup.insert(0, magics.strip_resource_line)
         self.shell.register_magics(magics.NBOSMagics(self.shell, self._status))
@@ -103,6 +106,7 @@ class NBOSKernel(IPythonKernel):
 
     def _greeted(self, reply: Message) -> None:
         self.execution.greeting = reply
+        self.blobs.renew()
         if isinstance(reply.get("members"), dict):
             self._publish_members(reply["members"])
 
@@ -146,15 +150,15 @@ class NBOSKernel(IPythonKernel):
         async with self._main_asyncio_lock:
             await self.execution.catch_up()
 
-    async def _get_blob(self, digest: str) -> bytes:
-        request = self.link.request({"type": "get_blob", "hash": digest})
-        reply, payload = await asyncio.wrap_future(request.future)
-        if not reply.get("ok"):
-            raise BlobMissing(f"its data is {reply.get('error', 'missing')} in the blob store")
-        return payload
+    async def _read(self, hashes: Sequence[str], target: memoryview, chunk: int) -> int:
+        try:
+            return await self.blobs.read(hashes, target, chunk)
+        except BlobFailed as err:
+            raise BlobMissing(f"its data: {err}") from err
 
     async def execute_request(self, stream: Any, ident: Any, parent: Message) -> None:
         if parent["header"].get("subshell_id") is not None:
+            self.replica.capture.note_source(parent["content"].get("code", ""))
             await super().execute_request(stream, ident, parent)
         elif _numbered(parent):
             await self.execution.cell(stream, ident, parent)

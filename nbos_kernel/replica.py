@@ -13,15 +13,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from . import effects, lost
-from .capture import names
+from .capture import hidden, names
 from .capture.changes import Capture, why_not
 from .capture.pickling import Roots, load
 from .capture.quiet import quiet
-from .entries import frames_of
+from .entries import Read, Memory, frames_of
 from .history import History
 
 Message = dict[str, Any]
@@ -32,15 +32,22 @@ class BlobMissing(Exception):
 
 
 class Replica:
-    """`shell`: the IPython shell. `get_blob(hash)` fetches from the daemon. `applied` -1: nothing yet."""
+    """`shell`: the IPython shell. `read(hashes, memory, chunk)` fetches from the daemon. `applied` -1: nothing yet."""
 
-    def __init__(self, shell: Any, get_blob: Callable[[str], Awaitable[bytes]], log: logging.Logger) -> None:
-        self._shell, self._get_blob, self._log = shell, get_blob, log
+    def __init__(self, shell: Any, read: Read, log: logging.Logger) -> None:
+        self._shell, self._read, self._log = shell, read, log
         self.roots = Roots(
             {"module": shell.user_module, "shell": shell, "In": shell.user_ns["In"], "Out": shell.user_ns["Out"]},
             shell.user_ns,
         )
-        self.capture = Capture(self.roots, lambda: names.user_variables(shell.user_ns, shell.user_ns_hidden))
+        self.hidden = hidden.Hidden(shell)
+        self.capture = Capture(
+            self.roots,
+            lambda: names.user_variables(shell.user_ns, shell.user_ns_hidden),
+            self.hidden,
+            lambda: names.copies(shell),
+        )
+        self.memory = Memory()
         self.watcher = effects.Watcher()
         self.history = History(shell)
         self.applied = -1
@@ -74,6 +81,7 @@ class Replica:
     def own(self, n: int) -> None:
         """Entry n is this replica's own and stands in the log."""
         self.applied = max(self.applied, n)
+        self.memory.forget()  # the cell may have written to it
 
     async def _apply(self, entry: Mapping[str, Any], payload: bytes, whole: bool) -> None:
         if entry.get("kind") == "abandoned":
@@ -97,7 +105,7 @@ class Replica:
         for component in components:
             digests.update(dict.fromkeys(component["names"], component["digest"]))
             try:
-                frames = await frames_of(component, payload, self._get_blob)
+                frames = await frames_of(component, payload, self._read, self.memory)
                 with quiet():
                     loaded = load(frames[0], frames[1:], self.roots)
                 # A fold narrows `names` when one of them was written again later: the stream's other values are old.
@@ -111,10 +119,14 @@ class Replica:
         return values, digests, missing
 
     def _put(self, values: dict[str, Any], gone: set[str], whole: bool) -> None:
-        namespace, hidden = self._shell.user_ns, self._shell.user_ns_hidden
+        namespace = self._shell.user_ns
         if whole:
-            gone |= {name for name, _ in names.user_variables(namespace, hidden)} - values.keys()
+            gone |= {name for name, _ in names.user_variables(namespace, self._shell.user_ns_hidden)} - values.keys()
+            gone |= {name for name, _ in self.hidden.linked()} - values.keys()
+        pseudo = {name: values.pop(name) for name in list(values) if hidden.is_pseudo(name)}
         for name in gone:
             namespace.pop(name, None)
         namespace.update(values)
+        with quiet():
+            self.trouble.update(self.hidden.apply(pseudo, gone))
         self.history.results(values, gone)

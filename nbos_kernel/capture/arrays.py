@@ -7,6 +7,7 @@ in torch/_utils.py.
 
 from __future__ import annotations
 
+import pickle
 import sys
 from typing import Any
 
@@ -43,12 +44,53 @@ def reduce_array(array: Any) -> Any:
     """A reduction of a view onto its owner, or NotImplemented for an array that owns its memory."""
     root = owner(array)
     if root is array or type(root) is not type(array) or root.size == 0 or array.size == 0:
-        return NotImplemented
+        return _reduce_owner(array)
     offset = array.__array_interface__["data"][0] - root.__array_interface__["data"][0]
     dtype = array.dtype
     if dtype.hasobject and dtype != root.dtype:
         return NotImplemented  # a view of other type on object references cannot be made from outside
     return rebuild_view, (root, offset, array.shape, array.strides, dtype, bool(array.flags.writeable))
+
+
+def _reduce_owner(array: Any) -> Any:
+    """An array on memory of its own comes back as one (`base` None, resizable); plain pickle makes it a view of
+    the received bytes."""
+    flags = array.flags
+    if array.dtype.hasobject or array.size == 0 or not (flags.c_contiguous or flags.f_contiguous):
+        return NotImplemented
+    order = "C" if flags.c_contiguous else "F"
+    made = (pickle.PickleBuffer(array), array.dtype, array.shape, order, bool(flags.writeable))
+    return rebuild_owner, made
+
+
+def rebuild_owner(data: Any, dtype: Any, shape: Any, order: str, writeable: bool) -> Any:
+    """An array on `data`; when that is fresh memory of the loader (an array of bytes), it becomes the array."""
+    import numpy
+
+    if type(data) is numpy.ndarray and data.flags.owndata and order == "C":
+        data.flags.writeable = True
+        if data.dtype != dtype:
+            data.shape = (-1,)
+            data.dtype = dtype
+        if data.shape != shape:
+            data.shape = shape
+        array = data
+    else:
+        array = numpy.empty(shape, dtype, order)
+        flat = array.reshape(-1, order="A") if array.ndim else array.reshape(1)
+        flat.view(numpy.uint8)[...] = numpy.frombuffer(data, numpy.uint8)
+    if not writeable:
+        array.flags.writeable = False
+    return array
+
+
+def memory(size: int) -> Any:
+    """Fresh writable memory for a frame: an array of bytes, which an array may take over, where numpy is there."""
+    try:
+        import numpy
+    except ImportError:
+        return bytearray(size)
+    return numpy.empty(size, numpy.uint8)
 
 
 def rebuild_view(root: Any, offset: int, shape: Any, strides: Any, dtype: Any, writeable: bool) -> Any:
@@ -113,8 +155,12 @@ def reduce_tensor(tensor: Any, storages: Storages) -> Any:
     kind = type(tensor)
     if kind not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_quantized:
         return NotImplemented
-    if not tensor.is_leaf or tensor.device.type not in ("cpu", "cuda") or tensor._backward_hooks:
+    if not tensor.is_leaf:
+        raise pickle.PicklingError("it belongs to a computation that can still be differentiated; keep x.detach()")
+    if tensor.device.type not in ("cpu", "cuda"):
         return NotImplemented
+    if tensor._backward_hooks:
+        raise pickle.PicklingError("a tensor with hooks of autograd")
     if tensor.is_conj() or tensor.is_neg():
         return NotImplemented
     where = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad)

@@ -1,31 +1,43 @@
 """Variables that share an object form one group: only together in one pickle do they still share it afterwards.
 
-Pure data in, groups out: a union-find over the identities each variable reaches.
+Identities are compared in bulk; only those that two pickles have in common are looked at one by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Sequence
+from typing import Protocol
 
 
-def groups(reached: Mapping[str, Collection[int]]) -> list[tuple[str, ...]]:
-    """Names in groups (each sorted, in the order of first appearance) from the object identities each name
-    reaches."""
-    parent: dict[str, str] = {name: name for name in reached}
+class Reaching(Protocol):
+    """What a pickle refers to: `memo` by identity; `shares(i)`: whether it matters that i is one object."""
 
-    def root(name: str) -> str:
-        while parent[name] != name:
-            parent[name] = parent[parent[name]]
-            name = parent[name]
-        return name
+    @property
+    def memo(self) -> dict[int, tuple[int, object]]: ...
 
-    owner: dict[int, str] = {}
-    for name, identities in reached.items():
-        for identity in identities:
-            other = owner.setdefault(identity, name)
-            if other is not name:
-                parent[root(name)] = root(other)
-    members: dict[str, list[str]] = {}
-    for name in reached:
-        members.setdefault(root(name), []).append(name)
-    return [tuple(sorted(names)) for names in members.values()]
+    def shares(self, identity: int) -> bool: ...
+
+
+def groups(reached: Sequence[Reaching]) -> list[list[int]]:
+    """Positions of `reached` in groups, each in order, in the order of first appearance."""
+    parent = list(range(len(reached)))
+
+    def root(number: int) -> int:
+        while parent[number] != number:
+            parent[number] = parent[parent[number]]
+            number = parent[number]
+        return number
+
+    if len(reached) > 1:
+        owner: dict[int, int] = {}
+        for number, pickled in enumerate(reached):
+            memo = pickled.memo
+            for identity in memo.keys() & owner.keys() if len(memo) < len(owner) else owner.keys() & memo.keys():
+                if root(owner[identity]) != root(number) and pickled.shares(identity):
+                    parent[root(number)] = root(owner[identity])
+            for identity in memo:
+                owner.setdefault(identity, number)
+    members: dict[int, list[int]] = {}
+    for number in range(len(reached)):
+        members.setdefault(root(number), []).append(number)
+    return list(members.values())

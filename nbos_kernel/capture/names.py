@@ -39,6 +39,16 @@ def user_variables(namespace: Mapping[str, Any], hidden: Mapping[str, Any]) -> I
         yield name, value
 
 
+def copies(shell: Any) -> Iterator[Any]:
+    """What IPython itself holds of the user's values, besides the namespace."""
+    yield from shell.user_ns_hidden.values()
+    yield from shell.user_ns["_oh"].values()
+    yield from vars(shell.displayhook).values()
+    last = shell.last_execution_result
+    if last is not None:
+        yield last.result
+
+
 def result_number(name: str) -> int | None:
     """7 for `_7`, the cached result of cell 7; None for every other name."""
     match = _NUMBERED.match(name)

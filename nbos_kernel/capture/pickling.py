@@ -7,7 +7,12 @@ Guarantees beyond cloudpickle:
 - a class of the notebook keeps one identity within a group, and is made anew whenever its group is loaded: what
   refers to it is in the same group (`groups.py`), and attributes that were deleted are gone;
 - NumPy views and torch tensors keep what they share (`arrays.py`);
-- buffers of BUFFER bytes and more leave the stream without a copy.
+- buffers of BUFFER bytes and more leave the stream without a copy;
+- objects whose class has a say in how it is pickled take a witness along (`witness.py`): what comes back must look
+  like what went in, or its variables are lost on that standby, with the reason.
+
+The references are the first entries of the pickler's memo, so they cost nothing per object (a `persistent_id` would be
+called for every one); `Roots.prelude` is the stream that fills the unpickler's memo in the same way.
 """
 
 from __future__ import annotations
@@ -17,14 +22,14 @@ import io
 import pickle
 import sys
 import types
-import typing
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import cloudpickle
 from cloudpickle import cloudpickle as cp
 
-from . import arrays, rebuilt
+from . import arrays, rebuilt, seal, touch, witness
 from .names import TEXT_LIMIT
 
 BUFFER = 32 * 1024
@@ -39,7 +44,9 @@ class Roots:
     def __init__(self, named: dict[str, Any], namespace: dict[str, Any]) -> None:
         self.named = {**named, "namespace": namespace}
         self.namespace = namespace
-        self.by_identity = {id(value): name for name, value in self.named.items()}
+        self.memo = {id(value): (number, value) for number, value in enumerate(self.named.values())}
+        self.prelude = b"\x80\x05" + b"".join(_refer(name) for name in self.named) + b"N."
+        self.stop = frozenset(self.memo) | seal.STOP
         self.imported: set[str] = set()
         """Dotted modules that cells imported by name."""
 
@@ -47,28 +54,43 @@ class Roots:
         return tuple(sorted(name for name in self.imported if name.startswith(package + ".") and name in sys.modules))
 
 
-class Pickled(typing.NamedTuple):
-    """A pickle stream, its out-of-band buffers, and everything the stream refers to (kept alive by `memo`)."""
+def _refer(name: str) -> bytes:
+    """SHORT_BINUNICODE name, BINPERSID, MEMOIZE, POP: puts the root called `name` into the unpickler's memo."""
+    return b"\x8c" + bytes([len(name)]) + name.encode() + b"Q\x940"
 
-    stream: bytes
-    buffers: list[memoryview]
-    memo: dict[int, tuple[int, Any]]
-    by_value: set[int]
 
-    def shareable(self) -> set[int]:
-        """Identities of the objects in the stream that can change, or be told apart by `is`."""
-        by_value = self.by_value
-        return {
-            identity
-            for identity, (_, value) in self.memo.items()
-            if type(value) not in _NEVER_SHARED
-            and (identity in by_value or not _by_reference(value))
-            and not (type(value) in (str, bytes) and len(value) <= TEXT_LIMIT)
-        }
+class Pickled:
+    """A pickle stream, its out-of-band buffers, and everything the stream refers to (kept alive by the pickler)."""
+
+    def __init__(self, stream: bytes, pickler: NamespacePickler) -> None:
+        self.stream, self.buffers = stream, pickler.buffers
+        self._pickler = pickler
+        self._memo: dict[int, tuple[int, Any]] | None = None
+
+    @property
+    def mentions(self) -> frozenset[str]:
+        return frozenset(self._pickler.mentions)
+
+    @property
+    def memo(self) -> dict[int, tuple[int, Any]]:
+        """What the stream refers to, by identity."""
+        if self._memo is None:
+            self._memo = self._pickler.memo.copy()
+            for identity in self._pickler.roots.memo:
+                self._memo.pop(identity, None)
+        return self._memo
+
+    def shares(self, identity: int) -> bool:
+        """Whether the object with this identity can change, or be told apart by `is`: it has to stay one object."""
+        value = self.memo[identity][1]
+        kind = type(value)
+        if kind in _NEVER_SHARED or (kind in (str, bytes) and len(value) <= TEXT_LIMIT):
+            return False
+        return identity in self._pickler.by_value or not _by_reference(value)
 
 
 _NEVER_SHARED = frozenset(
-    {int, float, tuple, frozenset, types.CodeType, types.ModuleType, types.BuiltinFunctionType, range, slice}
+    {int, float, tuple, frozenset, types.CodeType, types.ModuleType, types.BuiltinFunctionType, range, slice, witness.Tail}
 )
 
 
@@ -96,13 +118,15 @@ class NamespacePickler(cloudpickle.Pickler):
         super().__init__(file, protocol=5, buffer_callback=self._take_buffer)
         self.roots = roots
         self.storages = storages
+        self.memo = roots.memo
         self.by_value: set[int] = set()
+        self.suspects: list[tuple[Any, Any]] = []
+        self.mentions: set[str] = set()
+        """What the notebook's functions in the stream name."""
         numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
         self._array = getattr(numpy, "ndarray", None)
         self._tensor = getattr(torch, "Tensor", None)
-        # Called by the pickler for every single object: a closure over one dict is the cheapest form there is.
-        known = roots.by_identity
-        self.persistent_id: Callable[[Any], str | None] = lambda value: known.get(id(value))
+        self._plain: set[type] = set()
 
     def _take_buffer(self, buffer: pickle.PickleBuffer) -> bool:
         try:
@@ -116,23 +140,41 @@ class NamespacePickler(cloudpickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         kind: Any = type(obj)
+        if kind in self._plain:
+            return NotImplemented
         if kind is self._array:
             return arrays.reduce_array(obj)
         if self._tensor is not None and isinstance(obj, self._tensor):
             return arrays.reduce_tensor(obj, self.storages)
-        reducer = rebuilt.REDUCERS.get(kind)
+        if kind is witness.Tail:
+            return list, (tuple(self.suspects),)
+        reducer = rebuilt.reducer_of(kind)
         if reducer is not None:
-            return reducer(obj)
+            reduced = reducer(obj)
+            if reduced is not NotImplemented:
+                if isinstance(obj, weakref.ref):
+                    self.suspects.append((obj, (kind, None)))
+                return reduced
+        if kind is types.BuiltinFunctionType and touch.reflective_value(obj):
+            self.mentions.add(obj.__name__)
         if isinstance(obj, types.ModuleType) and sys.modules.get(obj.__name__) is obj:
             return rebuilt.import_modules, (obj.__name__, self.roots.submodules(obj.__name__))
-        reduced = super().reducer_override(obj)
-        if reduced is not NotImplemented and reduced[0] in _CLASS_MAKERS:
-            self.by_value.add(id(obj))
-            return _untracked(reduced)
-        return reduced
+        if isinstance(obj, type | types.FunctionType):
+            reduced = super().reducer_override(obj)
+            if reduced is not NotImplemented and reduced[0] in _CLASS_MAKERS:
+                self.by_value.add(id(obj))
+                return _untracked(reduced)
+            return reduced
+        trust = witness.trust(kind)
+        if trust is witness.PLAIN and reducer is None:
+            self._plain.add(kind)
+        elif trust is not witness.PLAIN and len(self.suspects) < witness.MOST:
+            self.suspects.append((obj, witness.of(obj, trust)))
+        return super().reducer_override(obj)
 
     def _dynamic_function_reduce(self, func: types.FunctionType) -> Any:
         self.by_value.add(id(func))
+        self.mentions |= touch.code_words(func.__code__)
         if func.__globals__ is not self.roots.namespace:
             return super()._dynamic_function_reduce(func)
         slots = {name: getattr(func, name) for name in _FUNCTION_SLOTS}
@@ -161,23 +203,34 @@ def set_function_state(function: types.FunctionType, state: Any) -> None:
         setattr(function, name, value)
 
 
-def dump(value: Any, roots: Roots, storages: arrays.Storages) -> Pickled:
-    """`value` as bytes. Raises whatever the value's own reduction raises."""
+def dump(values: dict[str, Any], roots: Roots, storages: arrays.Storages) -> Pickled:
+    """`values` as bytes. Raises whatever a value's own reduction raises."""
     with io.BytesIO() as file:
         pickler = NamespacePickler(file, roots, storages)
-        pickler.dump(value)
-        return Pickled(file.getvalue(), pickler.buffers, pickler.memo.copy(), pickler.by_value)
+        pickler.dump((values, witness.TAIL))
+        return Pickled(file.getvalue(), pickler)
 
 
 class NamespaceUnpickler(pickle.Unpickler):
-    def __init__(self, stream: Buffer, buffers: Sequence[Buffer], roots: Roots) -> None:
-        super().__init__(io.BytesIO(stream), buffers=buffers)
+    def __init__(self, stream: Buffer, buffers: Iterable[Any], roots: Roots) -> None:
+        super().__init__(io.BytesIO(b"".join((roots.prelude, stream))), buffers=buffers)
         self._roots = roots
 
     def persistent_load(self, name: str) -> Any:
         return self._roots.named[name]
 
 
-def load(stream: Buffer, buffers: Sequence[Buffer], roots: Roots) -> Any:
-    """The value back. `buffers` should be writable (bytearray) so that arrays on them are."""
-    return NamespaceUnpickler(stream, buffers, roots).load()
+def load(stream: Buffer, buffers: Iterable[Any], roots: Roots) -> dict[str, Any]:
+    """The values back. `buffers` should be writable (bytearray) so that arrays on them are.
+
+    Raises witness.Changed when a value came back as something else.
+    """
+    unpickler = NamespaceUnpickler(stream, buffers, roots)
+    unpickler.load()  # the prelude
+    values, suspects = unpickler.load()
+    witness.check(suspects)
+    references = [value for value, _ in suspects if isinstance(value, weakref.ref)]
+    del suspects, unpickler  # they kept alive what weak references look at
+    if any(reference() is None for reference in references):
+        raise witness.Changed("a weak reference to an object that no variable holds")
+    return values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from IPython.core.interactiveshell import InteractiveShell
@@ -25,12 +26,14 @@ class Side:
         config.HistoryManager.enabled = False
         self.shell = InteractiveShell(config=config)
         self.blobs = blobs
-        self.replica = Replica(self.shell, self._blob, LOG)
+        self.replica = Replica(self.shell, self._read, LOG)
         self.shell.displayhook.write_format_data = lambda *_: None
         self.shell.displayhook.write_output_prompt = lambda: None
 
-    async def _blob(self, digest: str) -> bytes:
-        return self.blobs[digest]
+    async def _read(self, hashes: Sequence[str], target: memoryview, chunk: int) -> int:
+        data = b"".join(self.blobs[digest] for digest in hashes)
+        target[: len(data)] = data
+        return len(data)
 
     @property
     def ns(self) -> dict[str, Any]:
@@ -80,6 +83,9 @@ class Pair:
         }
         self.payload = payload
         replica.own(self.n)
+        del found, layout
+        for _ in replica.capture.settle():
+            pass
         message = json.loads(json.dumps({"type": "entry", "entry": entry}))
         self.standby.replica.arrived(message, payload)
         asyncio.run(self.standby.replica.catch_up(lambda n, lost: None))

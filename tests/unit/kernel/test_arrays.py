@@ -57,7 +57,7 @@ def test_large_arrays_travel_as_blobs_and_come_back_writable() -> None:
 def test_an_array_that_shares_nothing_forms_a_group_of_its_own() -> None:
     pair = Pair()
     entry = pair.cell("import numpy as np\na = np.ones(3); b = np.zeros(3); c = [np.float64(1)]")
-    assert sorted(c["names"] for c in entry["components"]) == [["a"], ["b"], ["c"], ["np"]]
+    assert sorted(c["names"] for c in entry["components"] if c["names"][0][0] != "%") == [["a"], ["b"], ["c"], ["np"]]
 
 
 def test_tensors_share_storage() -> None:

@@ -1,0 +1,118 @@
+"""Large buffers in content-addressed chunks: which chunks are new, told without hashing them twice.
+
+A chunk is known by its BLAKE3 address (what it is stored under). Whether it changed since it was last captured is told by
+xxh3 where `xxhash` can be imported (8 to 10 GB/s a core); two different chunks pass for the same
+with a chance of 2**-64 per comparison. Without xxhash the address itself is compared: right as well, and slower.
+Both release the interpreter for large inputs, so chunks are hashed by several threads.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from nbos_cluster import content, wire
+
+try:
+    from xxhash import xxh3_64_digest as _quick
+except ImportError:
+    _quick = None  # type: ignore[assignment]
+
+CHUNK = 4 * 1024 * 1024
+"""Bytes of a chunk: what one changed byte costs."""
+
+LONG = 1024 * 1024 * 1024
+"""Frames beyond this many bytes have chunks of wire.BLOB_CHUNK, so that the log entry's list of hashes stays short."""
+
+ALONE = 2 * CHUNK
+"""Frames up to this many bytes are hashed by the calling thread."""
+
+_Job = tuple[memoryview, tuple[bytes, str]]
+_Marked = tuple[bytes, str, bool]
+
+_pool: ThreadPoolExecutor | None = None
+_pool_lock = threading.Lock()
+
+
+def chunk_size(total: int) -> int:
+    return CHUNK if total <= LONG else wire.BLOB_CHUNK
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What is remembered of a frame: its size, and for each chunk the quick mark and the address."""
+
+    size: int
+    quick: tuple[bytes, ...]
+    hashes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FrameData:
+    """A run of bytes of a component and the marks of its chunks. `fresh`: bytes in chunks not seen before."""
+
+    data: bytes | memoryview
+    marks: Marks
+    fresh: int = 0
+
+    @property
+    def size(self) -> int:
+        return self.marks.size
+
+    @property
+    def hashes(self) -> tuple[str, ...]:
+        return self.marks.hashes
+
+    def chunks(self) -> Iterable[tuple[str, memoryview]]:
+        view = memoryview(self.data).cast("B")
+        step = chunk_size(view.nbytes)
+        for number, digest in enumerate(self.hashes):
+            yield digest, view[number * step : (number + 1) * step]
+
+
+def frame(data: bytes | memoryview, before: Marks | None = None) -> FrameData:
+    """Mark `data`; chunks that have the quick mark they had `before`, at the same place, keep their address."""
+    view = memoryview(data).cast("B")
+    step = chunk_size(view.nbytes)
+    parts = [view[at : at + step] for at in range(0, view.nbytes, step)]
+    old = before if before is not None and before.size == view.nbytes else None
+    known = list(zip(old.quick, old.hashes, strict=True)) if old else []
+    known += [(b"", "")] * (len(parts) - len(known))
+    done = list(_each(_mark, list(zip(parts, known, strict=True)), view.nbytes))
+    fresh = sum(len(part) for part, (_, _, new) in zip(parts, done, strict=True) if new)
+    return FrameData(data, Marks(view.nbytes, tuple(q for q, _, _ in done), tuple(h for _, h, _ in done)), fresh)
+
+
+def _mark(job: _Job) -> _Marked:
+    part, (quick, digest) = job
+    if _quick is None:
+        now = content.address(part)
+        return now.encode(), now, now != digest
+    mark = _quick(part)
+    if mark == quick:
+        return mark, digest, False
+    return mark, content.address(part), True
+
+
+def _each(call: Callable[[_Job], _Marked], jobs: list[_Job], total: int) -> Iterable[_Marked]:
+    if total <= ALONE:
+        return map(call, jobs)
+    return _threads().map(call, jobs)
+
+
+def _threads() -> ThreadPoolExecutor:
+    global _pool
+    with _pool_lock:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "NBOS hash")
+            os.register_at_fork(after_in_child=_forget)
+        return _pool
+
+
+def _forget() -> None:
+    """A forked child has the pool's object but none of its threads."""
+    global _pool
+    _pool = None

@@ -50,7 +50,7 @@ def test_large_arrays_travel_as_blobs_and_come_back_writable() -> None:
     pair = Pair()
     entry = pair.cell("import numpy as np\na = np.ones(100_000); r = np.ones(100_000); r.flags.writeable = False")
     assert len(pair.blobs) == 1  # equal content is stored once
-    assert all("blobs" in c["frames"][-1] for c in entry["components"] if c["names"] != ["np"])
+    assert all("blobs" in c["frames"][-1] for c in entry["components"] if c["names"][0] in "ar")
     assert pair.on_standby("a.flags.writeable and not r.flags.writeable")
 
 

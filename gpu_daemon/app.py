@@ -57,6 +57,9 @@ class GPUDaemon(Application):
     blob_grace = Float(
         3600.0, min=1.0, help="Seconds that a blob stays though nothing names it (yet), and once more set aside."
     ).tag(config=True)
+    blob_patience = Float(
+        45.0, min=1.0, help="Seconds after which a blob store that has not answered counts as away."
+    ).tag(config=True)
     collect_every = Float(
         600.0, min=0.0, help="Seconds between two collections of blobs that nothing names; 0: this daemon never does."
     ).tag(config=True)
@@ -158,6 +161,7 @@ class GPUDaemon(Application):
             stop_replicas_on_exit=self.stop_replicas_on_exit,
             replica_command=tuple(self.replica_command),
             blob_grace=self.blob_grace,
+            blob_patience=self.blob_patience,
             collect_every=self.collect_every,
         )
         devices, blobs = self.find_devices(), open_store(self.blob_store, self.blob_store_options)

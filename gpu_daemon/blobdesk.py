@@ -24,8 +24,6 @@ T = TypeVar("T")
 Send = Callable[[Txn], Awaitable[TxnResult]]
 
 THREADS = min(16, max(4, 2 * (os.cpu_count() or 1)))
-PATIENCE = 45.0
-"""Seconds after which a call counts as hanging. A store that answers late ends its calls itself before that."""
 SEEN = 200_000
 """Addresses that are remembered as being in the store."""
 
@@ -37,10 +35,10 @@ class _Batch:
 
 
 class BlobDesk:
-    def __init__(self, store: BlobStore, keep: float = 3600.0, patience: float = PATIENCE) -> None:
+    def __init__(self, store: BlobStore, keep: float = 3600.0, patience: float = 45.0) -> None:
         self.store = store
         self.keep, self._patience = keep, patience
-        """keep: seconds that a blob stays when nothing names it (yet)."""
+        """keep: seconds that a blob stays when nothing names it (yet). patience: seconds after which a call hangs."""
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="blobs")
         self._fences: dict[str, Fence] = {}
         self._seen: dict[tuple[str, str], int] = {}

@@ -1,4 +1,4 @@
-"""The blob store: large values by content, in a namespace per owner. The interface, its errors, and which one a URL names.
+"""The blob store: large values by content, in a namespace per owner. Interface, errors, and which one a URL names.
 
 Guarantees of every store: a blob that was written and settled survives a power cut; what is read has the hash it was
 asked for; nobody reaches another owner's blobs, since the owner is part of the path and comes from the kernel's

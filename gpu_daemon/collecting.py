@@ -30,7 +30,7 @@ from nbos_cluster.statelog import blobs_of
 
 @dataclass(frozen=True, slots=True)
 class Fence:
-    """revision: of the fence key, 0 before the first collection. lock: revision of the lock, 0 while nobody collects."""
+    """revision: of the fence key, 0 before the first collection. lock: revision of the lock, 0 when nobody is at it."""
 
     revision: int
     lock: int = 0
@@ -124,19 +124,20 @@ class Plan:
 
 def plan(stored: Iterable[Stored], named: set[str], now: float, grace: float, most: int = 2000) -> Plan:
     """What to do with everything in a namespace; at most `most` steps, so that appends never wait long."""
+    items = list(stored)
+    sound = {item.address for item in items if item.address and not item.condemned}
     condemn: list[Stored] = []
     restore: list[Stored] = []
     remove: list[Stored] = []
     kept = size = 0
-    for item in stored:
-        old = now - item.at > grace
-        room = len(condemn) + len(restore) + len(remove) < most
-        if item.condemned and item.address in named:
+    for item in items:
+        old = now - item.at > grace and len(condemn) + len(remove) < most
+        if item.condemned and item.address in named and item.address not in sound:
             restore.append(item)
-        elif (item.condemned or not item.address) and old and room:
-            remove.append(item)
-        elif item.address and not item.condemned and item.address not in named and old and room:
+        elif item.condemned or not item.address:
+            remove.extend([item] if old else [])
+        elif item.address not in named and old:
             condemn.append(item)
-        elif item.address and not item.condemned:
+        else:
             kept, size = kept + 1, size + item.size
     return Plan(tuple(condemn), tuple(restore), tuple(remove), kept, size)

@@ -46,7 +46,7 @@ class Daemon:
     ) -> None:
         ledger = Ledger(settings.host, devices)
         rundir = RunDir(settings.run_dir)
-        desk = BlobDesk(blobs, settings.blob_grace)
+        desk = BlobDesk(blobs, settings.blob_grace, settings.blob_patience)
         self._site = Site(settings, etcd, ledger, FairQueue(ledger), desk, rundir)
         self._devices = devices
         self._publisher = Publisher(self._site)

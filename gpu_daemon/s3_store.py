@@ -1,4 +1,4 @@
-"""Blobs as objects `<prefix>/<owner>/<first two digits>/<address>` in an S3 bucket, through `obstore`.
+"""Blobs as objects `<prefix>/<owner>/<address>` in an S3 bucket, through `obstore`.
 
 Guarantees, besides those of every store: a call ends within about `PATIENCE` seconds and says that the store is away
 when it does not answer; credentials stay in the daemon. A blob that the collection condemned is `<address>.old` for
@@ -38,7 +38,7 @@ PATIENCE = timedelta(seconds=10)
 """Requests that fail are repeated for this long."""
 
 OLD, DAMAGED = ".old", ".corrupt"
-_KEY = re.compile(r"(?P<folder>[0-9a-f]{32})/(?P<key>[0-9a-f]{2}/(?P<name>[^/]+))")
+_KEY = re.compile(r"(?P<folder>[0-9a-f]{32})/(?P<name>[^/]+)")
 _FULL = ("StorageFull", "QuotaExceeded", "InsufficientStorage", "507 ", "TooManyBuckets")
 _ANSWERED = ("AccessDenied", "NoSuchBucket", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidBucketName")
 
@@ -133,7 +133,7 @@ class S3Store(BlobStore):
             for some in self._s3.list(self._store, folder):
                 for meta in some:
                     if (match := _KEY.fullmatch(meta["path"])) is not None:
-                        yield _stored(match["key"], match["name"], meta["size"], meta["last_modified"].timestamp())
+                        yield _stored(match["name"], meta["size"], meta["last_modified"].timestamp())
 
     def now(self) -> float:
         with self._asking("the store's clock could not be read"):
@@ -213,17 +213,19 @@ class S3Store(BlobStore):
 
 def _key(owner: str, digest: str) -> str:
     check_address(digest)
-    return f"{folder_of(owner)}/{digest[:2]}/{digest}"
+    return f"{folder_of(owner)}/{digest}"
 
 
-def _stored(key: str, name: str, size: int, at: float) -> Stored:
+def _stored(name: str, size: int, at: float) -> Stored:
     base = name.removesuffix(OLD)
     if not is_address(base):
-        return Stored(key, "", size, at)
-    return Stored(key, base, size, at, condemned=base != name)
+        return Stored(name, "", size, at)
+    return Stored(name, base, size, at, condemned=base != name)
 
 
 def _short(text: str) -> str:
     """The innermost reason that obstore gives, without its debug output."""
-    lines = [line.strip() for line in text.replace("\\n", "\n").splitlines() if line.strip()]
-    return (lines[0] if lines else "no reason given")[:200]
+    causes = re.findall(r"Caused by:|source: |: ([A-Z][^:{}()\n]+(?:\(os error \d+\))?)\s*$", text, re.MULTILINE)
+    reasons = [cause for cause in causes if cause]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return (reasons[-1] if reasons else lines[0] if lines else "no reason given")[:200]

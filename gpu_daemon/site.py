@@ -57,6 +57,7 @@ class Settings:
     stop_replicas_on_exit: bool = True
     replica_command: tuple[str, ...] = ()
     blob_grace: float = 3600.0
+    blob_patience: float = 45.0
     collect_every: float = 600.0
 
 

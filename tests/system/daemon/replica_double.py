@@ -2,7 +2,8 @@
 
 Started by the daemon like a replica: `python replica_double.py --nbos-socket PATH -f FILE`. It says hello, keeps
 reconnecting, applies what is pushed, and listens on `<folder>/c` for JSON lines: {"send": message, "payload": hex},
-{"pushed": type}, {"hello": {...}} to change what it says next time, {"raw": hex}, {"eat": bytes}, {"drop": true}.
+{"pushed": type}, {"hello": {...}} to change what it says next time, {"raw": hex}, {"eat": bytes}, {"drop": true},
+{"arena": true} to fetch shared memory, {"write": hex, "at": n}, {"read": size, "at": n} to use it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nbos_cluster import wire
+from nbos_cluster.arena import fetch
 
 
 class Double:
@@ -30,6 +32,7 @@ class Double:
         self.hello_reply: dict[str, Any] = {}
         self.writer: asyncio.StreamWriter | None = None
         self.held: list[bytearray] = []
+        self.arena: Any = None
 
     async def run(self) -> None:
         while True:
@@ -98,6 +101,14 @@ class Double:
             return await self.request(order["send"], bytes.fromhex(order.get("payload", "")))
         if "pushed" in order:
             return [m for m, _ in self.pushed if m["type"] == order["pushed"]]
+        if "arena" in order:
+            self.arena = await asyncio.to_thread(fetch, self.path)
+            return self.arena.size
+        if "write" in order:
+            data = bytes.fromhex(order["write"])
+            self.arena.part(order["at"], len(data))[:] = data
+        if "read" in order:
+            return bytes(self.arena.part(order["at"], order["read"])).hex()
         if "hello" in order:
             self.said.update(order["hello"])
         if "raw" in order and self.writer is not None:

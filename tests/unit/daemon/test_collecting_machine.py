@@ -32,7 +32,7 @@ kernels = st.sampled_from(KERNELS)
 
 @dataclass
 class Store:
-    """`sound` and `aside` (`.old`) blobs with the time they were last put. keeps: what is brought back is copied (S3)."""
+    """`sound` and `aside` (`.old`) blobs, when they were last put. keeps: what is brought back is copied (S3)."""
 
     keeps: bool = False
     sound: dict[str, float] = field(default_factory=dict)
@@ -274,7 +274,7 @@ class Collecting(RuleBasedStateMachine):
         assert {i.address for i in self.store.contents()} == named
 
 
-Collecting.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+Collecting.TestCase.settings = settings(max_examples=400, stateful_step_count=60, deadline=None)
 TestCollecting = Collecting.TestCase
 
 

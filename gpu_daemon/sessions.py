@@ -54,6 +54,7 @@ class Session:
         self._follower: asyncio.Task[None] | None = None
         self._news = asyncio.Event()
         self._free = asyncio.Semaphore(AT_ONCE)
+        self._large = asyncio.Lock()
         self._free_for_blobs = asyncio.Semaphore(BLOBS_AT_ONCE)
         self._last_append: asyncio.Task[None] | None = None
         self._members: Message | None = None
@@ -155,7 +156,7 @@ class Session:
 
     async def _start(self, message: Message, payload: bytes) -> None:
         kind = message.get("type")
-        free = self._free_for_blobs if kind in ("put_blob", "get_blob", "have_blobs") and not payload else self._free
+        free = self._free_for_blobs if kind in ("put_blob", "get_blob") and "at" in message else self._free
         await free.acquire()
         before = self._last_append
         if kind not in ("append", "bid"):
@@ -180,9 +181,11 @@ class Session:
     async def _carry_out(self, message: Message, payload: bytes) -> None:
         reply, data = await self._reply(message, payload)
         if "id" in message and isinstance(message["id"], int | str):
-            self.push({"re": message["id"], **reply}, data)
-            with contextlib.suppress(ConnectionError):
-                await self._writer.drain()
+            # Large answers one by one: together they would pass what is buffered for a slow reader.
+            async with self._large if data else contextlib.nullcontext():
+                self.push({"re": message["id"], **reply}, data)
+                with contextlib.suppress(ConnectionError):
+                    await self._writer.drain()
         if message.get("type") == "hello" and reply["ok"]:
             self.follow(self.replica.applied)
 

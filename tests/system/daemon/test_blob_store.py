@@ -218,6 +218,18 @@ async def test_blobs_go_through_memory_shared_with_the_daemon(client: Etcd, host
     assert (await get(replica, TWO))["error"] == "missing"
 
 
+async def test_many_large_blobs_at_once_through_the_socket_do_not_break_the_connection(
+    client: Etcd, host: MakeHost
+) -> None:
+    replica = await ready(client, host)
+    large = [os.urandom(8 * MEBIBYTE) for _ in range(2)]
+    for data in large:
+        assert (await put(replica, data))["ok"]
+    answers = await asyncio.gather(*(get(replica, large[i % 2]) for i in range(8)))
+    assert [answer["size"] for answer in answers] == [8 * MEBIBYTE] * 8
+    assert (await replica.ready())["hellos"] == 1
+
+
 async def test_after_a_restart_of_the_daemon_shared_memory_is_asked_for_anew(client: Etcd, host: MakeHost) -> None:
     a = host("a")
     await create(client, kernel_spec("k", "a"))

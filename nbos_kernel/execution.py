@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from nbos_cluster import wire
 
-from . import binding, lost, resources
+from . import binding, lost, magics, resources
 from .append import Appender, Entry
 from .blobchannel import BlobChannel
 from .link import DaemonAway, Link
@@ -34,6 +34,12 @@ Message = dict[str, Any]
 FAST = 0.004
 """Seconds the main thread itself waits for a bid's answer before it goes back to its loop: the loop costs 0.1 ms
 more."""
+
+LARGE = 1 << 30
+"""Bytes that a cell made or changed, from which the user is told that replicating them takes its time."""
+
+SLICE, PAUSE = 0.005, 0.015
+"""Seconds of work on what the next capture may leave out, and of rest between two pieces of it."""
 
 PATIENCE = 2.0
 """Seconds a bid outlives its connection to the daemon before it is answered `unavailable`."""
@@ -76,6 +82,7 @@ class Execution:
         self._cancelled: set[str] = set()  # msg_ids
         self._left = asyncio.Event()
         self._loop = asyncio.get_event_loop()
+        self._settling: asyncio.Task[None] | None = None
         self._appender = Appender(link, replica, channel, blobs)
 
     # Called from other threads ---------------------------------------------------------------------------------
@@ -115,6 +122,7 @@ class Execution:
         """Handle an nbos_sync_request: replicate what changed between cells, if anything did."""
         asked = parent["metadata"]["nbos_execution"]
         await self._appender.settled()
+        self._disturb()
         if not self._replica.capture.changes():
             self._channel.reply("nbos_committed", {"n": asked["n"], "nothing": True}, parent, ident)
             return
@@ -151,6 +159,7 @@ class Execution:
 
     async def catch_up(self) -> None:
         """Apply what the daemon pushed; never while an append of our own is under way."""
+        self._disturb()
         await self._replica.catch_up(self._appender.applied)
 
     def waiting(self, message: Message) -> None:
@@ -174,6 +183,7 @@ class Execution:
             return dict(resources.NONE)  # the cell runs into the magic of that name, which says what is wrong
 
     async def _claim(self, asked: Message, kind: str, needs: Message, ident: Any, parent: Message) -> Running | None:
+        self._disturb()
         n, msg_id = int(asked["n"]), parent["header"]["msg_id"]
         wait = bool(asked.get("wait"))
         bid = {"type": "bid", "n": n, "attempt": int(asked.get("attempt", 1)), "kind": kind, "resources": needs}
@@ -260,6 +270,14 @@ class Execution:
         for name, reason in found.lost.items():
             self._appender.tell_user(f"NBOS: {name!r} is not replicated and would be gone after a failover: {reason}")
         kept = request.get("store_history", not request.get("silent", False)) and not request.get("silent", False)
+        fresh = sum(packed.fresh for packed in found.components)
+        if fresh >= LARGE:
+            largest = max(found.components, key=lambda packed: packed.fresh)
+            names = ", ".join(largest.names)[:80]
+            self._appender.tell_user(
+                f"NBOS: replicating {magics.size(fresh)} that this cell made or changed, most of it in {names}; "
+                "`%nbos state` shows what is large"
+            )
         entry = Entry(
             n=running.n,
             kind=running.kind,
@@ -276,6 +294,29 @@ class Execution:
     def _finished(self, running: Running) -> None:
         if self.running is running:
             self.running = None
+        self._settling = self._loop.create_task(self._settle())
+
+    async def _settle(self) -> None:
+        """Look into what the cell touched, so that the next capture may leave it out: in slices, while the user thinks.
+
+        Ends as soon as another execution or entry begins; what is not known by then is simply examined again.
+        """
+        work = self._replica.capture.settle()
+        try:
+            while True:
+                until = time.perf_counter() + SLICE
+                while time.perf_counter() < until:
+                    next(work)
+                await asyncio.sleep(PAUSE)
+        except StopIteration:
+            return
+        finally:
+            work.close()
+
+    def _disturb(self) -> None:
+        if self._settling is not None:
+            self._settling.cancel()
+            self._settling = None
 
 
 def _yield(code: str, reason: str) -> Message:

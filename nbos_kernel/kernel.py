@@ -75,7 +75,7 @@ class NBOSKernel(IPythonKernel):
         self.execution = Execution(self.shell, self.link, self.replica, self, self.blobs)
         self.shell.lost_names = self.replica.capture.lost
         self.shell.input_transformers_cleanup.insert(0, magics.strip_resource_line)
-        self.shell.register_magics(magics.NBOSMagics(self.shell, self._status))
+        self.shell.register_magics(magics.NBOSMagics(self.shell, self._status, self.replica.capture))
         self._execute_sleep = (
             0.0  # outputs and reply take different sockets here and in the router: waiting orders nothing
         )

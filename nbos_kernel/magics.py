@@ -14,6 +14,7 @@ from IPython.core.error import UsageError
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
 
 from . import binding, resources
+from .capture.changes import Capture
 
 Status = Callable[[], dict[str, Any]]
 
@@ -37,16 +38,19 @@ def strip_resource_line(lines: list[str]) -> list[str]:
 class NBOSMagics(Magics):
     """`status()` asks the daemon and this replica; it raises ConnectionError while the daemon is away."""
 
-    def __init__(self, shell: Any, status: Status) -> None:
+    def __init__(self, shell: Any, status: Status, capture: Capture) -> None:
         super().__init__(shell)
-        self._status = status
+        self._status, self._capture = status, capture
 
     @line_magic
     def nbos(self, line: str) -> None:
         """%nbos status: the kernel's replicas, what they have applied, what cannot be replicated, and what is
-        granted."""
+        granted. %nbos state: the variables by size, which share objects, and what the last cell wrote."""
+        if line.strip() == "state":
+            print(describe_state(self._capture.report(), self._capture.written))
+            return
         if line.strip() not in ("", "status"):
-            raise UsageError(f"%nbos knows `status`, not {line.strip()!r}")
+            raise UsageError(f"%nbos knows `status` and `state`, not {line.strip()!r}")
         print(describe(self._status()))
 
     @cell_magic
@@ -66,6 +70,34 @@ class NBOSMagics(Magics):
         except resources.BadResources as err:
             raise UsageError(str(err)) from None
         raise UsageError(f"%%{magic} must be the first line of the cell")
+
+
+def size(count: float) -> str:
+    """Bytes for people: 3.4 MiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def describe_state(rows: list[dict[str, Any]], written: dict[str, int]) -> str:
+    """The text of `%nbos state`. Variables on one line share objects and are written together."""
+    total = sum(row["size"] for row in rows)
+    lines = [f"{size(total)} in {len(rows)} components (as of the last cell)"]
+    for row in rows:
+        names = ", ".join(row["names"])
+        names = names if len(names) <= 60 else names[:57] + f"… ({len(row['names'])})"
+        why = row["reason"]
+        if row["state"] == "replicated" and why:
+            why = f"examined after every cell: {why}"
+        lines.append(f"  {size(row['size']):>10}  {row['state']:<14}  {names}" + (f"   ({why})" if why else ""))
+    wrote = {names: count for names, count in written.items() if not names.startswith("%")}
+    if wrote:
+        lines.append(f"the last cell wrote {size(sum(wrote.values()))}: " + "; ".join(sorted(wrote))[:200])
+    else:
+        lines.append("the last cell wrote nothing")
+    return "\n".join(lines)
 
 
 def describe(status: dict[str, Any]) -> str:

@@ -127,6 +127,5 @@ class Replica:
         for name in gone:
             namespace.pop(name, None)
         namespace.update(values)
-        with quiet():
-            self.trouble.update(self.hidden.apply(pseudo, gone))
+        self.trouble.update(self.hidden.apply(pseudo, gone))  # not within quiet(): it would undo warnings' filters
         self.history.results(values, gone)

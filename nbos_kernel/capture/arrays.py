@@ -7,8 +7,11 @@ in torch/_utils.py.
 
 from __future__ import annotations
 
+import array as std_array
+import math
 import pickle
 import sys
+import weakref
 from typing import Any
 
 
@@ -40,11 +43,42 @@ def owner(array: Any) -> Any:
         array = base
 
 
+class Raw:
+    """The bytes of an array of a subclass, as a plain array."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+
+def reduce_subclass(array: Any) -> Any:
+    """matrix, recarray, masked arrays and the user's own: a plain array seen as that class, and its attributes."""
+    numpy = sys.modules["numpy"]
+    plain = array.view(numpy.ndarray)
+    if owner(array) is array:
+        plain = Raw(plain)
+    return (
+        view_as,
+        (plain, type(array)),
+        vars(array) if hasattr(array, "__dict__") else None,
+        None,
+        None,
+        set_attributes,
+    )
+
+
+def view_as(array: Any, kind: Any) -> Any:
+    return array.view(kind)
+
+
+def set_attributes(array: Any, attributes: dict[str, Any]) -> None:
+    array.__dict__.update(attributes)
+
+
 def reduce_array(array: Any) -> Any:
     """A reduction of a view onto its owner, or NotImplemented for an array that owns its memory."""
     root = owner(array)
-    if root is array or type(root) is not type(array) or root.size == 0 or array.size == 0:
-        return _reduce_owner(array)
+    if root is array or root.size == 0 or array.size == 0:
+        return _reduce_foreign(array) if root is array and array.size else reduce_owner(array)
     offset = array.__array_interface__["data"][0] - root.__array_interface__["data"][0]
     dtype = array.dtype
     if dtype.hasobject and dtype != root.dtype:
@@ -52,14 +86,42 @@ def reduce_array(array: Any) -> Any:
     return rebuild_view, (root, offset, array.shape, array.strides, dtype, bool(array.flags.writeable))
 
 
-def _reduce_owner(array: Any) -> Any:
+def _reduce_foreign(array: Any) -> Any:
+    """An array on memory of a bytearray or the like stays on it; one on memory that cannot travel is refused."""
+    base = array.base
+    if base is None:
+        return reduce_owner(array)
+    exporter = base.obj if isinstance(base, memoryview) else base
+    torch = sys.modules.get("torch")
+    if hasattr(torch, "Tensor") and isinstance(exporter, torch.Tensor):
+        raise pickle.PicklingError("an array on the memory of a torch tensor; keep x.copy()")
+    if type(exporter) not in (bytearray, std_array.array):
+        return reduce_owner(array)
+    numpy = sys.modules["numpy"]
+    start = numpy.frombuffer(exporter, numpy.uint8).__array_interface__["data"][0]
+    offset = array.__array_interface__["data"][0] - start
+    return rebuild_over, (exporter, offset, array.shape, array.strides, array.dtype, bool(array.flags.writeable))
+
+
+def rebuild_over(exporter: Any, offset: int, shape: Any, strides: Any, dtype: Any, writeable: bool) -> Any:
+    import numpy
+
+    array = numpy.ndarray(shape, dtype, exporter, offset, strides)
+    if not writeable:
+        array.flags.writeable = False
+    return array
+
+
+def reduce_owner(array: Any) -> Any:
     """An array on memory of its own comes back as one (`base` None, resizable); plain pickle makes it a view of
     the received bytes."""
     flags = array.flags
-    if array.dtype.hasobject or array.size == 0 or not (flags.c_contiguous or flags.f_contiguous):
+    if array.dtype.hasobject or not (flags.c_contiguous or flags.f_contiguous):
         return NotImplemented
     order = "C" if flags.c_contiguous else "F"
-    made = (pickle.PickleBuffer(array), array.dtype, array.shape, order, bool(flags.writeable))
+    numpy = sys.modules["numpy"]
+    flat = (array if order == "C" else array.T).reshape(-1).view(numpy.uint8) if array.size else b""
+    made = (pickle.PickleBuffer(flat), array.dtype, array.shape, order, bool(flags.writeable))
     return rebuild_owner, made
 
 
@@ -67,7 +129,9 @@ def rebuild_owner(data: Any, dtype: Any, shape: Any, order: str, writeable: bool
     """An array on `data`; when that is fresh memory of the loader (an array of bytes), it becomes the array."""
     import numpy
 
-    if type(data) is numpy.ndarray and data.flags.owndata and order == "C":
+    if 0 in shape:
+        array = numpy.empty(shape, dtype, order)
+    elif type(data) is numpy.ndarray and data.flags.owndata and order == "C":
         data.flags.writeable = True
         if data.dtype != dtype:
             data.shape = (-1,)
@@ -98,6 +162,9 @@ def rebuild_view(root: Any, offset: int, shape: Any, strides: Any, dtype: Any, w
 
     if root.flags.c_contiguous and not dtype.hasobject:
         view = numpy.ndarray(shape, dtype, root, offset, strides)
+    elif dtype == root.dtype and root.flags.c_contiguous and _packed(shape, strides, dtype.itemsize):
+        first, count = offset // dtype.itemsize, math.prod(shape)
+        view = root.reshape(-1)[first : first + count].reshape(shape)
     else:
         view = numpy.asarray(Window(root, offset, shape, strides, _typestr(dtype)))
         if view.dtype != dtype:
@@ -107,8 +174,20 @@ def rebuild_view(root: Any, offset: int, shape: Any, strides: Any, dtype: Any, w
     return view
 
 
+def _packed(shape: Any, strides: Any, step: int) -> bool:
+    for length, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if stride != step:
+            return False
+        step *= length
+    return True
+
+
 def _typestr(dtype: Any) -> str:
     return "|O" if dtype.hasobject else f"|V{dtype.itemsize}" if dtype.fields else str(dtype.str)
+
+
+_ours: dict[int, Any] = {}
+"""Memory that a loaded storage lies on, by address: nobody but the storage has it."""
 
 
 class Storages:
@@ -128,6 +207,15 @@ class Storages:
         return held
 
 
+class StorageBytes:
+    """The memory of a storage for numpy. `tensor.numpy()` would forbid the user to resize the tensor for ever."""
+
+    def __init__(self, storage: Any) -> None:
+        self.storage = storage
+        where = (storage.data_ptr(), False)
+        self.__array_interface__ = {"data": where, "shape": (storage.nbytes(),), "typestr": "|u1", "version": 3}
+
+
 class Storage:
     """The bytes of a torch storage and the device they belong to."""
 
@@ -136,6 +224,15 @@ class Storage:
 
     def __reduce__(self) -> Any:
         torch = sys.modules["torch"]
+        numpy = sys.modules.get("numpy")
+        address = self.storage.data_ptr()
+        if self.storage.device.type == "cpu" and address and numpy is not None:
+            # torch aligns what it allocates to 64 bytes, numpy to 16; `resizable` is also false after any t.numpy().
+            ours = _ours.get(address)
+            foreign = address % 64 and not self.storage.resizable() and (ours is None or ours() is None)
+            if not foreign:
+                return rebuild_storage, (numpy.asarray(StorageBytes(self.storage)), "cpu")
+            raise pickle.PicklingError("a tensor on memory of something else (torch.from_numpy); keep x.clone()")
         raw = torch.empty(0, dtype=torch.uint8, device=self.storage.device).set_(self.storage).cpu().numpy()
         return rebuild_storage, (raw, str(self.storage.device))
 
@@ -143,7 +240,9 @@ class Storage:
 def rebuild_storage(raw: Any, device: str) -> Any:
     import torch
 
-    tensor = torch.from_numpy(raw if raw.flags.writeable else raw.copy())
+    raw = raw if raw.flags.writeable else raw.copy()
+    tensor = torch.from_numpy(raw)
+    _ours[tensor.data_ptr()] = weakref.ref(raw)
     if device.startswith("cuda") and not torch.cuda.is_available():
         device = "cpu"  # a standby without a free device: the values are kept, on the host
     return tensor.to(device).untyped_storage()

@@ -103,6 +103,7 @@ class Capture:
         self._settings = settings.values() if settings is not None else {}
         for name in [name for name in self._settings if name.endswith("random")]:
             del self._settings[name]
+        self._latest: dict[str, int] = {}
         self._absent: set[str] = set()  # names this replica never had: not being there is no deletion
         self._words: set[str] = set()
         self._everything = False
@@ -131,6 +132,8 @@ class Capture:
     def changes(self) -> Changes:
         """Compare the namespace with what the log holds."""
         found = Changes()
+        if self._hidden is not None:
+            found.settings = self._hidden.values()  # not within quiet(), which changes what warnings are shown
         with quiet():
             current = self._namespace()
             objects = self._compare_atoms(current, found)
@@ -161,6 +164,7 @@ class Capture:
             self._units.update(dict.fromkeys(unit.names, unit))
         self._atoms, self._settings = found.atoms, found.settings
         self._words, self._everything = set(), False
+        self._latest = {name: id(self._roots.namespace.get(name)) for name in names.LATEST}
         self.written = {", ".join(packed.names): packed.fresh for packed in found.components}
 
     def lose(self, lost: Mapping[str, str]) -> None:
@@ -203,6 +207,22 @@ class Capture:
         self._words, self._everything = set(), False
         if self._hidden is not None:
             self._settings = self._hidden.values()
+
+    def report(self) -> list[dict[str, Any]]:
+        """One row for each component and each lost name: for `%nbos state`. Sizes are bytes of the last capture."""
+        rows: list[dict[str, Any]] = []
+        for unit in {id(unit): unit for unit in self._units.values()}.values():
+            standing = [name for name in unit.names if self._units.get(name) is unit and name not in self.lost]
+            if standing:
+                row = {"names": standing, "size": unit.size, "state": "replicated", "reason": unit.exposed}
+                rows.append(row)
+        rows += [
+            {"names": [name], "size": 0, "state": "not replicated", "reason": why} for name, why in self.lost.items()
+        ]
+        small = [name for name in self._atoms if name in self._digests]
+        if small:
+            rows.append({"names": small, "size": 0, "state": "replicated", "reason": ""})
+        return sorted(rows, key=lambda row: -row["size"])
 
     # Looking into components, while the user thinks --------------------------------------------------------------
 
@@ -311,6 +331,8 @@ class Capture:
             return value is not _ABSENT and touch.reflective_value(value)
 
         reached = None
+        if any(_identity(name, objects.get(name)) != self._latest.get(name) for name in names.LATEST):
+            self._words.update(names.LATEST)  # IPython moved its results on
         if not self._everything:
             units: Mapping[str, touch.Mentioning] = self._units
             reached = touch.touched(self._words, units, reflective)
@@ -319,7 +341,9 @@ class Capture:
         return [
             name
             for name, value in objects.items()
-            if name in reached or (unit := self._units.get(name)) is None or unit.identities.get(name) != _identity(name, value)
+            if name in reached
+            or (unit := self._units.get(name)) is None
+            or unit.identities.get(name) != _identity(name, value)
         ]
 
     def _as_units(self, name: str, objects: Mapping[str, Any]) -> list[Unit]:
@@ -358,8 +382,6 @@ class Capture:
             found.units.append(unit)
 
     def _compare_settings(self, found: Changes) -> None:
-        assert self._hidden is not None
-        found.settings = self._hidden.values()
         for name, value in found.settings.items():
             if name not in self._settings or self._settings[name] != value:
                 pickled = self._attempt({name: value}, arrays.Storages())

@@ -8,7 +8,16 @@ from typing import Any
 from .settings import Item
 
 _PLAIN = (bool, int, float, str, type(None))
-_FORMATTER = ("float_format", "float_precision", "max_width", "max_seq_length", "pprint", "newline", "verbose", "enabled")
+_FORMATTER = (
+    "float_format",
+    "float_precision",
+    "max_width",
+    "max_seq_length",
+    "pprint",
+    "newline",
+    "verbose",
+    "enabled",
+)
 
 
 def items(shell: Any) -> list[Item]:
@@ -111,7 +120,10 @@ def _put_autoreload(shell: Any, value: dict[str, Any]) -> None:
     _load(shell, ["autoreload"])
     reloader = _reloader(shell)
     reloader.enabled, reloader.check_all = value["enabled"], value["check_all"]
-    reloader.modules, reloader.skip_modules = dict.fromkeys(value["modules"], True), dict.fromkeys(value["skip_modules"], True)
+    reloader.modules, reloader.skip_modules = (
+        dict.fromkeys(value["modules"], True),
+        dict.fromkeys(value["skip_modules"], True),
+    )
 
 
 def notebook_magics(shell: Any) -> dict[str, dict[str, Any]]:

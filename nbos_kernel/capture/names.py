@@ -8,6 +8,7 @@ from the log.
 from __future__ import annotations
 
 import re
+import sys
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -59,8 +60,10 @@ def is_atom(value: Any, depth: int = 3) -> bool:
     """True for values that can neither change nor share anything that can: identity proves that they are the
     same."""
     kind = type(value)
-    if kind in _ATOMS or kind is types.ModuleType:
+    if kind in _ATOMS:
         return True
+    if kind is types.ModuleType:
+        return sys.modules.get(value.__name__) is value
     if kind in _TEXTS:
         return len(value) <= TEXT_LIMIT
     if kind is tuple and depth and len(value) <= 16:

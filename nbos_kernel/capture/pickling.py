@@ -90,7 +90,18 @@ class Pickled:
 
 
 _NEVER_SHARED = frozenset(
-    {int, float, tuple, frozenset, types.CodeType, types.ModuleType, types.BuiltinFunctionType, range, slice, witness.Tail}
+    {
+        int,
+        float,
+        tuple,
+        frozenset,
+        types.CodeType,
+        types.ModuleType,
+        types.BuiltinFunctionType,
+        range,
+        slice,
+        witness.Tail,
+    }
 )
 
 
@@ -144,6 +155,8 @@ class NamespacePickler(cloudpickle.Pickler):
             return NotImplemented
         if kind is self._array:
             return arrays.reduce_array(obj)
+        if kind is arrays.Raw:
+            return arrays.reduce_owner(obj.array)
         if self._tensor is not None and isinstance(obj, self._tensor):
             return arrays.reduce_tensor(obj, self.storages)
         if kind is witness.Tail:
@@ -155,6 +168,8 @@ class NamespacePickler(cloudpickle.Pickler):
                 if isinstance(obj, weakref.ref):
                     self.suspects.append((obj, (kind, None)))
                 return reduced
+        if self._array is not None and isinstance(obj, self._array):
+            return arrays.reduce_subclass(obj)
         if kind is types.BuiltinFunctionType and touch.reflective_value(obj):
             self.mentions.add(obj.__name__)
         if isinstance(obj, types.ModuleType) and sys.modules.get(obj.__name__) is obj:
@@ -163,7 +178,7 @@ class NamespacePickler(cloudpickle.Pickler):
             reduced = super().reducer_override(obj)
             if reduced is not NotImplemented and reduced[0] in _CLASS_MAKERS:
                 self.by_value.add(id(obj))
-                return _untracked(reduced)
+                return _untracked(reduced, obj)
             return reduced
         trust = witness.trust(kind)
         if trust is witness.PLAIN and reducer is None:
@@ -189,10 +204,12 @@ if sys.version_info >= (3, 12):
     _FUNCTION_SLOTS += ("__type_params__",)
 
 
-def _untracked(reduced: Any) -> Any:
+def _untracked(reduced: Any, kind: type) -> Any:
     """A class's reduction without cloudpickle's tracker id, which would update the live class on the standby in
     place, before the entry is complete, and would leave attributes that were deleted."""
     arguments = reduced[1]
+    if reduced[0] is cp._make_skeleton_class:
+        arguments[3].setdefault("__qualname__", kind.__qualname__)  # cloudpickle forgets where it was defined
     return (reduced[0], (*arguments[:-2], None, arguments[-1]), *reduced[2:])
 
 

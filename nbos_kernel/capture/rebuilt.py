@@ -20,6 +20,7 @@ import pickle
 import sys
 import threading
 import types
+import typing
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -242,15 +243,51 @@ def reduce_memory_map(array: Any) -> Any:
     order = "C" if array.flags.c_contiguous else "F"
     mode = "r" if array.mode == "r" else "r+"
     where, size = str(array.filename), os.stat(array.filename).st_size
-    return open_memory_map, (where, array.dtype, mode, array.offset, array.shape, order, size)
+    return open_memory_map, (where, array.dtype, mode, array.offset, array.shape, order, size, array.mode)
 
 
-def open_memory_map(where: str, dtype: Any, mode: str, offset: int, shape: Any, order: str, size: int) -> Any:
+def open_memory_map(
+    where: str, dtype: Any, mode: str, offset: int, shape: Any, order: str, size: int, said: str
+) -> Any:
     import numpy
 
     if os.stat(where).st_size != size:
         raise OSError(f"{where} has another size here")
-    return numpy.memmap(where, dtype, mode, offset, shape, order)
+    array = numpy.memmap(where, dtype, mode, offset, shape, order)
+    array.mode = said
+    return array
+
+
+def reduce_exception(error: BaseException) -> Any:
+    """An exception of a notebook's class, without running its `__init__` again on arguments that are the message."""
+    state = (error.__dict__, error.__cause__, error.__context__, error.__suppress_context__)
+    return rebuild_exception, (type(error), error.args), state, None, None, set_exception
+
+
+def rebuild_exception(kind: Any, arguments: Any) -> Any:
+    return kind.__new__(kind, *arguments)
+
+
+def set_exception(error: BaseException, state: Any) -> None:
+    error.__dict__.update(state[0])
+    error.__cause__, error.__context__, error.__suppress_context__ = state[1:]
+
+
+def reduce_type_variable(variable: Any) -> Any:
+    if variable.__module__ != "__main__":
+        return NotImplemented
+    options = (variable.__bound__, variable.__covariant__, variable.__contravariant__)
+    return make_type_variable, (variable.__name__, variable.__constraints__, *options, variable.__module__)
+
+
+def make_type_variable(
+    name: str, constraints: Any, bound: Any, covariant: bool, contravariant: bool, module: str
+) -> Any:
+    made = typing.TypeVar(  # type: ignore[misc]
+        name, *constraints, bound=bound, covariant=covariant, contravariant=contravariant
+    )
+    made.__module__ = module
+    return made
 
 
 def reduce_figure(figure: Any) -> Any:
@@ -276,6 +313,7 @@ REDUCERS: dict[type, Callable[[Any], Any]] = {
     type(threading.Lock()): reduce_lock,
     type(threading.RLock()): reduce_rlock,
     threading.local: reduce_local,
+    typing.TypeVar: reduce_type_variable,
     weakref.ref: reduce_weak_reference,
     weakref.WeakValueDictionary: reduce_weak_values,
     weakref.WeakKeyDictionary: reduce_weak_keys,
@@ -300,6 +338,8 @@ def reducer_of(kind: type) -> Callable[[Any], Any] | None:
             if base in registered:
                 return registered[base]
     found = REDUCERS.get(kind)
+    if found is None and issubclass(kind, BaseException) and kind.__module__ == "__main__":
+        return reduce_exception
     return found or _BY_NAME.get((kind.__module__, kind.__qualname__))
 
 

@@ -34,7 +34,7 @@ _HAVE_GC = 1 << 14  # Py_TPFLAGS_HAVE_GC, Include/object.h
 _HEAP_TYPE = 1 << 9
 
 _LEAVES: frozenset[type] = frozenset(
-    {type(None), bool, int, float, complex, str, bytes, bytearray, range, type(Ellipsis), type(NotImplemented)}
+    {type(None), bool, int, float, complex, str, bytes, range, type(Ellipsis), type(NotImplemented)}
     | {types.CodeType, types.ModuleType, slice, object, re.Pattern}
 )
 _LEAF_MODULES = (
@@ -110,7 +110,13 @@ def _inside(values: Iterable[Any], stop: frozenset[int]) -> list[Any]:
     ]
 
 
-_DEFINED = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
+_DEFINED = (
+    type,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+)
 
 
 def _known(value: Any) -> bool:
@@ -164,7 +170,7 @@ def _tensors(tensors: list[Any]) -> str:
 
 def _kind(kind: type) -> str:
     """Why values of this type cannot be looked into; empty when they can."""
-    if kind.__flags__ & _HAVE_GC:
+    if kind.__flags__ & _HAVE_GC or kind is bytearray:
         return ""
     if kind.__module__ == "builtins" and kind.__name__ in _POLARS and "polars" in sys.modules:
         return ""
@@ -215,7 +221,9 @@ def _constant(value: Any) -> bool:
     """Values without a state of their own, which libraries keep one of."""
     if isinstance(value, types.BuiltinFunctionType):
         return touch.reflective_value(value)
-    return (type(value).__module__ or "").startswith(("pandas.core.dtypes", "numpy.dtypes")) or (type(value) is tuple and not value)
+    return (type(value).__module__ or "").startswith(("pandas.core.dtypes", "numpy.dtypes")) or (
+        type(value) is tuple and not value
+    )
 
 
 STOP = frozenset({id(builtins.__dict__), id(builtins)})

@@ -225,7 +225,9 @@ ITEMS: tuple[Item, ...] = (
     Item("%numpy", "numpy", _get_numpy_options, _put_numpy_options),
     Item("%pandas", "pandas._config.config", _pandas_options, _put_pandas_options),
     Item("%polars", "polars", _polars_config, lambda value: _lib("polars").Config.load(value)),
-    Item("%sklearn", "sklearn", lambda: _lib("sklearn").get_config(), lambda value: _lib("sklearn").set_config(**value)),
+    Item(
+        "%sklearn", "sklearn", lambda: _lib("sklearn").get_config(), lambda value: _lib("sklearn").set_config(**value)
+    ),
     Item("%matplotlib", "matplotlib", _get_rc, _put_rc),
     Item("%warnings", "warnings", _get_warnings, _put_warnings),
     Item("%decimal", "decimal", _get_decimal, _put_decimal),

@@ -101,9 +101,7 @@ def touched(
 
 
 REFLECTIVE_MODULES = frozenset({"gc", "ctypes", "inspect", "__main__", "runpy", "dill", "builtins", "pdb", "code"})
-_REFLECTIVE_BUILTINS = tuple(
-    id(call) for call in (globals, locals, vars, eval, exec, compile, __import__, breakpoint)
-)
+_REFLECTIVE_BUILTINS = tuple(id(call) for call in (globals, locals, vars, eval, exec, compile, __import__, breakpoint))
 
 
 def reflective_value(value: Any) -> bool:

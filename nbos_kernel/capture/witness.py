@@ -9,7 +9,6 @@ objects themselves, so the standby needs no second search for them.
 from __future__ import annotations
 
 import copyreg
-import sys
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -19,8 +18,8 @@ PLAIN, BY_CLASS, BY_CONTENT = "plain", "by class", "by content"
 MOST = 10_000
 """Objects of one component that take a witness along."""
 
-_HOOKS = (
-    "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__getnewargs__", "__getnewargs_ex__", "__new__"
+_HOOKS = frozenset(
+    {"__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__getnewargs__", "__getnewargs_ex__", "__new__"}
 )  # fmt: skip
 
 _TRUSTED = (
@@ -53,12 +52,12 @@ def trust(kind: type) -> str:
 
 
 def _judge(kind: type) -> str:
-    module = kind.__module__ or ""
-    if module.partition(".")[0] in _TRUSTED or kind in copyreg.dispatch_table:
+    if kind in copyreg.dispatch_table:
         return PLAIN
-    if not any(getattr(kind, hook, None) is not getattr(object, hook, None) for hook in _HOOKS):
-        return PLAIN
-    return BY_CONTENT if module == "__main__" or module not in sys.modules else BY_CLASS
+    makers = {base.__module__ or "" for base in kind.__mro__ if base is not object and _HOOKS & vars(base).keys()}
+    if "__main__" in makers:
+        return BY_CONTENT
+    return PLAIN if all(module.partition(".")[0] in _TRUSTED for module in makers) else BY_CLASS
 
 
 def of(value: Any, how: str) -> tuple[type, dict[str, Any] | None]:

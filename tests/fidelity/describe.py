@@ -46,10 +46,19 @@ class Describer:
     def _interned(self, value: Any) -> bool:
         """Library constants and values of which it cannot matter whether they are one object."""
         module = type(value).__module__.partition(".")[0]
-        return module in ("datetime", "decimal", "re", "zoneinfo", "pathlib", "uuid", "fractions", "sympy", "enum")
+        return (
+            module
+            in ("datetime", "decimal", "re", "zoneinfo", "pathlib", "uuid", "fractions", "sympy", "enum", "ipaddress")
+            or isinstance(value, slice | range)
+            or type(value).__name__ == "device"
+        )
 
     def _parts(self, value: Any, depth: int) -> Any:
+        if isinstance(value, staticmethod | classmethod):
+            return (self.of(value.__func__, depth),)
         if isinstance(value, types.FunctionType):
+            if value.__module__ != "__main__" and "<locals>" not in value.__qualname__:
+                return value.__module__, value.__qualname__
             return self._function(value, depth)
         if isinstance(value, type):
             return self._class(value, depth)
@@ -66,7 +75,7 @@ class Describer:
     def _container(self, value: Any, depth: int) -> Any:
         parts: list[Any] = []
         if isinstance(value, dict):
-            parts.append([(self.of(k, depth), self.of(v, depth)) for k, v in dict.items(value)])
+            parts.append([(self.of(k, depth), self.of(v, depth)) for k, v in list(value.items())])
         elif isinstance(value, set | frozenset):
             parts.append(sorted(repr(Describer(self._namespace).of(item, depth)) for item in value))
         elif isinstance(value, list | tuple):
@@ -115,6 +124,8 @@ class Describer:
         data = [self.of(item, depth) for item in raw.ravel().tolist()] if raw.dtype.hasobject else raw.tobytes()
         flags = (raw.flags.writeable, raw.flags.c_contiguous, raw.flags.f_contiguous)
         base = "array" if isinstance(value.base, numpy.ndarray) else type(value.base).__name__
+        if type(value) is not numpy.ndarray or base in ("memoryview", "bytearray"):
+            base = ""  # a subclass may see its own memory or an array; a buffer, itself or a memoryview
         extra = self.of(vars(value), depth) if hasattr(value, "__dict__") and not mask else ""
         return str(raw.dtype), raw.shape, raw.strides, flags, base, data, mask, extra
 
@@ -128,7 +139,9 @@ class Describer:
             return (repr(value),)
         key = value.untyped_storage().data_ptr() or id(value)
         storage = self._storages.setdefault(key, len(self._storages))
-        content = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if value.dim() else repr(value)
+        content = (
+            value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if value.dim() else repr(value)
+        )
         return (
             str(value.dtype), tuple(value.shape), value.stride(), value.storage_offset(), value.requires_grad, storage,
             content, self.of(value.grad, depth) if value.is_leaf else "",
@@ -168,7 +181,7 @@ def _state(value: Any) -> dict[str, Any]:
                 found[slot] = object.__getattribute__(value, slot)
             except AttributeError:
                 continue
-    skipped = ("__weakref__", "__dict__", "__pydantic", "_cache", "_mhash", "_hash")
+    skipped = ("__weakref__", "__dict__", "__pydantic", "_cache", "_mhash", "_hash", "__builtins__")
     return {k: v for k, v in found.items() if not k.startswith(skipped)}
 
 
@@ -182,20 +195,45 @@ def _library(value: Any) -> Any:
             return str(value.dtype), value.name, value.to_list()
         return (str(value),)
     if module.startswith("pyarrow"):
-        return kind, str(getattr(value, "schema", "")), str(value.to_pylist() if hasattr(value, "to_pylist") else value)
+        return (
+            kind,
+            str(getattr(value, "schema", "")),
+            _ADDRESS.sub("0x", str(value.to_pylist() if hasattr(value, "to_pylist") else value)),
+        )
     if module.startswith("PIL"):
-        return (value.mode, value.size, value.tobytes(), repr(sorted(value.info))) if hasattr(value, "tobytes") else (kind,)
+        return (
+            (value.mode, value.size, value.tobytes(), repr(sorted(value.info)))
+            if hasattr(value, "tobytes")
+            else (kind,)
+        )
     if module.startswith("matplotlib"):
         return (kind, _figure(value)) if kind == "Figure" else (kind,)
+    if module.startswith(("numpy.polynomial", "ipaddress")) or (module == "torch" and kind == "device"):
+        return (repr(value),)
+    if module.startswith("torch.optim") and hasattr(value, "state_dict"):
+        return kind, repr(value.state_dict())
     if module.startswith("sympy"):
         return (sys.modules["sympy"].srepr(value),)
     if module.startswith("scipy.sparse"):
         return kind, repr(value.toarray().tolist()) if hasattr(value, "toarray") else ""
-    if module.startswith(("sklearn.tree._tree", "sklearn.neighbors", "scipy", "ipywidgets", "traitlets", "jinja2", "logging")):
+    if module.startswith(
+        ("sklearn.tree._tree", "sklearn.neighbors", "scipy", "ipywidgets", "traitlets", "jinja2", "logging")
+    ):
         return (kind,)
-    if module in ("_io", "sqlite3", "threading", "_thread", "weakref", "_weakrefset", "queue", "concurrent.futures.thread"):
+    if module in (
+        "_io",
+        "sqlite3",
+        "threading",
+        "_thread",
+        "weakref",
+        "_weakrefset",
+        "queue",
+        "concurrent.futures.thread",
+    ):
         return (kind, getattr(value, "closed", None))
-    if module.startswith(("itertools", "_random", "random", "numpy.random", "xml", "argparse", "configparser", "functools")):
+    if module.startswith(
+        ("itertools", "_random", "random", "numpy.random", "xml", "argparse", "configparser", "functools")
+    ):
         return (kind,)
     if kind.endswith(("iterator", "enumerate", "zip", "map", "reversed")):
         return (kind,)

@@ -167,7 +167,9 @@ def test_what_cannot_be_pickled_costs_its_own_name_only(pair: Pair, code: str, w
 
 
 def test_a_group_loses_only_the_member_that_fails(pair: Pair) -> None:
-    entry = pair.cell("import threading\nshared = [1]\na = {'s': shared}\nheld = threading.Lock(); held.acquire()\nb = {'s': shared, 'l': held}; del held")
+    entry = pair.cell(
+        "import threading\nshared = [1]\na = {'s': shared}\nheld = threading.Lock(); held.acquire()\nb = {'s': shared, 'l': held}; del held"
+    )
     assert list(entry["lost"]) == ["b"]
     assert pair.on_standby("a['s'] is shared")
 

@@ -34,13 +34,22 @@ async def gateway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     monkeypatch.setenv("NBOS_REPLICAS", "2")
     monkeypatch.setenv("NBOS_RESOURCES", '{"gpus": 1}')
     yield fake
+    # Explicitly: a zmq context that the garbage collector ends while its sockets are open blocks for ever.
+    while MADE:
+        kernels = MADE.pop()
+        await kernels.shutdown_all()
+        kernels.context.destroy(linger=0)
     fake.close()
+
+
+MADE: list[NBOSKernelManager] = []
 
 
 def manager(tmp_path: Path) -> NBOSKernelManager:
     specs = KernelSpecManager()
     specs.kernel_dirs = [*specs.kernel_dirs, str(KERNELS)]
-    return NBOSKernelManager(kernel_spec_manager=specs, connection_dir=str(tmp_path), root_dir=str(tmp_path))
+    MADE.append(NBOSKernelManager(kernel_spec_manager=specs, connection_dir=str(tmp_path), root_dir=str(tmp_path)))
+    return MADE[-1]
 
 
 async def ask(km: Any, code: str) -> str:

@@ -12,7 +12,7 @@ import time
 
 from msgspec.structs import replace
 
-from gpu_daemon.bidding import Bidding
+from gpu_daemon.bidding import Bidding, waiting
 from gpu_daemon.folding import Folding
 from gpu_daemon.replica import Held, LocalReplica
 from gpu_daemon.requests import RequestError
@@ -85,6 +85,10 @@ class Commits:
         return spill.record
 
     async def _append_txn(self, replica: LocalReplica, held: Held, entry: LogEntry) -> None:
+        with self._site.telling(lambda why: _tell_next(replica, entry.n, why)):
+            await self._until_appended(replica, held, entry)
+
+    async def _until_appended(self, replica: LocalReplica, held: Held, entry: LogEntry) -> None:
         kernel = replica.id.kernel
         while True:
             # The token may change while etcd is away: the lease was lost, the claim renewed.
@@ -267,6 +271,11 @@ class Commits:
 
 def _work(n: int) -> str:
     return f"appending entry {n}"
+
+
+def _tell_next(replica: LocalReplica, n: int, why: str) -> None:
+    """The next execution cannot begin before entry n is in the log; whoever asks for it is told why."""
+    replica.push(waiting(n + 1, f"the changes of the cell before are not stored yet: {why}"))
 
 
 def _claim_record(replica: LocalReplica, n: int, host: str, grant: GrantRecord | None) -> ClaimRecord:

@@ -140,6 +140,7 @@ class Appender:
             await asyncio.sleep(delay)
             delay = min(1.0, delay * 2)
         self._replica.own(entry.n)
+        self.trouble = ""
         finished(running)
         self._channel.reply("nbos_committed", {"n": entry.n}, running.parent, running.ident)
         self.applied(entry.n, self._replica.lost)

@@ -98,7 +98,14 @@ class Execution:
     async def cell(self, stream: Any, ident: Any, parent: Message) -> None:
         """Handle an execute_request that carries `metadata.nbos_execution`."""
         asked = parent["metadata"]["nbos_execution"]
-        running = await self._claim(asked, "cell", self._resources(parent), ident, parent)
+        try:
+            needs = self._resources(parent)
+        except resources.BadResources as err:
+            # Every replica says so, and the router answers the cell with it.
+            content = {**_yield("impossible", str(err)), "n": asked["n"], "next": None}
+            self._channel.reply("nbos_yield", content, parent, ident)
+            return
+        running = await self._claim(asked, "cell", needs, ident, parent)
         if running is None:
             return
         try:
@@ -157,6 +164,8 @@ class Execution:
         if self._bidding is not None and self._bidding[0] == message.get("n"):
             content = {key: value for key, value in message.items() if key != "type"}
             content.setdefault("host", self.greeting.get("host", ""))
+            if self._appender.pending:
+                self._appender.trouble = str(message.get("reason", ""))
             self._channel.reply("nbos_waiting", content, self._bidding[1], self._bidding[2])
 
     def renewed(self, n: int, token: int) -> None:
@@ -166,10 +175,12 @@ class Execution:
             self._channel.fence(token)
 
     def _resources(self, parent: Message) -> Message:
+        code = str(parent["content"].get("code", ""))
         try:
-            default = self.greeting.get("resources") or {}
-            return resources.of_cell(parent["content"]["code"], parent["metadata"], default)
+            return resources.of_cell(code, parent["metadata"], self.greeting.get("resources") or {})
         except resources.BadResources:
+            if not resources.in_first_line(code):
+                raise
             return dict(resources.NONE)  # the cell runs into the magic of that name, which says what is wrong
 
     async def _claim(self, asked: Message, kind: str, needs: Message, ident: Any, parent: Message) -> Running | None:
@@ -179,13 +190,13 @@ class Execution:
         bid["wait"] = wait
         self._left.clear()
         with _interrupts(lambda: self.cancel(n)):
+            self._bidding = (n, parent, ident)
             answer = await self._ready(wait)
             if msg_id in self._cancelled:
                 answer = _yield("cancelled", "interrupted")
             if answer is None:
-                self._bidding = (n, parent, ident)
                 answer = await self._bid({**bid, "applied": self._replica.applied})
-                self._bidding = None
+            self._bidding = None
             self._cancelled.discard(msg_id)
         if answer.get("answer") != "lead":
             content = {"n": n, "code": answer.get("code", "unavailable"), "reason": answer.get("reason", "")}
@@ -205,7 +216,7 @@ class Execution:
             if left.done():
                 return _yield("cancelled", "interrupted")
             if not settled.done():
-                why = f"the previous cell's entry is not in the log yet; {self._appender.trouble}"
+                why = self._appender.trouble or "the changes of the cell before are not stored yet"
                 return _yield("unavailable", why)
         finally:
             left.cancel()

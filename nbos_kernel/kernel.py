@@ -45,6 +45,11 @@ class NBOSShell(ZMQInteractiveShell):
             lost.explain(exc_tuple[1] if exc_tuple else sys.exc_info()[1], self.lost_names)
         super().showtraceback(exc_tuple, *args, **kwargs)
 
+    def ask_exit(self) -> None:
+        """`exit` is answered as ipykernel does, but ends no replica: another one would only take over."""
+        self.payload_manager.write_payload({"source": "ask_exit", "keepkernel": self.keepkernel_on_exit})
+        print("NBOS: a replicated kernel does not end with `exit`; restart it or shut it down.", file=sys.stderr)
+
 
 class NBOSKernel(IPythonKernel):
     """`nbos_socket`: path of the daemon's socket; the socket is this replica's identity."""
@@ -158,6 +163,8 @@ class NBOSKernel(IPythonKernel):
             await super().execute_request(stream, ident, parent)
         elif _numbered(parent):
             await self.execution.cell(stream, ident, parent)
+        elif parent["header"].get("session") == self.session.session:
+            await super().execute_request(stream, ident, parent)  # ipykernel's own: its debugger starts debugpy so
         else:
             content = {"status": "error", "ename": "NBOSError", "evalue": DIRECT, "traceback": [DIRECT]}
             self.session.send(stream, "execute_reply", content, parent, ident=ident)
@@ -177,8 +184,8 @@ class NBOSKernel(IPythonKernel):
         await super().execute_request(stream, ident, parent)
 
     async def do_execute(self, *args: Any, **kwargs: Any) -> Message:
-        if threading.current_thread() is not threading.main_thread():
-            return await super().do_execute(*args, **kwargs)  # a subshell
+        if threading.current_thread() is not threading.main_thread() or not _numbered(self.get_parent("shell")):
+            return await super().do_execute(*args, **kwargs)  # a subshell, or the debugger
         signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             reply: Message = await super().do_execute(*args, **kwargs)

@@ -137,6 +137,9 @@ LONG = {
     "child": "import subprocess; subprocess.run(['sleep', '60'])",
     "shell": "!sleep 60; echo over",
 }
+ENDS = dict.fromkeys(LONG.values(), ["KeyboardInterrupt"])
+ENDS[LONG["async"]] = ["CancelledError"]  # as in plain ipykernel
+ENDS[LONG["shell"]] = ["nothing", "KeyboardInterrupt"]  # IPython hands it to the child, the cell goes on
 
 
 @pytest.mark.parametrize("code", LONG.values(), ids=LONG.keys())
@@ -147,7 +150,7 @@ async def test_interrupt(notebook: Notebook, code: str) -> None:
     await notebook.server.interrupt(notebook.kernel)
     result = await cell.result(10)
     assert "over" not in result.stdout
-    assert result.reply.get("ename") == "KeyboardInterrupt" or code.startswith("!")
+    assert result.reply.get("ename", "nothing") in ENDS[code]
 
 
 async def test_an_interrupt_between_cells_changes_nothing(notebook: Notebook) -> None:
@@ -242,7 +245,7 @@ async def test_completion_inspection_and_completeness(notebook: Notebook) -> Non
 
 async def test_history(notebook: Notebook) -> None:
     first = await notebook.channels.execute("'heron'")
-    await notebook.run("'egret'", store_history=False)
+    await notebook.run("'egret';", store_history=False)
     asked = {"output": True, "raw": True, "hist_access_type": "range", "session": 0}
     count = first.reply["execution_count"]
     found = await notebook.channels.request("history_request", {**asked, "start": count, "stop": count + 1})
@@ -255,8 +258,8 @@ async def test_history(notebook: Notebook) -> None:
 
 async def test_kernel_info_and_connect(notebook: Notebook) -> None:
     info = await notebook.channels.info()
-    assert (info["status"], info["language_info"]["name"], info["debugger"]) == ("ok", "python", True)
-    assert "kernel subshells" in info["supported_features"]
+    assert (info["status"], info["language_info"]["name"]) == ("ok", "python")
+    assert set(info["supported_features"]) >= {"kernel subshells", "debugger"}
     connect = await notebook.channels.request("connect_request", {})
     assert {"shell_port", "iopub_port", "stdin_port", "hb_port"} <= {
         key if key.endswith("_port") else f"{key}_port" for key in connect
@@ -285,6 +288,7 @@ async def test_payloads_of_help_next_input_and_exit(notebook: Notebook) -> None:
     await notebook.run("kept = 11")
     left = await notebook.channels.execute("exit")
     assert [p["source"] for p in left.reply["payload"]] == ["ask_exit"]
+    assert "does not end" in left.stderr
     assert await notebook.run("kept") == "11"
 
 

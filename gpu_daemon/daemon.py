@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 
 import psutil
@@ -15,6 +15,7 @@ from gpu_daemon.bidding import Bidding
 from gpu_daemon.blobs import BlobStore
 from gpu_daemon.commits import Commits
 from gpu_daemon.fleet import ReplicaId
+from gpu_daemon.health import HealthWatch, Reasons
 from gpu_daemon.ledger import Ledger
 from gpu_daemon.publishing import Publisher
 from gpu_daemon.queue import FairQueue
@@ -33,7 +34,10 @@ STOP_WITHIN = 2.0
 
 
 class Daemon:
-    """Not started until `run`. etcd need not answer yet; the daemon waits for it."""
+    """Not started until `run`. etcd need not answer yet; the daemon waits for it.
+
+    health: reads how the devices are (blocking); None where they cannot fall ill.
+    """
 
     def __init__(
         self,
@@ -42,6 +46,7 @@ class Daemon:
         devices: tuple[Device, ...],
         blobs: BlobStore,
         runtime: ReplicaRuntime,
+        health: Callable[[], Reasons] | None = None,
     ) -> None:
         ledger = Ledger(settings.host, devices)
         rundir = RunDir(settings.run_dir)
@@ -54,6 +59,7 @@ class Daemon:
         self._replicas.answer = Answers(
             self._site, self._bidding, self._commits, self._replicas.heard, self._replicas.progressed
         )
+        self._health = HealthWatch(health, ledger, self._health_changed) if health is not None else None
         self._since = time.time()
         self._host_rev: int | None = None
         """Revision of this host's record as the watch saw it last, 0 while there is none; None: not seen yet."""
@@ -85,6 +91,8 @@ class Daemon:
         self._site.spawn(self._publisher.run(), "writing records")
         self._site.spawn(self._watch_kernels(), "watching kernels")
         self._site.spawn(self._watch_host(), "watching this host's record")
+        if self._health is not None:
+            self._site.spawn(self._health.run(), "watching the GPUs' health")
 
     async def _end(self) -> None:
         site = self._site
@@ -125,6 +133,10 @@ class Daemon:
         self._site.rundir.save_lease(lease)
         self._publisher.write_all_again()
         self._site.spawn(self._commits.lease_is_new(), "claiming again what runs")
+
+    def _health_changed(self) -> None:
+        self._publish_host()
+        self._bidding.room_changed()
 
     def _publish_host(self) -> None:
         site = self._site

@@ -148,6 +148,7 @@ class Site:
     def telling(self, tell: Callable[[str], None]) -> Iterator[None]:
         """While the block waits for etcd: `tell` why, after a second and then every two."""
         loop, asked = asyncio.get_running_loop(), time.time()
+        timer: asyncio.TimerHandle
 
         def say() -> None:
             nonlocal timer

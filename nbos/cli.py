@@ -10,9 +10,12 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
+
+if TYPE_CHECKING:
+    from .layout import UpOptions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,8 +64,8 @@ def _up_arguments(up: argparse.ArgumentParser) -> None:
         type=_limits,
         default={},
         metavar="FILE",
-        help='what users may ask for, as JSON: {"default": {...}, "groups": {...}, "users": {...}}; the fields stand in '
-        "configs/jupyterhub_config.py",
+        help='what users may ask for, as JSON: {"default": {...}, "groups": {...}, "users": {...}}; the fields '
+        "stand in configs/jupyterhub_config.py",
     )
     up.add_argument(
         "--memory-limit", type=_size, metavar="SIZE", help="memory that one replica of a kernel may take (no limit)"
@@ -118,15 +121,20 @@ def _up(options: argparse.Namespace) -> int:
     # Before anything imports gRPC: we fork to start processes, and it would complain into the terminal each
     # time.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-    from .layout import UpOptions
     from .state import StateDir
     from .up import up
+
+    return up(StateDir.at(options.state_dir), up_options(options))
+
+
+def up_options(options: argparse.Namespace) -> UpOptions:
+    from .layout import UpOptions
 
     chosen = {k: v for k, v in vars(options).items() if k not in ("command", "state_dir", "memory_limit")}
     if options.memory_limit is not None:
         default = {**options.limits.get("default", {}), "replica_memory": options.memory_limit}
         chosen["limits"] = {**options.limits, "default": default}
-    return up(StateDir.at(options.state_dir), UpOptions(**chosen))
+    return UpOptions(**chosen)
 
 
 def _status(options: argparse.Namespace) -> int:

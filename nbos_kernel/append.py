@@ -18,7 +18,9 @@ from typing import Any
 
 from nbos_cluster import wire
 
+from . import oversize
 from .capture.changes import Changes, Packed
+from .effects import names_of
 from .entries import Layout
 from .link import Link, Reply, Request
 from .replica import Replica
@@ -71,7 +73,7 @@ class Appender:
         print(text, file=sys.stderr)
 
     def applied(self, n: int, lost: dict[str, str]) -> None:
-        self._link.tell({"type": "applied", "n": n, "lost": lost})
+        self._link.tell({"type": "applied", "n": n, "lost": oversize.summary(lost)})
 
     def start(self, entry: Entry, running: Any, finished: Callable[[Any], None]) -> None:
         """Put the blobs, safe from later changes, and append behind."""
@@ -135,7 +137,7 @@ class Appender:
                 await self._stored_all(entry, self._put(layout, entry.changes.components))
                 continue
             if error in TOO_LARGE:
-                _shorten(entry)
+                layout = await self._shorten(entry)
             self.trouble = str(reply.get("reason") or error)
             await asyncio.sleep(delay)
             delay = min(1.0, delay * 2)
@@ -157,6 +159,22 @@ class Appender:
             reason = f"its data could not be stored: {reply.get('error', 'refused')}"
             self._lose(entry, component, reason)
 
+    async def _shorten(self, entry: Entry) -> Layout:
+        """The daemon does not take the entry even without its values: the names go on, as lost ones."""
+        before = dict(self._replica.capture.lost)
+        given = dict(entry.changes.lost)
+        oversize.give_up(entry.changes)
+        entry.changes.lost.update(dict.fromkeys(names_of(entry.effects), oversize.NO_ROOM))
+        entry.source, entry.effects = "", {}
+        new = {name: reason for name, reason in entry.changes.lost.items() if name not in given}
+        self._replica.capture.accept(Changes(lost=new, atoms={}))
+        for line in oversize.told(new):
+            self.tell_user(line)
+        entry.changes = oversize.listed(entry.changes, self._replica.capture, before)
+        layout = Layout(entry.changes.components, inline_limit=0)
+        await self._stored_all(entry, self._put(layout, entry.changes.components))
+        return layout
+
     def _lose(self, entry: Entry, component: Packed, reason: str) -> None:
         if component in entry.changes.components:
             entry.changes.components.remove(component)
@@ -173,14 +191,3 @@ async def _answer(request: Request) -> Reply:
     except wire.WireError as err:
         return {"ok": False, "error": "too_large", "reason": str(err)}, b""
 
-
-def _shorten(entry: Entry) -> None:
-    """An entry that is too large even without its values: the source goes first, then what it cannot carry is
-    lost."""
-    if entry.source:
-        entry.source = ""
-        return
-    names = [name for component in entry.changes.components for name in component.names]
-    entry.changes.components.clear()
-    entry.changes.lost.update(dict.fromkeys(names[:1000], "one cell changed more variables than an entry can name"))
-    entry.effects = {}

@@ -18,13 +18,14 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from nbos_cluster import wire
 
-from . import binding, lost, resources
+from . import binding, lost, oversize, resources
 from .append import Appender, Entry
+from .effects import names_of
 from .link import DaemonAway, Link
 from .replica import Replica
 
@@ -267,19 +268,27 @@ class Execution:
         code = request.get("code", "") if running.kind == "cell" else ""
         capture.note_source(code)
         found = capture.changes()
-        for name, reason in found.lost.items():
-            self._appender.tell_user(f"NBOS: {name!r} is not replicated and would be gone after a failover: {reason}")
+        notice = oversize.fit(found)
+        effects = self._replica.watcher.changes()
+        left = {name: why for name, why in self._replica.watcher.left.items() if capture.lost.get(name) != why}
+        for line in [*oversize.told({**found.lost, **left}), *([notice] if notice else [])]:
+            self._appender.tell_user(line)
+        before = dict(capture.lost) if found.lost or found.deleted or left or oversize.MORE in capture.lost else {}
+        capture.accept(found)
+        carried = [name for name in names_of(effects) if name in capture.lost and name not in left]
+        capture.forget(carried)
+        capture.note(left)
+        found = replace(found, deleted=[*found.deleted, *carried], lost={**found.lost, **left})
         kept = request.get("store_history", not request.get("silent", False)) and not request.get("silent", False)
         entry = Entry(
             n=running.n,
             kind=running.kind,
             status=running.status,
             execution_count=self._replica.history.last(),
-            source=code if kept else "",
-            changes=found,
-            effects=self._replica.watcher.changes(),
+            source=oversize.source(code) if kept else "",
+            changes=oversize.listed(found, capture, before),
+            effects=effects,
         )
-        capture.accept(found)
         lost.install(self._shell.user_ns, capture.lost)
         self._appender.start(entry, running, self._finished)
 

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from . import effects, lost
+from . import effects, lost, oversize
 from .capture import names
 from .capture.changes import Capture, why_not
 from .capture.pickling import Roots, load
@@ -84,9 +84,10 @@ class Replica:
         self.trouble.update(self.watcher.apply(changed))
         values, digests, missing = await self._load(entry.get("components") or (), payload)
         gone = list(entry.get("deleted") or ())
+        lost_names = {**(entry.get("lost") or {}), **oversize.unlisted(values, digests)}
         whole = whole or entry.get("kind") == "reset"
-        self._put(values, {*gone, *(entry.get("lost") or {}), *missing}, whole)
-        self.capture.adopt(digests, gone, entry.get("lost") or {}, missing, whole)
+        self._put(values, {*gone, *lost_names, *missing}, whole)
+        self.capture.adopt(digests, gone, lost_names, missing, whole)
         lost.install(self._shell.user_ns, self.capture.lost)
         self.history.record(entry, whole)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .election import Absent
 from .instructions import Connect, Disconnect, Instruction, Member
 
 HOLD_MESSAGES = 2000
@@ -41,6 +42,11 @@ class Fleet:
     def name(self, index: int) -> str:
         member = self.members.get(index)
         return f"replica {index} on host {member.host}" if member and member.host else f"replica {index}"
+
+    def absent(self) -> dict[int, Absent]:
+        """The members that are not connected."""
+        away = [member for index, member in self.members.items() if index not in self.up]
+        return {member.index: Absent(self.name(member.index), member.state) for member in away}
 
     def appoint(self, index: int | None, token: int = -1) -> None:
         """Make `index` the executor. Without a token the next output of it tells which one it has."""

@@ -33,7 +33,7 @@ class Gateway:
 
     def __init__(self, url: str, token: str) -> None:
         self.url = url.rstrip("/") + "/"
-        self._token = token
+        self.token = token
 
     async def create(self, kernel_id: str, request: dict[str, Any]) -> dict[str, Any]:
         return await self._call("POST", "api/kernels", {"kernel_id": kernel_id, **request}, timeout=30.0)
@@ -53,9 +53,9 @@ class Gateway:
         found = await self._call("GET", "api/kernels", patience=patience)
         return found if isinstance(found, list) else list(found.get("kernels", []))
 
-    async def kernel(self, kernel_id: str, *, wait: bool = False, patience: float | None = None) -> dict[str, Any]:
-        query = "?wait=ready" if wait else ""
-        return await self._call("GET", f"api/kernels/{kernel_id}{query}", timeout=35.0, patience=patience)
+    def of_kernel(self, kernel_id: str) -> str:
+        """Where the kernel itself is found."""
+        return f"{self.url}api/kernels/{kernel_id}"
 
     async def _call(
         self,
@@ -83,7 +83,7 @@ class Gateway:
             self.url + path,
             method=method,
             body=json.dumps(body) if body is not None else None,
-            headers={"Authorization": f"token {self._token}", "Content-Type": "application/json"},
+            headers={"Authorization": f"token {self.token}", "Content-Type": "application/json"},
             connect_timeout=3.0,
             request_timeout=timeout,
             allow_nonstandard_methods=True,

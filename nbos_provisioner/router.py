@@ -19,6 +19,7 @@ from typing import Any
 
 import zmq
 
+from .following import Follower
 from .front import Front
 from .instructions import (
     Client,
@@ -45,7 +46,7 @@ BATCH = 500
 """Messages read from one socket before the others get their turn."""
 
 LONELY = 1.0
-"""Seconds without any replica after which the provisioner is asked for the members (and again)."""
+"""Seconds without any replica after which the gateway is asked for the members (and again)."""
 
 
 class Router:
@@ -63,12 +64,15 @@ class Router:
         self.links: dict[int, ReplicaLink] = {}
         self._sources: dict[Any, Callable[[], None]] = {}
         self._buffer = b""
-        self._lonely_at = time.monotonic() + LONELY
+        self._lonely_at = time.monotonic()
         self.alive = True
+        self._follower = Follower(**config["follow"], log=log) if config.get("follow") else None
         for channel in ("control", "shell", "stdin"):
             self._listen(self.front.sockets[channel], partial(self._read_client, channel))
         self._listen(self.front.sockets["iopub"], lambda: self.front.welcome(self.signer))
         self._listen(sys.stdin.fileno(), self._read_commands)
+        if self._follower is not None:
+            self._listen(self._follower.reader, self._read_members)
         self._carriers: dict[type, Callable[[Any], None]] = {
             Publish: self._publish,
             ToReplica: self._to_replica,
@@ -120,7 +124,8 @@ class Router:
             self._lonely_at = now + LONELY
         elif now >= self._lonely_at:
             self._lonely_at = now + LONELY
-            tell({"event": "need_members"})
+            if self._follower is not None:
+                self._follower.ask()
 
     def _event(self, event: Any, now: float) -> None:
         for instruction in self.core.handle(event, now):
@@ -195,12 +200,17 @@ class Router:
         for line in lines:
             self._command(json.loads(line))
 
+    def _read_members(self) -> None:
+        assert self._follower is not None
+        self._event(members_from(self._follower.found()), time.monotonic())
+
     def _command(self, command: dict[str, Any]) -> None:
         now = time.monotonic()
         if command["command"] == "members":
             self._event(members_from(command), now)
         elif command["command"] == "reset":
             self._event(Reset(), now)
+        self._lonely_at = now
 
     # -- carrying out
 
@@ -254,12 +264,14 @@ class Router:
 
 
 def tell(event: dict[str, Any]) -> None:
-    """One line for the provisioner. A closed pipe means that the server is gone; stdin says so as well."""
+    """One line for the provisioner, which may read it late (a blocking KernelManager) or never: nobody waits here.
+
+    A closed pipe means that the server is gone; stdin says so as well.
+    """
     try:
-        sys.stdout.write(json.dumps(event) + "\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        log("the Jupyter Server no longer listens")
+        os.write(sys.stdout.fileno(), json.dumps(event).encode() + b"\n")
+    except (BrokenPipeError, BlockingIOError):
+        log(f"the Jupyter Server does not listen to {event['event']}")
 
 
 def log(text: str) -> None:
@@ -270,6 +282,7 @@ def main() -> int:
     line = sys.stdin.buffer.raw.readline()  # type: ignore[union-attr]
     if not line:
         return 0
+    os.set_blocking(sys.stdout.fileno(), False)
     try:
         router = Router(json.loads(line))
     except (OSError, ValueError, KeyError, zmq.ZMQError) as err:

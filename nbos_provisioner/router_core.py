@@ -295,14 +295,12 @@ class RouterCore:
 
     def _up(self, event: Up, now: float) -> None:
         self.fleet.up.add(event.replica)
-        self.out.tell({"event": "up", "replica": event.replica, "up": sorted(self.fleet.up)})
 
     def _lost(self, event: Lost, now: float) -> None:
         if event.replica not in self.fleet.up:
             return
         self.fleet.up.discard(event.replica)
         self.out.log(f"{self.fleet.name(event.replica)} was lost: {event.reason}")
-        self.out.tell({"event": "lost", "replica": event.replica, "up": sorted(self.fleet.up)})
         if event.replica == self.fleet.executor:
             if self.forwarding.dirty:
                 self.forwarding.dirty = False

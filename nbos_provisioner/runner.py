@@ -79,7 +79,7 @@ class Runner:
         up = self.fleet.up if execution.cell else {current} & self.fleet.up
         if not execution.cell and (execution.tries > SYNC_TRIES or now > execution.started + SYNC_PATIENCE):
             return self._drop_sync(execution)
-        step = execution.election.step(up, current, now)  # type: ignore[arg-type]
+        step = execution.election.step(up, current, now, self.fleet.absent())  # type: ignore[arg-type]
         execution.wake = step.wake
         for replica, wait in step.asks:
             self._ask(execution, replica, wait)

@@ -23,6 +23,12 @@ from .pickling import Pickled, Roots, dump
 from .quiet import quiet
 
 _ABSENT = object()
+_UNNAMED = object()
+
+ATOMS_ALONE = 256
+OBJECTS_ALONE = 1024
+"""Up to so many new plain values, and so many objects, each stands in a component of its own. Beyond it an entry could
+not name them all, so they are put together, always the same names."""
 
 
 @dataclass(frozen=True)
@@ -91,15 +97,25 @@ class Capture:
         found = Changes()
         with quiet():
             current = dict(self._variables())
+            for name in [name for name in current if not names.writable(name)]:
+                label, reason = names.label(name), names.why_not_writable(name)
+                current.pop(name)
+                current[label] = _UNNAMED
+                if self.lost.get(label) != reason:
+                    found.lost[label] = reason
+            fresh: dict[str, Any] = {}
             objects: dict[str, Any] = {}
             for name, value in current.items():
+                if value is _UNNAMED:
+                    continue
                 if self._atoms.get(name, _ABSENT) is value and name in self._digests and not _grew(value, self._roots):
                     found.atoms[name] = value
                 elif names.is_atom(value):
-                    found.atoms[name] = value
-                    self._pack_alone(name, value, found)
+                    found.atoms[name] = fresh[name] = value
                 else:
                     objects[name] = value
+            for group in groups.buckets(fresh, ATOMS_ALONE):
+                self._pack_together(group, fresh, arrays.Storages(), found)
             if objects:
                 self._pack_objects(objects, found)
         known = (self._digests.keys() | self.lost.keys()) - self._absent
@@ -153,10 +169,23 @@ class Capture:
         self._absent.update(lost, missing)
         self._atoms = {}
 
-    def _pack_alone(self, name: str, value: Any, found: Changes) -> None:
-        pickled = self._attempt((name,), {name: value}, arrays.Storages(), found)
+    def note(self, lost: Mapping[str, str]) -> None:
+        """Keep these as lost, although they are no variables: they do not end because the namespace lacks them."""
+        self.lost.update(lost)
+        self._absent.update(lost)
+
+    def forget(self, noted: Iterable[str]) -> None:
+        """What `note` said holds no more."""
+        for name in noted:
+            self.lost.pop(name, None)
+            self._absent.discard(name)
+
+    def _pack_together(
+        self, group: tuple[str, ...], values: Mapping[str, Any], storages: arrays.Storages, found: Changes
+    ) -> None:
+        pickled = self._attempt(group, {name: values[name] for name in group}, storages, found)
         if pickled is not None:
-            self._emit((name,), pickled, found)
+            self._emit(group, pickled, found)
 
     def _pack_objects(self, objects: dict[str, Any], found: Changes) -> None:
         storages = arrays.Storages()
@@ -169,13 +198,19 @@ class Capture:
             ((name, pickled),) = alone.items()
             self._emit((name,), pickled, found)
             return
+        singles: list[str] = []
         for group in groups.groups({name: pickled.shareable() for name, pickled in alone.items()}):
+            if len(group) > 1:
+                self._pack_together(group, objects, storages, found)
+            elif alone[group[0]].buffers:
+                self._emit(group, alone[group[0]], found)
+            else:
+                singles.append(group[0])
+        for group in groups.buckets(singles, OBJECTS_ALONE):
             if len(group) == 1:
                 self._emit(group, alone[group[0]], found)
-                continue
-            together = self._attempt(group, {name: objects[name] for name in group}, storages, found)
-            if together is not None:
-                self._emit(group, together, found)
+            else:
+                self._pack_together(group, objects, storages, found)
 
     def _attempt(
         self, group: tuple[str, ...], values: dict[str, Any], storages: arrays.Storages, found: Changes
@@ -191,7 +226,7 @@ class Capture:
 
     def _emit(self, group: tuple[str, ...], pickled: Pickled, found: Changes) -> None:
         parts: list[bytes | memoryview] = [pickled.stream, *pickled.buffers]
-        frames = tuple(FrameData(data, _hashes(data)) for data in parts)
+        frames = tuple(FrameData(data, hashes_of(data)) for data in parts)
         digest = hashlib.blake2b(repr(group).encode(), digest_size=16)
         for frame in frames:
             digest.update("".join(frame.hashes).encode())
@@ -200,7 +235,8 @@ class Capture:
             found.components.append(Packed(group, value, frames))
 
 
-def _hashes(data: bytes | memoryview) -> tuple[str, ...]:
+def hashes_of(data: bytes | memoryview) -> tuple[str, ...]:
+    """sha256 of each chunk of wire.BLOB_CHUNK bytes."""
     view = memoryview(data).cast("B")
     return tuple(
         hashlib.sha256(view[at : at + wire.BLOB_CHUNK]).hexdigest() for at in range(0, view.nbytes, wire.BLOB_CHUNK)

@@ -205,17 +205,18 @@ async def moved(notebook: Notebook, model: str, value: int) -> Cell:
     return cell
 
 
-async def slider(notebook: Notebook, name: str) -> str:
+async def slider(notebook: Notebook, name: str) -> tuple[str, str]:
+    """A new slider: its model's id, and what the cell wrote to stderr."""
     result = await notebook.channels.execute(f"import ipywidgets; {name} = ipywidgets.IntSlider(value=3); {name}")
     view = next(m.content["data"] for m in result.outputs if m.type in ("display_data", "execute_result"))
     model = view["application/vnd.jupyter.widget-view+json"]["model_id"]
     opened = [m.content["comm_id"] for m in result.messages if m.type == "comm_open"]
     assert model in opened
-    return str(model)
+    return str(model), result.stderr
 
 
 async def test_a_widget_follows_the_user_and_tells_its_observers(notebook: Notebook) -> None:
-    model = await slider(notebook, "w")
+    model, _ = await slider(notebook, "w")
     await notebook.run("w.observe(lambda change: print('moved to', change['new']), 'value')")
     cell = await moved(notebook, model, 9)
     assert "moved to 9" in cell.written()
@@ -245,7 +246,7 @@ async def test_completion_inspection_and_completeness(notebook: Notebook) -> Non
 
 async def test_history(notebook: Notebook) -> None:
     first = await notebook.channels.execute("'heron'")
-    await notebook.run("'egret';", store_history=False)
+    await notebook.run("egret = 'egret'", store_history=False)
     asked = {"output": True, "raw": True, "hist_access_type": "range", "session": 0}
     count = first.reply["execution_count"]
     found = await notebook.channels.request("history_request", {**asked, "start": count, "stop": count + 1})
@@ -253,7 +254,7 @@ async def test_history(notebook: Notebook) -> None:
     tail = {"output": False, "raw": True, "hist_access_type": "tail", "n": 1000}
     sources = [source for _, _, source in (await notebook.channels.request("history_request", tail))["history"]]
     assert "'heron'" in sources
-    assert "'egret'" not in sources
+    assert "egret = 'egret'" not in sources
 
 
 async def test_kernel_info_and_connect(notebook: Notebook) -> None:

@@ -177,7 +177,10 @@ class Daemon:
         view = self._site.view(kernel)
         if view is not None:
             self._bidding.kernel_changed(view)
-        self._replicas.kernel_changed(kernel, view)
+        if delta.spec or delta.epoch or delta.replicas or view is None:
+            self._replicas.kernel_changed(kernel, view)
+        if delta.entries or delta.checkpoint:
+            self._replicas.log_changed(kernel)
 
     def _look_around(self) -> None:
         """Once, when the records have been read for the first time."""

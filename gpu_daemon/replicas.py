@@ -59,9 +59,13 @@ class Replicas:
         wanted = fleet.Wanted(kernel, frozenset(indexes), incarnation, usable, self._site.now())
         if indexes or any(id.kernel == kernel for id in self._site.replicas):
             self._handle(wanted)
+        self.log_changed(kernel, members=True)
+
+    def log_changed(self, kernel: str, members: bool = False) -> None:
+        """There are entries (or members) to push."""
         for id, replica in self._site.replicas.items():
             if id.kernel == kernel and replica.session is not None:
-                replica.session.news()
+                replica.session.news(members)
 
     def _no_room(self, spec: KernelSpec, indexes: set[int]) -> set[int]:
         """Replicas beyond what this host takes; they are reported as failed."""

@@ -190,4 +190,3 @@ async def _answer(request: Request) -> Reply:
         return await asyncio.wrap_future(request.future)
     except wire.WireError as err:
         return {"ok": False, "error": "too_large", "reason": str(err)}, b""
-

@@ -73,7 +73,8 @@ class Watcher:
         return found
 
     def _writable(self, changed: dict[str, str | None]) -> dict[str, str | None]:
-        room, kept = ENVIRON_BYTES, {}
+        room = ENVIRON_BYTES
+        kept: dict[str, str | None] = {}
         for name, value in changed.items():
             size = len(name) + len((value or "").encode("utf-8", "surrogatepass"))
             if not names.writable(name):
@@ -88,7 +89,9 @@ class Watcher:
         return kept
 
     def _paths(self) -> list[str]:
-        room, kept, left = PATH_BYTES, [], []
+        room = PATH_BYTES
+        kept: list[str] = []
+        left: list[str] = []
         for path in map(str, self._sys_path):
             size = len(path.encode("utf-8", "surrogatepass"))
             fits = names.writable(path) and size <= room

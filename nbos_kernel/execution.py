@@ -18,14 +18,13 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from nbos_cluster import wire
 
-from . import binding, lost, oversize, resources
+from . import binding, oversize, resources
 from .append import Appender, Entry
-from .effects import names_of
 from .link import DaemonAway, Link
 from .replica import Replica
 
@@ -102,8 +101,8 @@ class Execution:
         try:
             needs = self._resources(parent)
         except resources.BadResources as err:
-            # Every replica says so, and the router answers the cell with it.
-            content = {**_yield("impossible", str(err)), "n": asked["n"], "next": None}
+            # Every replica would say so, and the router answers the cell with it.
+            content = {**_yield("impossible", str(err)), "n": asked["n"], "next": None, "everywhere": True}
             self._channel.reply("nbos_yield", content, parent, ident)
             return
         running = await self._claim(asked, "cell", needs, ident, parent)
@@ -263,22 +262,11 @@ class Execution:
     async def _commit(self, running: Running) -> None:
         """Capture now, without a break; append behind."""
         running.committed = True
-        capture = self._replica.capture
         request = running.parent["content"]
         code = request.get("code", "") if running.kind == "cell" else ""
-        capture.note_source(code)
-        found = capture.changes()
-        notice = oversize.fit(found)
-        effects = self._replica.watcher.changes()
-        left = {name: why for name, why in self._replica.watcher.left.items() if capture.lost.get(name) != why}
-        for line in [*oversize.told({**found.lost, **left}), *([notice] if notice else [])]:
+        taken = self._replica.take_changes(code)
+        for line in taken.notices:
             self._appender.tell_user(line)
-        before = dict(capture.lost) if found.lost or found.deleted or left or oversize.MORE in capture.lost else {}
-        capture.accept(found)
-        carried = [name for name in names_of(effects) if name in capture.lost and name not in left]
-        capture.forget(carried)
-        capture.note(left)
-        found = replace(found, deleted=[*found.deleted, *carried], lost={**found.lost, **left})
         kept = request.get("store_history", not request.get("silent", False)) and not request.get("silent", False)
         entry = Entry(
             n=running.n,
@@ -286,10 +274,9 @@ class Execution:
             status=running.status,
             execution_count=self._replica.history.last(),
             source=oversize.source(code) if kept else "",
-            changes=oversize.listed(found, capture, before),
-            effects=effects,
+            changes=taken.changes,
+            effects=taken.effects,
         )
-        lost.install(self._shell.user_ns, capture.lost)
         self._appender.start(entry, running, self._finished)
 
     def _finished(self, running: Running) -> None:

@@ -21,7 +21,7 @@ from ipykernel.ipkernel import IPythonKernel
 from ipykernel.zmqshell import ZMQInteractiveShell
 from traitlets import Type, Unicode
 
-from . import __version__, lost, magics
+from . import __version__, lost, magics, oversize
 from .execution import Execution
 from .iopub import MEMBERS_TOPIC
 from .link import DaemonAway, Link
@@ -163,6 +163,8 @@ class NBOSKernel(IPythonKernel):
             await super().execute_request(stream, ident, parent)
         elif _numbered(parent):
             await self.execution.cell(stream, ident, parent)
+        elif threading.current_thread() is not threading.main_thread():
+            await super().execute_request(stream, ident, parent)  # on the control channel: runs beside the cells
         elif parent["header"].get("session") == self.session.session:
             await super().execute_request(stream, ident, parent)  # ipykernel's own: its debugger starts debugpy so
         else:
@@ -281,7 +283,9 @@ class NBOSKernel(IPythonKernel):
         members = reply.get("members") or {}
         known |= {key: reply[key] for key in ("last", "executor", "queue") if key in reply}
         known["members"] = members.get("members", []) if isinstance(members, dict) else members
-        return {**known, "lost": {**(reply.get("lost") or {}), **self.replica.lost}}
+        everything = {**(reply.get("lost") or {}), **self.replica.lost}
+        everything.pop(oversize.MORE, None)  # here all are named
+        return {**known, "lost": everything}
 
 
 def _numbered(request: Message) -> bool:

@@ -32,19 +32,21 @@ SHOWN = 20
 NO_ROOM = "one cell changed more variables than a log entry can name; the next cells try again"
 
 
-def fit(found: Changes) -> str:
-    """Cut `found` to the budgets; what the user must know, or an empty string. Before `Capture.accept`."""
-    kept, dropped = [], []
+def fit(found: Changes, lost: Mapping[str, str]) -> list[str]:
+    """Cut `found` to the budgets; what the user must know of it. Before `Capture.accept`; `lost`: until now."""
+    kept: list[Packed] = []
+    dropped: list[Packed] = []
     room = COMPONENT_BYTES
     for component in found.components:
         room -= _cost(component)
         (kept if room >= 0 else dropped).append(component)
     if dropped:
         found.components = kept
-        found.lost.update({name: NO_ROOM for component in dropped for name in component.names})
-    names = len(list(_within(found.deleted, DELETED_BYTES)))
-    later, found.deleted = len(found.deleted) - names, found.deleted[:names]
-    return f"NBOS: {later} of the deleted variables are deleted on the other replicas with the next cells" if later else ""
+        names = [name for component in dropped for name in component.names]
+        found.lost.update({name: NO_ROOM for name in names if lost.get(name) != NO_ROOM})
+    fitting = len(list(_within(found.deleted, DELETED_BYTES)))
+    later, found.deleted = len(found.deleted) - fitting, found.deleted[:fitting]
+    return [f"NBOS: {later} deleted variables leave the other replicas only with the next cells"] if later else []
 
 
 def give_up(found: Changes) -> None:
@@ -65,15 +67,15 @@ def listed(found: Changes, capture: Capture, before: Mapping[str, str]) -> Chang
     """`found` (accepted already) with its lost names in a form that fits. `before`: what was lost until now."""
     every = {name: reason for name, reason in capture.lost.items() if name != MORE}
     short = summary(every)
-    if MORE in before and len(short) == len(every):
+    if MORE not in short:
+        if MORE not in before:
+            return found
         capture.forget([MORE])
-        return Changes(found.components, [*found.deleted, LIST, MORE], every)
-    if MORE not in before and len(summary(found.lost)) == len(found.lost):
-        return found
+        return Changes(found.components, [*found.deleted, LIST, MORE], every, found.atoms)
     if MORE in before and every == {name: reason for name, reason in before.items() if name != MORE}:
         return found
-    capture.note({MORE: short[MORE]} if MORE in short else {})
-    return Changes([*found.components, _packed(every)], found.deleted, short)
+    capture.note({MORE: short[MORE]})
+    return Changes([*found.components, _packed(every)], found.deleted, short, found.atoms)
 
 
 def summary(lost: Mapping[str, str]) -> dict[str, str]:

@@ -11,6 +11,7 @@ bid.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
@@ -18,7 +19,7 @@ from typing import Any
 
 from . import effects, lost, oversize
 from .capture import names
-from .capture.changes import Capture, why_not
+from .capture.changes import Capture, Changes, why_not
 from .capture.pickling import Roots, load
 from .capture.quiet import quiet
 from .entries import frames_of
@@ -29,6 +30,15 @@ Message = dict[str, Any]
 
 class BlobMissing(Exception):
     """The daemon cannot give a blob now; the values on it are lost here, with this reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """The changes for one entry, and the lines that tell the user what is not in it."""
+
+    changes: Changes
+    effects: Message
+    notices: list[str]
 
 
 class Replica:
@@ -53,6 +63,27 @@ class Replica:
     def lost(self) -> dict[str, str]:
         """Names that cannot be replicated, or could not be loaded here, with the reason."""
         return {**self.capture.lost, **self.trouble}
+
+    def take_changes(self, source: str) -> Taken:
+        """What is new since the last call, as one entry can hold it; the log counts as having it from now on."""
+        capture, watcher = self.capture, self.watcher
+        capture.note_source(source)
+        found = capture.changes()
+        notices = oversize.fit(found, capture.lost)
+        done = watcher.changes()
+        left = {name: why for name, why in watcher.left.items() if capture.lost.get(name) != why}
+        notices += oversize.told({**found.lost, **left})
+        carried = [name for name in effects.names_of(done) if name in capture.lost and name not in watcher.left]
+        changed = found.lost or found.deleted or left or carried or oversize.MORE in capture.lost
+        before = dict(capture.lost) if changed else None
+        capture.accept(found)
+        capture.forget(carried)
+        capture.note(left)
+        found = dataclasses.replace(found, deleted=[*found.deleted, *carried], lost={**found.lost, **left})
+        if before is not None:
+            found = oversize.listed(found, capture, before)
+        lost.install(self._shell.user_ns, capture.lost)
+        return Taken(found, done, notices)
 
     def arrived(self, message: Message, payload: bytes) -> None:
         self._queue.append((message, payload))

@@ -97,7 +97,9 @@ def checked(asked: Mapping[str, Any]) -> Resources:
     """`asked` completed and checked. Raises BadResources that names the limit."""
     unknown = set(asked) - set(NONE)
     if unknown:
-        raise BadResources(f"unknown resources {', '.join(sorted(map(str, unknown)))}; known: gpus, tpcs, memory, model")
+        raise BadResources(
+            f"unknown resources {', '.join(sorted(map(str, unknown)))}; known: gpus, tpcs, memory, model"
+        )
     full = {**NONE, **asked}
     for key, most in (("gpus", MAX_GPUS), ("tpcs", MAX_TPCS), ("memory", 2**50)):
         value = full[key]

@@ -64,8 +64,9 @@ class Notices:
             execution.display = ""
 
     def _show(self, execution: Execution, text: str) -> None:
-        if execution.silent or not execution.cell:
+        if execution.silent or not execution.cell or text == execution.shown:
             return
+        execution.shown = text
         kind = "update_display_data" if execution.display else "display_data"
         execution.display = execution.display or f"nbos-{uuid.uuid4().hex}"
         content = {

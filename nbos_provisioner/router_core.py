@@ -217,10 +217,14 @@ class RouterCore:
     def _ask_status(self, now: float) -> None:
         if self.runner.next_n is not None or not self.fleet.up:
             self._ask_status_at = None
-        elif self._ask_status_at is None or now >= self._ask_status_at:
+            self._asked.clear()
+            return
+        if self._ask_status_at is None or now >= self._ask_status_at:
             self._ask_status_at = now + STATUS_PATIENCE
-            for replica in self.fleet.up:
-                self._asked[self.out.ask(replica, "nbos_status_request", {})] = replica
+            self._asked.clear()
+        # Whoever has come up meanwhile is asked at once: those that were asked may be gone.
+        for replica in self.fleet.up - set(self._asked.values()):
+            self._asked[self.out.ask(replica, "nbos_status_request", {})] = replica
 
     # -- replicas
 
@@ -300,6 +304,7 @@ class RouterCore:
         if event.replica not in self.fleet.up:
             return
         self.fleet.up.discard(event.replica)
+        self._asked = {msg_id: replica for msg_id, replica in self._asked.items() if replica != event.replica}
         self.out.log(f"{self.fleet.name(event.replica)} was lost: {event.reason}")
         if event.replica == self.fleet.executor:
             if self.forwarding.dirty:

@@ -103,14 +103,13 @@ class Runner:
         self.on_over(execution)
 
     def asking(self, replica: int) -> bool:
-        """Whether `replica` may become the executor by a lead that is on its way."""
+        """Whether `replica` may become the executor by a lead, or a settlement, that is on its way."""
         active = self.active
-        return (
-            active is not None
-            and active.cell
-            and active.phase in (Phase.ASKING, Phase.SETTLING)
-            and replica in active.election.asks
-        )
+        if active is None or not active.cell or active.phase not in (Phase.ASKING, Phase.SETTLING):
+            return False
+        if replica in active.election.asks:
+            return True
+        return active.phase is Phase.SETTLING and self.settlement is not None and self.settlement.lost == replica
 
     # -- what replicas say
 
@@ -175,6 +174,8 @@ class Runner:
         code, reason = str(content.get("code", "")), str(content.get("reason", ""))
         if mine.phase is not Phase.ASKING or content.get("n") != mine.n:
             return
+        if content.get("everywhere"):
+            return self._conclude(mine, error("NBOSResourceError", reason))
         following = content.get("next") if isinstance(content.get("next"), int) else None
         mine.election.answer(replica, code, reason, following)
         decided = code == "stale" and (mine.led or (bool(mine.election.unknown) and following == mine.n + 1))

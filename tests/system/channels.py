@@ -229,7 +229,9 @@ class Channels:
         }
         message = Message(channel, full, parent or {}, metadata or {}, content, tuple(buffers))
         frame = pack_v1(message) if self.subprotocol else pack_legacy(message)
-        cell = self._cells[full["msg_id"]] = Cell(full["msg_id"], time.perf_counter(), content.get("code") if msg_type == "execute_request" else None)
+        cell = self._cells[full["msg_id"]] = Cell(
+            full["msg_id"], time.perf_counter(), content.get("code") if msg_type == "execute_request" else None
+        )
         if self.closed.is_set():
             raise ConnectionLost("the websocket is closed; open a new one")
         await self._socket.write_message(frame, binary=isinstance(frame, bytes))

@@ -1,4 +1,4 @@
-"""Everything that plain ipykernel does in JupyterLab, on the NBOS kernel of a real `nbos up`, driven over the websocket.
+"""Everything that plain ipykernel does in JupyterLab, on the NBOS kernel of a real `nbos up`, over the websocket.
 
 Each test leaves one busy, one reply and one idle for every cell it ran: `notebook` looks when it is done.
 """
@@ -137,7 +137,7 @@ LONG = {
     "child": "import subprocess; subprocess.run(['sleep', '60'])",
     "shell": "!sleep 60; echo over",
 }
-ENDS = dict.fromkeys(LONG.values(), ["KeyboardInterrupt"])
+ENDS = {code: ["KeyboardInterrupt"] for code in LONG.values()}
 ENDS[LONG["async"]] = ["CancelledError"]  # as in plain ipykernel
 ENDS[LONG["shell"]] = ["nothing", "KeyboardInterrupt"]  # IPython hands it to the child, the cell goes on
 
@@ -231,9 +231,10 @@ async def test_a_widget_follows_the_user_and_tells_its_observers(notebook: Noteb
 
 async def test_completion_inspection_and_completeness(notebook: Notebook) -> None:
     await notebook.run("class Ship:\n    'A vessel.'\n    mast = 1\nship = Ship(); table = {'quince': 1}")
-    assert "ship.mast" in (await notebook.channels.complete("ship.m"))["matches"] or "mast" in (
-        await notebook.channels.complete("ship.m")
-    )["matches"]
+    assert (
+        "ship.mast" in (await notebook.channels.complete("ship.m"))["matches"]
+        or "mast" in (await notebook.channels.complete("ship.m"))["matches"]
+    )
     assert "path" in " ".join((await notebook.channels.complete("import os.pa"))["matches"])
     assert any("quince" in match for match in (await notebook.channels.complete("table['"))["matches"])
     assert any("%matplotlib" in match for match in (await notebook.channels.complete("%matpl"))["matches"])
@@ -299,7 +300,8 @@ async def test_payloads_of_help_next_input_and_exit(notebook: Notebook) -> None:
 async def test_async_cells(notebook: Notebook) -> None:
     assert await notebook.run("import asyncio\nawait asyncio.sleep(0.01)\n5") == "5"
     await notebook.run(
-        "done = []\nasync def later():\n    await asyncio.sleep(0.2); done.append(1)\ntask = asyncio.create_task(later())"
+        "done = []\nasync def later():\n    await asyncio.sleep(0.2); done.append(1)\n"
+        "task = asyncio.create_task(later())"
     )
     assert await notebook.run("await task; done") == "[1]"
     await notebook.run("async def count():\n    for i in range(3):\n        yield i")
@@ -411,8 +413,7 @@ async def test_the_debugger_stops_at_a_breakpoint_and_goes_on(notebook: Notebook
     assert cell.reply is None
     await debug("continue", threadId=stopped["threadId"])
     assert (await cell.result()).stdout == "42\n"
-    listed = (await debug("inspectVariables"))["variables"]
-    assert "double" in {v["name"] for v in listed} or listed
+    assert "double" in {v["name"] for v in (await debug("inspectVariables"))["variables"]}
     await debug("disconnect", restart=False, terminateDebuggee=True)
     assert await notebook.run("double(4)") == "8"
 

@@ -2,7 +2,8 @@
 
 Started by the daemon like a replica: `python replica_double.py --nbos-socket PATH -f FILE`. It says hello, keeps
 reconnecting, applies what is pushed, and listens on `<folder>/c` for JSON lines: {"send": message, "payload": hex},
-{"pushed": type}, {"hello": {...}} to change what it says next time, {"raw": hex}, {"eat": bytes}, {"drop": true}.
+{"pushed": type}, {"hello": {...}} to change what it says next time, {"raw": hex}, {"eat": bytes}, {"drop": true},
+{"cells": [first, last]}.
 """
 
 from __future__ import annotations
@@ -88,6 +89,18 @@ class Double:
                 self.applied = message["entry"]["n"]
         return reply
 
+    async def cells(self, first: int, last: int) -> None:
+        """Run these executions one after the other, each with a line of source and a small value."""
+        for n in range(first, last + 1):
+            bid = {"type": "bid", "n": n, "attempt": 1, "kind": "cell", "resources": {}, "wait": True}
+            answer = await self.request({**bid, "applied": n - 1}, b"")
+            value = b"%100d" % n
+            component = {"names": ["x"], "digest": str(n), "frames": [{"size": len(value), "at": 0}]}
+            entry = {"n": n, "kind": "cell", "execution_count": n, "source": f"x = {n}", "components": [component]}
+            reply = await self.request({"type": "append", "entry": entry, "token": answer["token"]}, value)
+            assert reply["ok"], reply
+            await self.request({"type": "applied", "n": n, "lost": {}}, b"")
+
     async def control(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async for line in reader:
             order = json.loads(line)
@@ -98,6 +111,8 @@ class Double:
             return await self.request(order["send"], bytes.fromhex(order.get("payload", "")))
         if "pushed" in order:
             return [m for m, _ in self.pushed if m["type"] == order["pushed"]]
+        if "cells" in order:
+            await self.cells(*order["cells"])
         if "hello" in order:
             self.said.update(order["hello"])
         if "raw" in order and self.writer is not None:

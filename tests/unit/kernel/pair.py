@@ -10,7 +10,6 @@ from typing import Any
 from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 
-from nbos_kernel import lost
 from nbos_kernel.entries import Layout
 from nbos_kernel.replica import Replica
 
@@ -53,6 +52,7 @@ class Pair:
         self.executor, self.standby = Side(self.blobs), Side(self.blobs)
         self.n = 0
         self.payload = b""
+        self.notices: list[str] = []
         self.entries: list[dict[str, Any]] = []
 
     def cell(self, code: str) -> dict[str, Any]:
@@ -60,10 +60,8 @@ class Pair:
         self.executor.run(code)
         self.n += 1
         replica = self.executor.replica
-        replica.capture.note_source(code)
-        found = replica.capture.changes()
-        replica.capture.accept(found)
-        lost.install(self.executor.ns, replica.capture.lost)
+        taken = replica.take_changes(code)
+        found, self.notices = taken.changes, taken.notices
         layout = Layout(found.components)
         self.blobs.update({digest: bytes(chunk) for _, digest, chunk in layout.blobs(found.components)})
         components, payload = layout.encode(found.components)
@@ -76,7 +74,7 @@ class Pair:
             "components": components,
             "deleted": found.deleted,
             "lost": found.lost,
-            "effects": replica.watcher.changes(),
+            "effects": taken.effects,
         }
         self.payload = payload
         replica.own(self.n)

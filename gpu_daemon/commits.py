@@ -212,7 +212,7 @@ class Commits:
         txn = election.abandon(kernel, n, reason, incarnation=incarnation, at=time.time())
         await self._site.commit(txn)
         # Abandoned now, or somebody's claim or entry was in the way: either reaches the local copy shortly.
-        await self._site.until(lambda: not _free(self._site.view(kernel), n), 1.0)
+        await self._site.until(lambda: not free(self._site.view(kernel), n), 1.0)
 
     # -- after a restart of the daemon --------------------------------------------------------------------------------
 
@@ -283,5 +283,5 @@ def _claim_record(replica: LocalReplica, n: int, host: str, grant: GrantRecord |
     return ClaimRecord(n=n, replica=replica.id.index, host=host, grant=name, started=time.time())
 
 
-def _free(view: KernelView | None, n: int) -> bool:
+def free(view: KernelView | None, n: int) -> bool:
     return view is not None and view.last < n and view.claim_of(n) is None

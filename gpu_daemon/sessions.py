@@ -18,7 +18,7 @@ from pathlib import Path
 
 from gpu_daemon.replica import LocalReplica
 from gpu_daemon.requests import RequestError
-from gpu_daemon.site import Refused, Site, log, plain
+from gpu_daemon.site import RECOVERY, Refused, Site, log, plain
 from nbos_cluster import wire
 from nbos_cluster.kernelview import KernelView
 from nbos_cluster.statewire import entry_to_wire, state_to_wire
@@ -144,6 +144,10 @@ class Session:
 
     def _push_members(self, view: KernelView) -> None:
         members = members_message(view)
+        if self._site.cut_off and lost_of(members) - lost_of(self._members):
+            # Their records ended with everybody's lease; whoever lives writes them again in a moment.
+            asyncio.get_running_loop().call_later(RECOVERY, self.news, True)
+            return
         if members != self._members:
             self._members = members
             self.push({"type": "members", **members})
@@ -254,6 +258,10 @@ def members_message(view: KernelView) -> Message:
             fields = {name: plain(getattr(record, name)) for name in names}
         members.append(fields)
     return {"epoch": view.epoch.epoch if view.epoch is not None else 0, "members": members}
+
+
+def lost_of(members: Message | None) -> set[int]:
+    return {m["index"] for m in members["members"] if m["state"] == "lost"} if members is not None else set()
 
 
 Connected = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]

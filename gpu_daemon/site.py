@@ -34,6 +34,9 @@ log = logging.getLogger("gpu_daemon")
 RETRY_FIRST = 0.1
 RETRY_LAST = 1.0
 
+RECOVERY = 2.0
+"""Seconds that hosts have, after etcd is back, to claim again what they run."""
+
 TELL_FIRST = 1.0
 TELL_EVERY = 2.0
 
@@ -74,6 +77,8 @@ class Site:
     stopping: bool = False
     away_since: float | None = None
     """Unix time since which etcd does not answer; None while it does."""
+    back_at: float = float("-inf")
+    """When etcd answered again (`now`)."""
     lease: Lease | None = None
     synced: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once the records have been read for the first time."""
@@ -176,6 +181,13 @@ class Site:
         if self.away_since is not None:
             log.warning("etcd answers again after %.1f s", time.time() - self.away_since)
             self.away_since = None
+            self.back_at = self.now()
+
+    @property
+    def cut_off(self) -> bool:
+        """Whether etcd stood still (or was out of reach) just now, so that leases may have ended whose owners live."""
+        unsure = self.lease is not None and not self.lease.sure
+        return unsure or self.away_since is not None or self.now() < self.back_at + RECOVERY
 
     def away_text(self, asked: float | None = None) -> str:
         """asked: when the question that has no answer was asked; it counts where nothing is known from before."""

@@ -59,6 +59,8 @@ class Appender:
         self._task: asyncio.Task[None] | None = None
         self._stored: OrderedDict[str, None] = OrderedDict()
         self.trouble = ""
+        self._reported: tuple[float, dict[str, str]] | None = None
+        """What was lost when the daemon was told last, and on which connection (by the end of the one before)."""
 
     @property
     def pending(self) -> bool:
@@ -73,6 +75,7 @@ class Appender:
         print(text, file=sys.stderr)
 
     def applied(self, n: int, lost: dict[str, str]) -> None:
+        self._reported = (self._link.away_since, lost)
         self._link.tell({"type": "applied", "n": n, "lost": oversize.summary(lost)})
 
     def start(self, entry: Entry, running: Any, finished: Callable[[Any], None]) -> None:
@@ -145,7 +148,8 @@ class Appender:
         self.trouble = ""
         finished(running)
         self._channel.reply("nbos_committed", {"n": entry.n}, running.parent, running.ident)
-        self.applied(entry.n, self._replica.lost)
+        if self._reported != (self._link.away_since, self._replica.lost):
+            self.applied(entry.n, self._replica.lost)  # the daemon knows n already, and what was lost before
 
     async def _stored_all(self, entry: Entry, puts: list[tuple[Packed, str, Request]]) -> None:
         """Wait for the blobs. What could not be stored is lost, with the daemon's reason, and the user is told."""

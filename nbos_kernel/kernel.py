@@ -26,8 +26,13 @@ from .execution import Execution
 from .iopub import MEMBERS_TOPIC
 from .link import DaemonAway, Link
 from .replica import BlobMissing, Replica
+from .settings import RecordingShell
 
 Message = dict[str, Any]
+
+GATHER = 0.05
+"""Seconds in which a standby gathers entries before it applies them: while cells follow each other it is woken, and
+tells its daemon how far it is, once for many."""
 
 DIRECT = (
     "this is one replica of an NBOS kernel; cells go through the kernel's router (the ports that the Jupyter Server "
@@ -35,7 +40,7 @@ DIRECT = (
 )
 
 
-class NBOSShell(ZMQInteractiveShell):
+class NBOSShell(RecordingShell, ZMQInteractiveShell):
     """IPython's shell; a NameError about a lost name gets the reason."""
 
     lost_names: dict[str, str] | None = None
@@ -72,10 +77,13 @@ class NBOSKernel(IPythonKernel):
         self._main_loop: asyncio.AbstractEventLoop | None = None
         self._led: str = ""
         self._answering: set[asyncio.Task[None]] = set()
+        self._applying: asyncio.Task[None] | None = None
+        self._gathering = False
         self.link = Link(self.nbos_socket, self._hello, self._greeted, self._pushed, self.log)
         self.replica = Replica(self.shell, self._get_blob, self.log)
         self.execution = Execution(self.shell, self.link, self.replica, self)
         self.shell.lost_names = self.replica.capture.lost
+        self.shell.settings = self.replica.settings
         self.shell.input_transformers_cleanup.insert(0, magics.strip_resource_line)
         self.shell.register_magics(magics.NBOSMagics(self.shell, self._status))
         self._execute_sleep = (
@@ -114,7 +122,10 @@ class NBOSKernel(IPythonKernel):
     def _pushed(self, message: Message, payload: bytes) -> None:
         kind = message.get("type")
         if kind in ("state", "entry"):
-            self._soon(self._arrived, message, payload)
+            self.replica.arrived(message, payload)
+            if not self._gathering:
+                self._gathering = True
+                self._soon(self._gather, 0.0 if kind == "state" else GATHER)
         elif kind == "waiting":
             self._soon(self.execution.waiting, message)
         elif kind == "members":
@@ -141,10 +152,14 @@ class NBOSKernel(IPythonKernel):
 
     # The main thread ---------------------------------------------------------------------------------------------
 
-    def _arrived(self, message: Message, payload: bytes) -> None:
-        self.replica.arrived(message, payload)
-        task = asyncio.ensure_future(self._apply_between_messages())
-        self._applying = task  # a reference, so that it is not collected before it ran
+    def _gather(self, seconds: float) -> None:
+        """Apply what has arrived within `seconds`. A replica that bids does so before, without waiting for this."""
+
+        def apply() -> None:
+            self._gathering = False
+            self._applying = asyncio.ensure_future(self._apply_between_messages())
+
+        asyncio.get_running_loop().call_later(seconds, apply)
 
     async def _apply_between_messages(self) -> None:
         await self.execution.settled()

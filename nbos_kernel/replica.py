@@ -4,8 +4,8 @@ Guarantees: entries are applied in order, each all or nothing (everything is unp
 changes, in one step); what cannot be loaded here is a lost name with its reason, and the rest of the entry
 stands; the executor never applies an entry of its own to itself.
 
-Runs on the main thread. `arrived` only queues; entries are applied between two shell messages, or right before a
-bid.
+Runs on the main thread, but for `arrived`, which only queues; entries are applied between two shell messages, or
+right before a bid.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import asyncio
 import dataclasses
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from . import effects, lost, oversize
@@ -24,6 +24,7 @@ from .capture.pickling import Roots, load
 from .capture.quiet import quiet
 from .entries import frames_of
 from .history import History
+from .settings import NAME, Settings
 
 Message = dict[str, Any]
 
@@ -50,7 +51,8 @@ class Replica:
             {"module": shell.user_module, "shell": shell, "In": shell.user_ns["In"], "Out": shell.user_ns["Out"]},
             shell.user_ns,
         )
-        self.capture = Capture(self.roots, lambda: names.user_variables(shell.user_ns, shell.user_ns_hidden))
+        self.settings = Settings(shell)
+        self.capture = Capture(self.roots, self._variables)
         self.watcher = effects.Watcher()
         self.history = History(shell)
         self.applied = -1
@@ -63,6 +65,10 @@ class Replica:
     def lost(self) -> dict[str, str]:
         """Names that cannot be replicated, or could not be loaded here, with the reason."""
         return {**self.capture.lost, **self.trouble}
+
+    def _variables(self) -> Iterable[tuple[str, Any]]:
+        yield from names.user_variables(self._shell.user_ns, self._shell.user_ns_hidden)
+        yield from self.settings.variable()
 
     def take_changes(self, source: str) -> Taken:
         """What is new since the last call, as one entry can hold it; the log counts as having it from now on."""
@@ -86,11 +92,13 @@ class Replica:
         return Taken(found, done, notices)
 
     def arrived(self, message: Message, payload: bytes) -> None:
+        """Called on any thread: what has arrived before a bid is applied before it, whatever the main loop does."""
         self._queue.append((message, payload))
 
     async def catch_up(self, done: Callable[[int, dict[str, str]], None]) -> None:
-        """Apply what has arrived, in order; `done(n, lost)` after each."""
+        """Apply what has arrived, in order; then `done(n, lost)`, once for all."""
         async with self._turn:
+            before = self.applied
             while self._queue:
                 message, payload = self._queue.popleft()
                 whole = message["type"] == "state"
@@ -100,7 +108,8 @@ class Replica:
                     continue
                 await self._apply(entry, payload, whole)
                 self.applied = n
-                done(n, self.lost)
+            if self.applied > before:
+                done(self.applied, self.lost)
 
     def own(self, n: int) -> None:
         """Entry n is this replica's own and stands in the log."""
@@ -117,10 +126,13 @@ class Replica:
         gone = list(entry.get("deleted") or ())
         lost_names = {**(entry.get("lost") or {}), **oversize.unlisted(values, digests)}
         whole = whole or entry.get("kind") == "reset"
+        lines = values.pop(NAME, None)
         self._put(values, {*gone, *lost_names, *missing}, whole)
         self.capture.adopt(digests, gone, lost_names, missing, whole)
         lost.install(self._shell.user_ns, self.capture.lost)
         self.history.record(entry, whole)
+        if lines is not None:
+            self.trouble.update(self.settings.apply(lines))
 
     async def _load(self, components: Any, payload: bytes) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
         values: dict[str, Any] = {}

@@ -20,7 +20,8 @@ class Phase(Enum):
 @dataclass(slots=True)
 class Execution:
     """`led`: some replica has claimed it. `replied`, `idle`: what the client has been given. `committed`: its entry
-    stands in the log. `message_session`: the Jupyter session of the process that leads it. `display`, `shown`: why it waits, in its output."""
+    stands in the log. `message_session`: the Jupyter session of the process that leads it. `display`, `shown`: why it
+    waits, in its output."""
 
     message: Message
     kind: Literal["cell", "sync"] = "cell"

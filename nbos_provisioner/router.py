@@ -38,9 +38,11 @@ from .instructions import (
     Up,
 )
 from .members import members_from
+from .memory import Memory
 from .messages import BadMessage, Signer, parse
 from .replica_link import ReplicaLink
 from .router_core import RouterCore
+from .sockets import receive, send
 
 BATCH = 500
 """Messages read from one socket before the others get their turn."""
@@ -65,6 +67,7 @@ class Router:
         self._sources: dict[Any, Callable[[], None]] = {}
         self._buffer = b""
         self._lonely_at = time.monotonic()
+        self._memory = Memory()
         self.alive = True
         self._follower = Follower(**config["follow"], log=log) if config.get("follow") else None
         for channel in ("control", "shell", "stdin"):
@@ -95,7 +98,8 @@ class Router:
 
     def run(self) -> None:
         while self.alive:
-            for source, _ in self.poller.poll(self._timeout()):
+            ready = self.poller.poll(self._timeout())
+            for source, _ in ready:
                 reader = self._sources.get(source)
                 if reader is not None:
                     reader()
@@ -104,10 +108,14 @@ class Router:
             if deadline is not None and now >= deadline:
                 self._event(Tick(), now)
             self._care(now)
+            if ready:
+                self._memory.busy(now)
+            else:
+                self._memory.calm(now)
         self.front.close()
 
     def _timeout(self) -> int | None:
-        times = [self.core.deadline(), self._lonely_at if not self.core.fleet.up else None]
+        times = [self.core.deadline(), self._memory.due, self._lonely_at if not self.core.fleet.up else None]
         times += [link.wake() for link in self.links.values()]
         due = [at for at in times if at is not None]
         return max(0, int((min(due) - time.monotonic()) * 1000) + 1) if due else None
@@ -136,9 +144,8 @@ class Router:
     def _read_client(self, channel: Any) -> None:
         socket = self.front.sockets[channel]
         for _ in range(BATCH):
-            try:
-                parts = socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
+            parts = receive(socket, copy=True)
+            if parts is None:
                 return
             try:
                 message = self.signer.check(parts)
@@ -155,9 +162,8 @@ class Router:
             if channel == "shell":
                 # What a client sent before it could see this reply stands in the queue first (stop_on_error).
                 self._read_client("shell")
-            try:
-                parts = socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
+            parts = receive(socket, copy=True)
+            if parts is None:
                 return
             try:
                 event = FromReplica(link.index, channel, parse(parts))
@@ -171,9 +177,8 @@ class Router:
         for _ in range(BATCH):
             if socket.closed:
                 return
-            try:
-                frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
+            frames = receive(socket, copy=False)
+            if frames is None:
                 return
             if not link.is_welcome(frames):
                 self._event(Output(link.index, frames), time.monotonic())
@@ -215,11 +220,11 @@ class Router:
     # -- carrying out
 
     def _publish(self, instruction: Publish) -> None:
-        self.front.sockets["iopub"].send_multipart(instruction.frames, copy=False)
+        send(self.front.sockets["iopub"], instruction.frames, block=True)
 
     def _to_client(self, instruction: ToClient) -> None:
         try:
-            self.front.sockets[instruction.channel].send_multipart(instruction.frames, zmq.NOBLOCK, copy=False)
+            send(self.front.sockets[instruction.channel], instruction.frames)
         except zmq.Again:
             log(f"a client does not read its {instruction.channel} channel; a message for it was dropped")
 
@@ -228,7 +233,7 @@ class Router:
         if link is None:
             return
         try:
-            link.sockets[instruction.channel].send_multipart(instruction.frames, zmq.NOBLOCK, copy=False)
+            send(link.sockets[instruction.channel], instruction.frames)
         except zmq.Again:
             log(f"replica {instruction.replica} does not read its {instruction.channel}; a message was dropped")
 

@@ -238,7 +238,7 @@ async def test_etcd_away_lets_cells_run_on_and_new_ones_wait_and_say_why(cluster
         assert waiting.reply is None
     result = await waiting.result(40)
     once(result)
-    assert result.value == "51"
+    assert result.value == "51", result
 
 
 async def test_etcd_killed_and_started_again_loses_nothing(cluster: Cluster, notebook: Notebook) -> None:

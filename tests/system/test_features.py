@@ -8,15 +8,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import pytest_asyncio
 
-from tests.system.channels import Cell, Result
+from tests.system.channels import Result
 from tests.system.cluster import Cluster, Notebook
-from tests.system.hubclient import eventually
-from tests.system.messages import Json, Message
+from tests.system.debugger import Debugger
+from tests.system.widgets import moved, sent, slider
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.asyncio(loop_scope="module")]
 
@@ -162,10 +161,6 @@ async def test_an_interrupt_between_cells_changes_nothing(notebook: Notebook) ->
 # -- comms and widgets
 
 
-def sent(cell: Cell, kind: str) -> list[Json]:
-    return [message.content for message in cell.messages if message.type == kind]
-
-
 async def test_a_comm_opened_by_the_front_end(notebook: Notebook) -> None:
     await notebook.run(
         "def opened(comm, message):\n"
@@ -196,23 +191,6 @@ async def test_a_comm_opened_by_the_kernel(notebook: Notebook) -> None:
     assert await notebook.run("heard") == "[{'x': 3}]"
     closing = await notebook.channels.execute("back.close()")
     assert next(m.content["comm_id"] for m in closing.messages if m.type == "comm_close") == opening["comm_id"]
-
-
-async def moved(notebook: Notebook, model: str, value: int) -> Cell:
-    """The user drags the slider."""
-    cell = await notebook.channels.comm_msg(model, {"method": "update", "state": {"value": value}, "buffer_paths": []})
-    await cell.wait(lambda cell: cell.idle is not None, "idle", 10)
-    return cell
-
-
-async def slider(notebook: Notebook, name: str) -> tuple[str, str]:
-    """A new slider: its model's id, and what the cell wrote to stderr."""
-    result = await notebook.channels.execute(f"import ipywidgets; {name} = ipywidgets.IntSlider(value=3); {name}")
-    view = next(m.content["data"] for m in result.outputs if m.type in ("display_data", "execute_result"))
-    model = view["application/vnd.jupyter.widget-view+json"]["model_id"]
-    opened = [m.content["comm_id"] for m in result.messages if m.type == "comm_open"]
-    assert model in opened
-    return str(model), result.stderr
 
 
 async def test_a_widget_follows_the_user_and_tells_its_observers(notebook: Notebook) -> None:
@@ -370,30 +348,9 @@ async def test_metadata_as_jupyterlab_sends_it(notebook: Notebook) -> None:
 # -- the debugger
 
 
-class Debugger:
-    """The front end's side, in the order in which JupyterLab speaks."""
-
-    def __init__(self, notebook: Notebook) -> None:
-        self.channels, self.seq = notebook.channels, 0
-
-    async def __call__(self, command: str, **arguments: Any) -> Json:
-        self.seq += 1
-        content = {"type": "request", "seq": self.seq, "command": command, "arguments": arguments}
-        reply = await self.channels.request("debug_request", content, channel="control")
-        assert reply.get("success"), (command, reply)
-        return dict(reply.get("body") or {})
-
-    async def event(self, name: str) -> Json:
-        async def seen() -> Message | None:
-            found = [m for m in self.channels.published() if m.type == "debug_event" and m.content["event"] == name]
-            return found[-1] if found else None
-
-        return (await eventually(seen, f"debug event {name}", 15)).content
-
-
 async def test_the_debugger_stops_at_a_breakpoint_and_goes_on(notebook: Notebook) -> None:
-    debug = Debugger(notebook)
-    code = "def double(n):\n    twice = 2 * n\n    return twice\nprint(double(21))"
+    debug = Debugger(notebook.channels)
+    code = "def double(n):\n    twice = 2 * n\n    return twice\nanswer = double(21)\nprint(answer)"
     assert (await debug("debugInfo"))["isStarted"] is False
     await debug("initialize", clientID="jupyterlab", adapterID="", pathFormat="path", linesStartAt1=True)
     await debug("attach")
@@ -413,7 +370,7 @@ async def test_the_debugger_stops_at_a_breakpoint_and_goes_on(notebook: Notebook
     assert cell.reply is None
     await debug("continue", threadId=stopped["threadId"])
     assert (await cell.result()).stdout == "42\n"
-    assert "double" in {v["name"] for v in (await debug("inspectVariables"))["variables"]}
+    assert "answer" in {v["name"] for v in (await debug("inspectVariables"))["variables"]}
     await debug("disconnect", restart=False, terminateDebuggee=True)
     assert await notebook.run("double(4)") == "8"
 

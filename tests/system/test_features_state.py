@@ -19,7 +19,7 @@ from tests.system.changing_cells import CASES
 from tests.system.channels import Result
 from tests.system.cluster import Cluster, Notebook
 from tests.system.hubclient import eventually
-from tests.system.test_features import moved, slider
+from tests.system.widgets import moved, slider
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.asyncio(loop_scope="module")]
 
@@ -90,12 +90,15 @@ async def test_what_magics_change_outside_the_namespace_survives(notebook: Noteb
     await notebook.run("os.environ.pop('LANG', None); sys.path.append(os.path.abspath('mine'))")
     await notebook.run(f"%pip install -q --no-index {wheel(tmp_path, package)}", 90)
     try:
+        await notebook.run("%precision 3\n%load_ext autoreload\n%autoreload 2")
         await notebook.run("%matplotlib inline\nimport matplotlib.pyplot as plt\nplt.plot([1, 2]); plt.show()", 60)
         await kill_the_executor(notebook)
         seen = "print(os.getcwd(), os.environ['HERON'], os.environ['EGRET'], 'LANG' in os.environ)"
         assert await notebook.run(seen) == f"{tmp_path} grey white False\n"
         assert await notebook.run("import beside; beside.WHERE") == "'beside'"
         assert await notebook.run(f"import {package}; {package}.SPEED") == "88"
+        assert await notebook.run("1 / 3") == "0.333"
+        assert "autoreload" in await notebook.run("print(get_ipython().extension_manager.loaded)")
         assert (await notebook.run("!echo $HERON")).split() == ["grey"]
         assert _figures(await notebook.channels.execute("plt.plot([3, 1]); plt.show()")) == 1
         assert _figures(await notebook.channels.execute("plt.plot([3, 1]);")) == 1
@@ -162,3 +165,23 @@ async def test_a_widget_after_a_failover_is_honest(notebook: Notebook) -> None:
     again, _ = await slider(notebook, "w")
     await moved(notebook, again, 6)
     assert await notebook.run("w.value") == "6"
+
+
+async def test_what_a_log_entry_cannot_hold_is_told_and_named_after_a_failover(notebook: Notebook) -> None:
+    raw = "os.environ['RAW'] = os.fsdecode(b'caf\\xe9'); globals()['n' * 5000] = 1"
+    result = await notebook.channels.execute(f"import os; {raw}; fine = 1", 60)
+    assert "'%env RAW' is not replicated" in result.stderr
+    assert "5000 characters" in result.stderr
+    many = "globals().update({f'variable_with_a_name_{i:06}': [i] for i in range(30_000)})"
+    result = await notebook.channels.execute(many, 90)
+    assert "more variables; `%nbos status` names them" in result.stderr
+    named = await notebook.run("%nbos status")
+    assert named.count("variable_with_a_name_") > 1000
+    assert "%env RAW" in named
+    lost = named.split("variable_with_a_name_")[-1][:6]
+    await kill_the_executor(notebook)
+    result = await notebook.channels.execute(f"fine + variable_with_a_name_{lost}[0]", 60)
+    assert result.error.startswith("NotReplicatedError")
+    assert "more variables than a log entry can name" in result.error
+    assert (await notebook.channels.execute("n" * 5000)).error.startswith("NotReplicatedError")
+    assert await notebook.run("fine") == "1"

@@ -11,8 +11,8 @@ are no part of Jupyter's protocol, and are put right for them here rather than l
 
 from __future__ import annotations
 
+import importlib
 import os
-import sys
 from typing import Any
 
 import pytest
@@ -51,7 +51,7 @@ def pytest_configure() -> None:
     ZMQSocketChannel.get_msg = get_msg
 
 
-def pytest_collection_finish() -> None:
-    for name, module in list(sys.modules.items()):
-        if name.endswith("test_message_spec"):
-            module.KernelInfoReply.implementation_version.min = "0.1"
+def pytest_collection_finish(session: pytest.Session) -> None:
+    package = session.items[0].module.__package__
+    spec = importlib.import_module(f"{package}.test_message_spec")
+    spec.KernelInfoReply.implementation_version.min = "0.1"

@@ -99,7 +99,9 @@ class Double:
             entry = {"n": n, "kind": "cell", "execution_count": n, "source": f"x = {n}", "components": [component]}
             reply = await self.request({"type": "append", "entry": entry, "token": answer["token"]}, value)
             assert reply["ok"], reply
-            await self.request({"type": "applied", "n": n, "lost": {}}, b"")
+            told = asyncio.ensure_future(self.request({"type": "applied", "n": n, "lost": {}}, b""))
+            if n == last:
+                await told
 
     async def control(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async for line in reader:

@@ -12,11 +12,10 @@ import pytest
 from nbos.etcdserver import COMPACTION
 from nbos_cluster import keys, membership
 from nbos_cluster.etcd import Etcd
-from nbos_cluster.statelog import FOLD_ENTRIES
+from nbos_cluster.statelog import FOLD_ENTRIES, LAG_FACTOR
 from tests.system.daemon.conftest import MakeHost
 from tests.system.daemon.site import create, grants_of, kernel_spec, view_of
 from tests.system.etcdserver import EtcdServer, eventually
-
 
 MANY = 1500
 """Cells of the test that etcd stays small: enough for two dozen folds."""
@@ -152,7 +151,7 @@ async def test_the_log_is_folded_and_a_new_replica_starts_from_the_checkpoint(cl
 @pytest.mark.timeout(240)
 async def test_after_many_cells_etcd_holds_little_of_a_kernel(etcd: EtcdServer, host: MakeHost) -> None:
     etcd.stop()
-    etcd.arguments = COMPACTION
+    etcd.arguments = (COMPACTION[0], "--auto-compaction-retention=5s")  # as `nbos up` does, only sooner
     etcd.start()
     await etcd.ready()
     a, b = host("a"), host("b")
@@ -165,11 +164,12 @@ async def test_after_many_cells_etcd_holds_little_of_a_kernel(etcd: EtcdServer, 
         await second.ready(applied=MANY)
 
         async def folded() -> bool:
-            return len((await view_of(client, "k")).log) <= 2 * FOLD_ENTRIES
+            # The double of the standby never says how far it has come, so a fold waits for it as long as it may.
+            return len((await view_of(client, "k")).log) <= (LAG_FACTOR + 1) * FOLD_ENTRIES
 
         await eventually(folded, "the log is folded", 10)
         held = sum(len(kv.key) + len(kv.value) for kv in (await client.range(keys.kernel("k")))[0])
-        assert held < 100_000
+        assert held < 300_000
 
         async def compacted() -> bool:
             return int((await client.status())["db_in_use"]) < 1_000_000

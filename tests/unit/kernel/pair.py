@@ -7,11 +7,11 @@ import json
 import logging
 from typing import Any
 
-from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 
 from nbos_kernel.entries import Layout
 from nbos_kernel.replica import Replica
+from nbos_kernel.settings import RecordingShell
 
 LOG = logging.getLogger("test")
 
@@ -22,9 +22,10 @@ class Side:
     def __init__(self, blobs: dict[str, bytes]) -> None:
         config = Config()
         config.HistoryManager.enabled = False
-        self.shell = InteractiveShell(config=config)
+        self.shell = RecordingShell(config=config)
         self.blobs = blobs
         self.replica = Replica(self.shell, self._blob, LOG)
+        self.shell.settings = self.replica.settings
         self.shell.displayhook.write_format_data = lambda *_: None
         self.shell.displayhook.write_output_prompt = lambda: None
 

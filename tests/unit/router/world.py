@@ -68,7 +68,7 @@ class World:
         self.numbers: defaultdict[str, list[int]] = defaultdict(list)
         """The outputs that clients were given, by request."""
         self.heard: dict[int, tuple[int, str, int]] = {}
-        """Outputs that have reached the router: by their number, (replica, request, token)."""
+        """Outputs that have reached the router with their cell in hand: by number, (replica, request, token)."""
         self.unsure: dict[int, tuple[int, str, int]] = {}
         """Those of a replica that has come back, while it is not known whether it may go on."""
         self.led: dict[str, int] = {}
@@ -223,9 +223,9 @@ class World:
         if message.msg_type == "made":
             made = message.content
             active = self.core.runner.active
-            settling = active is not None and active.phase is Phase.SETTLING
-            heard = self.unsure if settling else self.heard
-            heard[made["number"]] = (index, message.parent["msg_id"], made["token"])
+            if active is not None and active.msg_id == message.parent["msg_id"]:
+                heard = self.unsure if active.phase is Phase.SETTLING else self.heard
+                heard[made["number"]] = (index, active.msg_id, made["token"])
         self.event(Output(index, frames))
 
     def _forget_heard(self, index: int) -> None:
@@ -369,6 +369,6 @@ class World:
                     self.hear(index, "shown")
             self.tick(0.1)
             core = self.core
-            if not core.queue and core.runner.active is None and core.runner.settlement is None:
+            if not core.queue and core.runner.active is None and core.runner.settling.current is None:
                 return
         raise AssertionError(f"does not come to rest: {self.core.runner.active} {list(self.core.queue)}")

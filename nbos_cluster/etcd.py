@@ -227,8 +227,7 @@ class Etcd:
         return await self.txn(txn.compare, txn.success, txn.failure)
 
     async def lease_grant(self, ttl: float) -> int:
-        """A new lease of `ttl` seconds (etcd counts whole ones, and gives at least a little more than its
-        election)."""
+        """A new lease of `ttl` seconds (etcd counts whole ones, and gives at least its election's time)."""
         answer = await self.call(_grant, rpc.LeaseGrantRequest(TTL=max(1, round(ttl))))
         return int(answer.ID)
 
@@ -268,8 +267,7 @@ class Etcd:
                 raise
 
     async def defragment(self) -> None:
-        """Give space that compaction freed back to the file system, on the member in use (it stops
-        meanwhile)."""
+        """Give space that compaction freed back to the file system, on the member in use (it stops meanwhile)."""
         await self.call(_defragment, rpc.DefragmentRequest())
 
     async def status(self) -> dict[str, Any]:

@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 SILENCE = 0.15
 """Seconds after which a replica that says nothing no longer keeps the others from being asked."""
 
+DEBUGGED = 5.0
+"""The same for the replica that a debugger is attached to: breakpoints stand nowhere else."""
+
 FIRST_RETRY = 0.05
 LAST_RETRY = 1.0
 SURE = 0.4
@@ -41,8 +44,8 @@ class Ask:
     def open(self) -> bool:
         return not self.code
 
-    def silent(self, now: float) -> bool:
-        return self.open() and (self.waiting or self.wait or now >= self.at + SILENCE)
+    def silent(self, now: float, patience: float) -> bool:
+        return self.open() and (self.waiting or self.wait or now >= self.at + patience)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ class Election:
 
     asks: dict[int, Ask] = field(default_factory=dict)
     opened: bool = False
+    patience: float = SILENCE
     waiting: bool = False
     retry_at: float | None = None
     backoff: float = FIRST_RETRY
@@ -124,19 +128,20 @@ class Election:
             first = preferred if preferred in up else min(up)
             assert first is not None
             return self._ask([first], now)
-        if any(ask.silent(now) for ask in self.asks.values()):
+        if any(ask.silent(now, self.patience) for ask in self.asks.values()):
             self.opened = True
         fresh = [index for index in sorted(up) if index not in self.asks] if self.opened else []
         if fresh:
             return self._ask(fresh, now)
-        due = [ask.at + SILENCE for ask in self.asks.values() if ask.open() and not ask.silent(now)]
+        open_asks = [ask for ask in self.asks.values() if ask.open() and not ask.silent(now, self.patience)]
+        due = [ask.at + self.patience for ask in open_asks]
         return Step(wake=min(due)) if due else self._all_answered(now, absent or {})
 
     def _ask(self, replicas: list[int], now: float) -> Step:
         for index in replicas:
             self.asks[index] = Ask(now, self.waiting)
         asks = tuple((index, self.waiting) for index in replicas)
-        return Step(asks, wake=None if self.waiting else now + SILENCE)
+        return Step(asks, wake=None if self.waiting else now + self.patience)
 
     def _all_answered(self, now: float, absent: Mapping[int, Absent]) -> Step:
         closed = {index: ask for index, ask in self.asks.items() if not ask.open()}

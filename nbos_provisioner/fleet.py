@@ -35,6 +35,8 @@ class Fleet:
         self.executor: int | None = None
         self.token = -1
         self.epoch = -1
+        self.debugged: int | None = None
+        """The replica that the debugger is attached to: breakpoints stand there and nowhere else."""
         self.banned: set[tuple[int, int]] = set()
         self._held: dict[int, list[list[Any]]] = {}
         self.prefix = b"nbos.-1."
@@ -150,5 +152,6 @@ class Fleet:
         self.up.clear()
         self.members.clear()
         self._held.clear()
+        self.debugged = None
         self.appoint(None)
         return gone

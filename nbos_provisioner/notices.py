@@ -79,6 +79,9 @@ class Notices:
     def lost(self, execution: Execution, name: str, reason: str) -> None:
         self._note(execution, f"{name} was lost while this cell ran ({reason}); asking what became of it")
 
+    def undebugged(self, execution: Execution, name: str, now: str) -> None:
+        self._note(execution, f"the debugger was attached to {name}, this cell runs on {now}: start debugging again")
+
     def claimed(self, execution: Execution, name: str) -> None:
         self._note(execution, f"{name} still holds this cell; waiting until it comes back or its claim ends")
 

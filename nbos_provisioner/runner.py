@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Literal
 
-from .election import Election
+from .election import DEBUGGED, Election
 from .execution import Execution, Phase
 from .fleet import Fleet
 from .instructions import ToClient, ToReplica
@@ -78,6 +78,8 @@ class Runner:
         up = self.fleet.up if execution.cell else {current} & self.fleet.up
         if not execution.cell and (execution.tries > SYNC_TRIES or now > execution.started + SYNC_PATIENCE):
             return self._drop_sync(execution)
+        if self.fleet.debugged is not None and self.fleet.debugged == current:
+            execution.election.patience = DEBUGGED
         step = execution.election.step(up, current, now, self.fleet.absent())  # type: ignore[arg-type]
         execution.wake = step.wake
         for replica, wait in step.asks:
@@ -159,6 +161,9 @@ class Runner:
         if not mine.cell:
             return self.finish(mine)
         self.notices.runs(mine, self.fleet.name(replica), now)
+        if self.fleet.debugged is not None and self.fleet.debugged != replica:
+            self.notices.undebugged(mine, self.fleet.name(self.fleet.debugged), self.fleet.name(replica))
+            self.fleet.debugged = None
         self.on_executor(now)
 
     def _late_lead(self, replica: int, n: int, parent: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ import pytest_asyncio
 from tests.system.changing_cells import CASES
 from tests.system.channels import Result
 from tests.system.cluster import Cluster, Notebook
+from tests.system.debugger import Debugger
 from tests.system.hubclient import eventually
 from tests.system.widgets import moved, slider
 
@@ -185,3 +186,16 @@ async def test_what_a_log_entry_cannot_hold_is_told_and_named_after_a_failover(n
     assert "more variables than a log entry can name" in result.error
     assert (await notebook.channels.execute("n" * 5000)).error.startswith("NotReplicatedError")
     assert await notebook.run("fine") == "1"
+
+
+async def test_a_debugger_whose_replica_died_is_told_and_starts_again(notebook: Notebook) -> None:
+    await notebook.run("None")
+    for _ in range(2):
+        debug = Debugger(notebook.channels)
+        assert (await debug("debugInfo"))["isStarted"] is False
+        await debug("initialize", clientID="jupyterlab", adapterID="", linesStartAt1=True)
+        await debug("attach")
+        await kill_the_executor(notebook)
+        result = await notebook.channels.execute("1 + 1")
+        assert (result.value, "start debugging again" in result.stderr) == ("2", True)
+        assert (await notebook.channels.execute("1 + 1")).stderr == ""

@@ -127,23 +127,33 @@ async def test_inputs_outputs_and_counts_go_on(notebook: Notebook) -> None:
     assert [source for _, _, source in found["history"]] == ["'first'", "[2]", "'third'"]
 
 
+async def last_entry(notebook: Notebook) -> int:
+    return int((await notebook.model())["last"])
+
+
+async def entry_after(notebook: Notebook, n: int) -> int:
+    async def there() -> int | None:
+        last = await last_entry(notebook)
+        return last if last > n else None
+
+    return await eventually(there, f"the changes between cells are in the log after entry {n}", 15)
+
+
 async def test_what_comms_and_subshells_changed_between_cells_survives(notebook: Notebook) -> None:
     await notebook.run(
         "heard = []\ndef opened(comm, message):\n    heard.append(message['content']['data'])\n"
         "    comm.on_msg(lambda m: heard.append(m['content']['data']))\n"
         "get_ipython().kernel.comm_manager.register_target('front', opened)"
     )
+    await notebook.settled()
+    last = await last_entry(notebook)
     comm, _ = await notebook.channels.comm_open("front", {"n": 1})
     message = await notebook.channels.comm_msg(comm, {"n": 2})
     await message.wait(lambda cell: cell.idle is not None, "idle", 10)
+    last = await entry_after(notebook, last)
     made = await notebook.channels.request("create_subshell_request", {}, channel="control")
     await notebook.run("aside = 5", subshell_id=made["subshell_id"])
-    last = (await notebook.model())["last"]
-
-    async def replicated() -> bool:
-        return int((await notebook.model())["last"]) > last
-
-    await eventually(replicated, "the changes between cells are in the log", 10)
+    await entry_after(notebook, last)
     await kill_the_executor(notebook)
     assert await notebook.run("(heard, aside)") == "([{'n': 1}, {'n': 2}], 5)"
     for probe in ("1 + 1", "aside"):

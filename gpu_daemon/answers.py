@@ -13,11 +13,11 @@ from collections.abc import Awaitable, Callable, Iterator
 from gpu_daemon import requests
 from gpu_daemon.bidding import Bidding
 from gpu_daemon.blobs import BlobError
-from gpu_daemon.commits import Commits
+from gpu_daemon.commits import Commits, free
 from gpu_daemon.replica import LocalReplica
 from gpu_daemon.requests import RequestError
 from gpu_daemon.sessions import Reply, Session, members_message
-from gpu_daemon.site import Refused, Site, log, plain
+from gpu_daemon.site import RECOVERY, Refused, Site, log, plain
 from nbos_cluster import keys, records
 from nbos_cluster.arena import Arena
 from nbos_cluster.content import ALGORITHM
@@ -202,6 +202,10 @@ class Answers:
         n, abandon = requests.number(message, "n"), requests.flag(message, "abandon")
         kernel = session.replica.id.kernel
         state = await self._decided(kernel, n)
+        if state["state"] == "free" and self._site.cut_off:
+            # The claim may have ended with everybody's lease while its holder is well, and claims it again right now.
+            await self._site.until(lambda: not free(self._site.view(kernel), n), RECOVERY)
+            state = await self._decided(kernel, n)
         if state["state"] == "free" and abandon:
             try:
                 await self._commits.abandon_free(kernel, n, requests.text(message, "reason", "") or LOST_EXECUTOR)

@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +20,7 @@ from traitlets.config import Application
 from gpu_daemon import inventory
 from gpu_daemon.blobs import open_store
 from gpu_daemon.daemon import Daemon
+from gpu_daemon.health import NVMLHealth, Reasons
 from gpu_daemon.process_runtime import ProcessRuntime
 from gpu_daemon.rundir import RunDirError
 from gpu_daemon.simulated import simulated
@@ -165,7 +167,7 @@ class GPUDaemon(Application):
             collect_every=self.collect_every,
         )
         devices, blobs = self.find_devices(), open_store(self.blob_store, self.blob_store_options)
-        return Daemon(settings, Etcd(endpoints, tls), devices, blobs, ProcessRuntime())
+        return Daemon(settings, Etcd(endpoints, tls), devices, blobs, ProcessRuntime(), _health_of(devices))
 
     def start(self) -> None:
         level: Any = self.log_level
@@ -183,6 +185,16 @@ class GPUDaemon(Application):
         # What was imported stays; the collector need not look at it again on every cell.
         gc.freeze()
         await daemon.run()
+
+
+def _health_of(devices: tuple[Device, ...]) -> Callable[[], Reasons] | None:
+    """Simulated devices do not fall ill."""
+    real = [device.uuid for device in devices if device.kind == "nvml"]
+    if not real:
+        return None
+    import pynvml
+
+    return NVMLHealth(pynvml, real).read
 
 
 def _bytes(text: str) -> int:

@@ -220,6 +220,10 @@ class Bidding:
         return held
 
     async def _claim_txn(self, bid: OpenBid, record: ClaimRecord, grant: GrantRecord | None) -> int:
+        with self._site.telling(lambda why: bid.replica.push(waiting(bid.request.n, why))):
+            return await self._until_claimed(bid, record, grant)
+
+    async def _until_claimed(self, bid: OpenBid, record: ClaimRecord, grant: GrantRecord | None) -> int:
         kernel, n, site = bid.replica.id.kernel, bid.request.n, self._site
         tries = 0
         while True:
@@ -258,12 +262,11 @@ class Bidding:
 
     async def _wait_for_etcd(self, bid: OpenBid, err: EtcdUnavailable | LeaseGone) -> None:
         """Returns when it is time to try again. Raises Yielded when the bid does not want to wait."""
-        reason = self._site.away_text() if isinstance(err, EtcdUnavailable) else "this host's lease is being renewed"
+        reason = self._site.away_text() if isinstance(err, EtcdUnavailable) else self._site.trouble(time.time())
         if isinstance(err, EtcdUnavailable) and not bid.request.wait:
             raise Yielded("unavailable", reason) from err
         if bid.request.wait:
-            told = {"reason": reason, "position": 1, "of": 1, "estimate": None}
-            bid.replica.push({"type": "waiting", "n": bid.request.n, **told})
+            bid.replica.push(waiting(bid.request.n, reason))
         await asyncio.wait({bid.ended}, timeout=ETCD_PAUSE)
 
     async def _withdraw(self, kernel: str, held: Held) -> None:
@@ -323,6 +326,11 @@ class Bidding:
         while len(self._site.queue):
             await asyncio.sleep(REPEAT)
             self._carry_out(list(self._site.queue.tell_all(self._site.now())))
+
+
+def waiting(n: int, reason: str) -> Message:
+    """Why execution n cannot begin, where no queue is involved: there is no position."""
+    return {"type": "waiting", "n": n, "reason": reason, "position": None, "of": None, "estimate": None}
 
 
 def _tell(tell: queue.Tell) -> Message:

@@ -12,7 +12,7 @@ import time
 
 from msgspec.structs import replace
 
-from gpu_daemon.bidding import Bidding
+from gpu_daemon.bidding import Bidding, waiting
 from gpu_daemon.folding import Folding, store_blob
 from gpu_daemon.replica import Held, LocalReplica
 from gpu_daemon.requests import RequestError
@@ -85,6 +85,10 @@ class Commits:
         return spill.record
 
     async def _append_txn(self, replica: LocalReplica, held: Held, entry: LogEntry) -> None:
+        with self._site.telling(lambda why: _tell_next(replica, entry.n, why)):
+            await self._until_appended(replica, held, entry)
+
+    async def _until_appended(self, replica: LocalReplica, held: Held, entry: LogEntry) -> None:
         kernel, owner = replica.id.kernel, self._owner(replica)
         while True:
             # The token may change while etcd is away: the lease was lost, the claim renewed.
@@ -209,7 +213,7 @@ class Commits:
         txn = election.abandon(kernel, n, reason, incarnation=incarnation, at=time.time())
         await self._site.commit(txn)
         # Abandoned now, or somebody's claim or entry was in the way: either reaches the local copy shortly.
-        await self._site.until(lambda: not _free(self._site.view(kernel), n), 1.0)
+        await self._site.until(lambda: not free(self._site.view(kernel), n), 1.0)
 
     # -- after a restart of the daemon --------------------------------------------------------------------------------
 
@@ -270,10 +274,15 @@ def _work(n: int) -> str:
     return f"appending entry {n}"
 
 
+def _tell_next(replica: LocalReplica, n: int, why: str) -> None:
+    """The next execution cannot begin before entry n is in the log; whoever asks for it is told why."""
+    replica.push(waiting(n + 1, f"the changes of the cell before are not stored yet: {why}"))
+
+
 def _claim_record(replica: LocalReplica, n: int, host: str, grant: GrantRecord | None) -> ClaimRecord:
     name = grant.grant if grant is not None else ""
     return ClaimRecord(n=n, replica=replica.id.index, host=host, grant=name, started=time.time())
 
 
-def _free(view: KernelView | None, n: int) -> bool:
+def free(view: KernelView | None, n: int) -> bool:
     return view is not None and view.last < n and view.claim_of(n) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Callable, Sequence
 from importlib import metadata
 
 import psutil
@@ -16,6 +17,7 @@ from gpu_daemon.blobs import BlobStore
 from gpu_daemon.collector import Collector
 from gpu_daemon.commits import Commits
 from gpu_daemon.fleet import ReplicaId
+from gpu_daemon.health import HealthWatch, Reasons
 from gpu_daemon.ledger import Ledger
 from gpu_daemon.publishing import Publisher
 from gpu_daemon.queue import FairQueue
@@ -26,7 +28,7 @@ from gpu_daemon.site import Settings, Site, log
 from nbos_cluster import keys, records
 from nbos_cluster.etcd import Etcd, EtcdError, EtcdUnavailable, Lease
 from nbos_cluster.kernelview import Delta
-from nbos_cluster.kv import Snapshot
+from nbos_cluster.kv import Compare, Event, Snapshot, Txn, mod_is, op_delete
 from nbos_cluster.records import Device, GrantRecord, HostRecord
 
 STOP_WITHIN = 2.0
@@ -34,7 +36,10 @@ STOP_WITHIN = 2.0
 
 
 class Daemon:
-    """Not started until `run`. etcd need not answer yet; the daemon waits for it."""
+    """Not started until `run`. etcd need not answer yet; the daemon waits for it.
+
+    health: reads how the devices are (blocking); None where they cannot fall ill.
+    """
 
     def __init__(
         self,
@@ -43,6 +48,7 @@ class Daemon:
         devices: tuple[Device, ...],
         blobs: BlobStore,
         runtime: ReplicaRuntime,
+        health: Callable[[], Reasons] | None = None,
     ) -> None:
         ledger = Ledger(settings.host, devices)
         rundir = RunDir(settings.run_dir)
@@ -56,7 +62,10 @@ class Daemon:
         self._replicas.answer = Answers(
             self._site, self._bidding, self._commits, self._replicas.heard, self._replicas.progressed
         )
+        self._health = HealthWatch(health, ledger, self._health_changed) if health is not None else None
         self._since = time.time()
+        self._host_rev: int | None = None
+        """Revision of this host's record as the watch saw it last, 0 while there is none; None: not seen yet."""
         self._stop = asyncio.Event()
 
     def stop(self) -> None:
@@ -82,12 +91,13 @@ class Daemon:
 
     async def _work(self) -> None:
         await self._get_lease()
-        self._publish_host()
         self._site.spawn(self._publisher.run(), "writing records")
         self._site.spawn(self._watch_kernels(), "watching kernels")
         self._site.spawn(self._watch_host(), "watching this host's record")
         collector = Collector(self._site, self._site.settings.blob_grace, self._site.settings.collect_every)
         self._site.spawn(collector.run(), "collecting blobs")
+        if self._health is not None:
+            self._site.spawn(self._health.run(), "watching the GPUs' health")
 
     async def _end(self) -> None:
         site = self._site
@@ -130,6 +140,10 @@ class Daemon:
         self._publisher.write_all_again()
         self._site.spawn(self._commits.lease_is_new(), "claiming again what runs")
 
+    def _health_changed(self) -> None:
+        self._publish_host()
+        self._bidding.room_changed()
+
     def _publish_host(self) -> None:
         site = self._site
         record = HostRecord(
@@ -144,7 +158,11 @@ class Daemon:
             draining=site.draining,
             since=self._since,
         )
-        self._publisher.put(keys.host(site.host), record)
+        self._publisher.put(keys.host(site.host), record, guard=self._host_as_seen)
+
+    def _host_as_seen(self) -> Sequence[Compare] | None:
+        """Never write over a `draining` that somebody set and we have not seen."""
+        return None if self._host_rev is None else [mod_is(keys.host(self._site.host), self._host_rev)]
 
     # -- watching -----------------------------------------------------------------------------------------------------
 
@@ -165,7 +183,10 @@ class Daemon:
         view = self._site.view(kernel)
         if view is not None:
             self._bidding.kernel_changed(view)
-        self._replicas.kernel_changed(kernel, view)
+        if delta.spec or delta.epoch or delta.replicas or view is None:
+            self._replicas.kernel_changed(kernel, view)
+        if delta.entries or delta.checkpoint:
+            self._replicas.log_changed(kernel)
 
     def _look_around(self) -> None:
         """Once, when the records have been read for the first time."""
@@ -186,23 +207,29 @@ class Daemon:
         """What stands under a resumed lease for nobody: grants of replicas that are gone, tickets of before."""
         site = self._site
         tickets, _ = await site.etcd.range(keys.queue(site.host))
-        for kv in tickets:
-            if kv.key.rpartition("/")[2] not in self._bidding.told:
-                await site.etcd.delete(kv.key)
+        strays = [kv for kv in tickets if kv.key.rpartition("/")[2] not in self._bidding.told]
         found, _ = await site.etcd.range(keys.grants(site.host))
-        for kv in found:
-            grant = records.decode(kv.value, GrantRecord)
-            if grant.grant not in site.ledger.grants:
-                await site.etcd.delete(kv.key)
+        strays += [kv for kv in found if records.decode(kv.value, GrantRecord).grant not in site.ledger.grants]
+        for kv in strays:
+            await site.commit(Txn([mod_is(kv.key, kv.mod_revision)], [op_delete(kv.key)]))
 
     async def _watch_host(self) -> None:
         """Somebody may set `draining` in this host's record; the daemon obeys and keeps it."""
         key = keys.host(self._site.host)
         async for item in self._site.etcd.watch(key):
-            kvs = item.kvs if isinstance(item, Snapshot) else [e.kv for e in item.events if e.kind == "put"]
-            for kv in kvs:
-                if kv.key == key:
-                    self._obey(records.decode(kv.value, HostRecord))
+            if isinstance(item, Snapshot):
+                self._host_rev = 0
+                events = [Event("put", kv) for kv in item.kvs]
+            else:
+                events = list(item.events)
+            for event in events:
+                if event.kv.key != key:  # its grants, and hosts whose names begin with this one's
+                    continue
+                self._host_rev = event.kv.mod_revision if event.kind == "put" else 0
+                if event.kind == "put":
+                    self._obey(records.decode(event.kv.value, HostRecord))
+            if isinstance(item, Snapshot):
+                self._publish_host()
 
     def _obey(self, record: HostRecord) -> None:
         if record.draining != self._site.draining:

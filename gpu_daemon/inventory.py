@@ -6,9 +6,12 @@ TPCs are counted, never looked up by the model's name: chips of one model differ
 
 from __future__ import annotations
 
-import ctypes
 import enum
+import json
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nbos_cluster.records import Device
@@ -16,7 +19,8 @@ from nbos_cluster.records import Device
 SMS_PER_TPC = 2
 """On every NVIDIA data-centre chip from Pascal to Blackwell."""
 
-_CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16
+COUNT_WITHIN = 30.0
+"""Seconds that the CUDA driver has to count SMs: its first start on a machine with many GPUs is slow."""
 
 
 class NVMLState(enum.Enum):
@@ -51,7 +55,7 @@ def look() -> Inventory:
         return Inventory(state, str(err))
     try:
         count = pynvml.nvmlDeviceGetCount()
-        sms = _sms_by_uuid()
+        sms = _sms_by_uuid() if count else {}
         devices = tuple(_device(pynvml, index, sms) for index in range(count))
         return Inventory(NVMLState.WORKS if devices else NVMLState.NO_DEVICE, "", devices)
     except pynvml.NVMLError as err:
@@ -81,32 +85,11 @@ def _text(value: str | bytes) -> str:
 
 
 def _sms_by_uuid() -> dict[str, int]:
-    """SMs by device UUID (without `GPU-`), from the CUDA driver: NVML itself has no call for the number of SMs.
-
-    cuInit and cuDeviceGetAttribute make no context. Matched by UUID since CUDA's order of devices is not NVML's.
-    """
+    """SMs by device UUID (without `GPU-`); empty when the CUDA driver does not tell."""
+    command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("sms.py"))]
     try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
+        done = subprocess.run(command, capture_output=True, timeout=COUNT_WITHIN, check=True)
+        found = json.loads(done.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
         return {}
-    if cuda.cuInit(0) != 0:
-        return {}
-    count = ctypes.c_int()
-    if cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return {}
-    found: dict[str, int] = {}
-    for ordinal in range(count.value):
-        device, sms, uuid = ctypes.c_int(), ctypes.c_int(), (ctypes.c_ubyte * 16)()
-        failed = (
-            cuda.cuDeviceGet(ctypes.byref(device), ordinal)
-            or cuda.cuDeviceGetUuid(uuid, device)
-            or cuda.cuDeviceGetAttribute(ctypes.byref(sms), _CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device)
-        )
-        if not failed:
-            found[_uuid_text(bytes(uuid))] = sms.value
-    return found
-
-
-def _uuid_text(raw: bytes) -> str:
-    text = raw.hex()
-    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+    return {str(uuid): int(count) for uuid, count in found.items()}

@@ -1,41 +1,61 @@
 """The records that this daemon keeps in etcd under its lease: its host, its replicas, who waits in its queue.
 
 Guarantees: what should stand there gets there, whatever etcd and the lease do meanwhile; changes that only tell
-progress are written at most once a second; a record is deleted only if it is still the one this daemon wrote, since a
-replica that moved has its record written by another host.
+progress are written at most once a second. A daemon that was cut off harms nobody: a record is written only while its
+guard holds in the same transaction (a replica's: the kernel still places it on this host), and deleted only while it
+stands under this daemon's own lease.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Sequence
 
 from gpu_daemon.site import Site, log
-from nbos_cluster import records
+from nbos_cluster import keys, records
 from nbos_cluster.etcd import EtcdError, EtcdUnavailable
-from nbos_cluster.kv import Txn, op_delete, op_put, value_is
+from nbos_cluster.kv import Compare, Txn, lease_is, mod_is, op_delete, op_put
 from nbos_cluster.records import Record
 
 CALM = 1.0
 """Seconds between two writes that are not urgent."""
 RETRY = 0.5
 
+Guard = Callable[[], Sequence[Compare] | None]
+"""What must hold for the record to be written now, by the local copy; None: by that, it is not ours to write."""
+
+
+def placed_here(site: Site, kernel: str, index: int) -> Guard:
+    """The guard of a replica's record. The local copy may be behind, so that etcd compares the spec's revision."""
+
+    def guard() -> Sequence[Compare] | None:
+        view = site.view(kernel)
+        if view is None or view.spec is None or view.spec.placement.get(str(index)) != site.host:
+            return None
+        return [mod_is(keys.spec(kernel), view.spec_rev)]
+
+    return guard
+
+
+def _always() -> Sequence[Compare]:
+    return ()
+
 
 class Publisher:
     def __init__(self, site: Site) -> None:
         self._site = site
-        self._wanted: dict[str, bytes] = {}
-        self._written: dict[str, bytes] = {}
+        self._wanted: dict[str, tuple[bytes, Guard]] = {}
         self._dirty: set[str] = set()
         self._urgent = asyncio.Event()
         self._wake = asyncio.Event()
 
-    def put(self, key: str, record: Record, urgent: bool = True) -> None:
-        """`record` should stand under `key`. Not urgent: within a second."""
+    def put(self, key: str, record: Record, urgent: bool = True, guard: Guard = _always) -> None:
+        """`record` should stand under `key` while `guard` holds. Not urgent: within a second."""
         value = records.encode(record)
-        if self._wanted.get(key) == value and key not in self._dirty:
-            return
-        self._wanted[key] = value
-        self._mark(key, urgent)
+        known = self._wanted.get(key)
+        self._wanted[key] = (value, guard)
+        if known is None or known[0] != value or key in self._dirty:
+            self._mark(key, urgent)
 
     def remove(self, key: str) -> None:
         if self._wanted.pop(key, None) is not None:
@@ -43,7 +63,6 @@ class Publisher:
 
     def write_all_again(self) -> None:
         """The lease is a new one: everything under the old one is gone."""
-        self._written.clear()
         self._dirty = set(self._wanted)
         self._mark("", True)
 
@@ -65,21 +84,41 @@ class Publisher:
             self._wake.clear()
             self._urgent.clear()
             try:
-                await self._flush()
+                refused = await self._flush()
             except (EtcdUnavailable, EtcdError) as err:
                 log.debug("records cannot be written now: %s", err)
                 await asyncio.sleep(RETRY)
                 self._mark("", True)
+            else:
+                self._again(refused)
 
-    async def _flush(self) -> None:
+    def _again(self, refused: set[str]) -> None:
+        """Records whose guard did not hold: the local copy is behind, what it lacks is on its way."""
+        if refused:
+            self._dirty |= refused
+            asyncio.get_running_loop().call_later(RETRY, self._mark, "", True)
+
+    async def _flush(self) -> set[str]:
+        """The keys that were refused."""
+        refused: set[str] = set()
         while self._dirty:
-            key = next(iter(self._dirty))
-            value = self._wanted.get(key)
-            if value is not None:
-                await self._site.commit(Txn([], [op_put(key, value, self._site.lease_id)]))
-                self._written[key] = value
-            elif key in self._written:
-                await self._site.commit(Txn([value_is(key, self._written[key])], [op_delete(key)]))
-                self._written.pop(key, None)
-            if self._wanted.get(key) == value:
-                self._dirty.discard(key)
+            key = self._dirty.pop()
+            try:
+                if not await self._write(key):
+                    refused.add(key)
+            except BaseException:
+                self._dirty |= refused | {key}
+                raise
+        return refused
+
+    async def _write(self, key: str) -> bool:
+        """Whether what is wanted under `key` now stands there."""
+        lease = self._site.lease_id
+        if key not in self._wanted:
+            await self._site.commit(Txn([lease_is(key, lease)], [op_delete(key)]))
+            return True
+        value, guard = self._wanted[key]
+        compare = guard()
+        if compare is None:
+            return False
+        return (await self._site.commit(Txn(compare, [op_put(key, value, lease)]))).succeeded

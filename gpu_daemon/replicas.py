@@ -16,7 +16,7 @@ from pathlib import Path
 from gpu_daemon import fleet
 from gpu_daemon.commits import Commits
 from gpu_daemon.fleet import Fleet, ReplicaId
-from gpu_daemon.publishing import Publisher
+from gpu_daemon.publishing import Publisher, placed_here
 from gpu_daemon.replica import EXIT_GRACE, LocalReplica
 from gpu_daemon.rundir import write_json
 from gpu_daemon.runtime import Handle, Launch, ReplicaRuntime, RuntimeFailed
@@ -59,9 +59,13 @@ class Replicas:
         wanted = fleet.Wanted(kernel, frozenset(indexes), incarnation, usable, self._site.now())
         if indexes or any(id.kernel == kernel for id in self._site.replicas):
             self._handle(wanted)
+        self.log_changed(kernel, members=True)
+
+    def log_changed(self, kernel: str, members: bool = False) -> None:
+        """There are entries (or members) to push."""
         for id, replica in self._site.replicas.items():
             if id.kernel == kernel and replica.session is not None:
-                replica.session.news()
+                replica.session.news(members)
 
     def _no_room(self, spec: KernelSpec, indexes: set[int]) -> set[int]:
         """Replicas beyond what this host takes; they are reported as failed."""
@@ -73,7 +77,8 @@ class Replicas:
             record = ReplicaRecord(
                 index=index, host=self._site.host, state="failed", incarnation=spec.incarnation, reason=reason
             )
-            self._publisher.put(keys.replica(spec.kernel, index), record)
+            guard = placed_here(self._site, spec.kernel, index)
+            self._publisher.put(keys.replica(spec.kernel, index), record, guard=guard)
         self._refused |= {ReplicaId(spec.kernel, index) for index in new[room:]}
         self._refused -= {ReplicaId(spec.kernel, index) for index in new[:room]}
         return set(new[room:])
@@ -123,7 +128,8 @@ class Replicas:
     def _write_record(self, replica: LocalReplica, urgent: bool = True) -> None:
         if self._fleet.wants(replica.id):
             key = keys.replica(replica.id.kernel, replica.id.index)
-            self._publisher.put(key, replica.record(self._site.host), urgent)
+            guard = placed_here(self._site, replica.id.kernel, replica.id.index)
+            self._publisher.put(key, replica.record(self._site.host), urgent, guard)
 
     # -- starting and ending ------------------------------------------------------------------------------------------
 

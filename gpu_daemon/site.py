@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,6 +33,12 @@ log = logging.getLogger("gpu_daemon")
 
 RETRY_FIRST = 0.1
 RETRY_LAST = 1.0
+
+RECOVERY = 2.0
+"""Seconds that hosts have, after etcd is back, to claim again what they run."""
+
+TELL_FIRST = 1.0
+TELL_EVERY = 2.0
 
 
 class Refused(RuntimeError):
@@ -75,6 +81,8 @@ class Site:
     stopping: bool = False
     away_since: float | None = None
     """Unix time since which etcd does not answer; None while it does."""
+    back_at: float = float("-inf")
+    """When etcd answered again (`now`)."""
     lease: Lease | None = None
     synced: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once the records have been read for the first time."""
@@ -124,10 +132,11 @@ class Site:
 
     async def commit(self, txn: Txn) -> TxnResult:
         """Carry out one transaction. Raises EtcdUnavailable."""
+        asked = time.time()
         try:
             result = await self.etcd.txn(txn.compare, txn.success, txn.failure)
         except EtcdUnavailable:
-            self.note_away()
+            self.note_away(asked)
             raise
         self.note_back()
         return result
@@ -144,18 +153,49 @@ class Site:
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, RETRY_LAST)
 
-    def note_away(self) -> None:
+    @contextlib.contextmanager
+    def telling(self, tell: Callable[[str], None]) -> Iterator[None]:
+        """While the block waits for etcd: `tell` why, after a second and then every two."""
+        loop, asked = asyncio.get_running_loop(), time.time()
+        timer: asyncio.TimerHandle
+
+        def say() -> None:
+            nonlocal timer
+            tell(self.trouble(asked))
+            timer = loop.call_later(TELL_EVERY, say)
+
+        timer = loop.call_later(TELL_FIRST, say)
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def trouble(self, asked: float) -> str:
+        """Why a transaction that was asked for at `asked` (Unix time) is not carried out yet."""
+        if self.away_since is None and (self.lease is None or not self.lease.id):
+            return "this host's lease is being renewed"
+        return self.away_text(asked)
+
+    def note_away(self, since: float | None = None) -> None:
         if self.away_since is None:
-            self.away_since = time.time()
+            self.away_since = time.time() if since is None else since
             log.warning("etcd does not answer; running cells run on, new ones wait")
 
     def note_back(self) -> None:
         if self.away_since is not None:
             log.warning("etcd answers again after %.1f s", time.time() - self.away_since)
             self.away_since = None
+            self.back_at = self.now()
 
-    def away_text(self) -> str:
-        since = self.away_since if self.away_since is not None else time.time()
+    @property
+    def cut_off(self) -> bool:
+        """Whether etcd stood still (or was out of reach) just now, so that leases may have ended whose owners live."""
+        unsure = self.lease is not None and not self.lease.sure
+        return unsure or self.away_since is not None or self.now() < self.back_at + RECOVERY
+
+    def away_text(self, asked: float | None = None) -> str:
+        """asked: when the question that has no answer was asked; it counts where nothing is known from before."""
+        since = self.away_since or asked or time.time()
         return f"etcd is away since {time.strftime('%H:%M:%S', time.localtime(since))}"
 
     # -- waiting for the local copy -----------------------------------------------------------------------------------

@@ -4,12 +4,18 @@ needs."""
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
+
+if TYPE_CHECKING:
+    from .layout import UpOptions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +59,17 @@ def _up_arguments(up: argparse.ArgumentParser) -> None:
     up.add_argument("--gpu-memory", type=_size, default=80 << 30, metavar="SIZE", help="its memory (80G)")
     up.add_argument("--gpu-model", default="Simulated H100", help="its name")
     up.add_argument("--simulate", action="store_true", help="simulate GPUs even where there are real ones")
+    up.add_argument(
+        "--limits",
+        type=_limits,
+        default={},
+        metavar="FILE",
+        help='what users may ask for, as JSON: {"default": {...}, "groups": {...}, "users": {...}}; the fields '
+        "stand in configs/jupyterhub_config.py",
+    )
+    up.add_argument(
+        "--memory-limit", type=_size, metavar="SIZE", help="memory that one replica of a kernel may take (no limit)"
+    )
     up.add_argument("--admin", type=_name, default="admin", help="name of the administrator (admin)")
 
 
@@ -80,6 +97,20 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(err)) from err
 
 
+def _limits(path: str) -> dict[str, Any]:
+    """The table of limits in a file, checked."""
+    from nbos_spawner.limits import LimitsError, read_limits
+
+    try:
+        table = json.loads(Path(path).read_text())
+        if not isinstance(table, dict):
+            raise LimitsError("the file must hold an object with 'default', 'users' and 'groups'")
+        read_limits(table)
+    except (OSError, ValueError) as err:
+        raise argparse.ArgumentTypeError(f"{path}: {err}") from err
+    return table
+
+
 def _name(text: str) -> str:
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", text):
         raise argparse.ArgumentTypeError(f"must be a user name of a-z, 0-9, '.', '_' and '-', not {text!r}")
@@ -90,12 +121,20 @@ def _up(options: argparse.Namespace) -> int:
     # Before anything imports gRPC: we fork to start processes, and it would complain into the terminal each
     # time.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-    from .layout import UpOptions
     from .state import StateDir
     from .up import up
 
-    chosen = {k: v for k, v in vars(options).items() if k not in ("command", "state_dir")}
-    return up(StateDir.at(options.state_dir), UpOptions(**chosen))
+    return up(StateDir.at(options.state_dir), up_options(options))
+
+
+def up_options(options: argparse.Namespace) -> UpOptions:
+    from .layout import UpOptions
+
+    chosen = {k: v for k, v in vars(options).items() if k not in ("command", "state_dir", "memory_limit")}
+    if options.memory_limit is not None:
+        default = {**options.limits.get("default", {}), "replica_memory": options.memory_limit}
+        chosen["limits"] = {**options.limits, "default": default}
+    return UpOptions(**chosen)
 
 
 def _status(options: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+import socket
 import stat
 import sys
 from collections.abc import Callable
@@ -186,9 +187,30 @@ def check_gpus() -> Finding:
     return Finding("note", f"{found.state.value}{detail}; `nbos up` simulates GPUs")
 
 
-def check_docker(binary: str | None, socket: Path) -> Finding:
+def check_docker(binary: str | None, path: Path) -> Finding:
     if binary is None:
         return Finding("note", "no Docker: `nbos up` needs none; the cluster form does")
-    if not socket.exists() or not os.access(socket, os.W_OK):
-        return Finding("note", f"Docker is installed, but {socket} is not yours to use; `nbos up` needs none")
-    return Finding("good", f"Docker ({binary})")
+    trouble = _docker_trouble(path)
+    if trouble:
+        return Finding("note", f"Docker is installed, but {trouble}; `nbos up` needs none, the cluster form does")
+    return Finding("good", f"Docker ({binary}), its daemon answers at {path}")
+
+
+def _docker_trouble(path: Path) -> str:
+    """Why Docker's daemon cannot be used through its socket, with the way out; '' when it answers."""
+    start = "start it (systemctl start docker, or: dockerd)"
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.settimeout(2.0)
+            client.connect(str(path))
+            client.sendall(b"GET /_ping HTTP/1.0\r\n\r\n")
+            answer = client.recv(64)
+    except FileNotFoundError:
+        return f"its daemon does not run: {path} is not there; {start}"
+    except ConnectionRefusedError:
+        return f"its daemon does not run: nobody listens on {path}; {start}"
+    except PermissionError:
+        return f"{path} is not yours to use; become a member of its group (usermod -aG docker NAME)"
+    except OSError as err:
+        return f"its daemon does not answer on {path} ({err}); look at its log"
+    return "" if b" 200 " in answer else f"what listens on {path} does not answer like Docker; look at its log"

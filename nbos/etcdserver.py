@@ -15,6 +15,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+COMPACTION = ("--auto-compaction-mode=periodic", "--auto-compaction-retention=30s")
+"""Old revisions are forgotten after half a minute to a minute. By revisions, etcd looks every five minutes only, and a
+kernel that runs a hundred cells a second would fill tens of megabytes meanwhile. Who was away for longer reads anew."""
+
 _VERSION = re.compile(r"etcd Version: (\d+)\.(\d+)\.(\d+)")
 
 
@@ -111,8 +115,7 @@ def etcd_command(choice: EtcdChoice, data: Path, tls: Path, port: int, peer_port
         "--peer-client-cert-auth",
         *(f"--{option}={file}" for option, file in files.items()),
         *(f"--peer-{option}={file}" for option, file in files.items()),
-        "--auto-compaction-mode=revision",
-        "--auto-compaction-retention=1000",
+        *COMPACTION,
         f"--quota-backend-bytes={2 << 30}",
         "--enable-grpc-gateway=false",
         "--logger=zap",

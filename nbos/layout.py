@@ -3,8 +3,9 @@ nothing."""
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
@@ -33,6 +34,8 @@ class UpOptions:
     gpu_model: str = "Simulated H100"
     admin: str = "admin"
     simulate: bool = False
+    limits: dict[str, Any] = field(default_factory=dict)
+    """What users may ask for: the table of configs/jupyterhub_config.py; empty: as it stands there."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,9 @@ class Layout:
 
     def _hub_env(self) -> dict[str, str]:
         tls = self.tls("gateway")
+        limits = {"NBOS_LIMITS": json.dumps(self.options.limits)} if self.options.limits else {}
         return {
+            **limits,
             "NBOS_GATEWAY": f"http://127.0.0.1:{self.ports['gateway']}",
             "NBOS_ETCD_ENDPOINTS": ",".join(self.endpoints),
             "NBOS_ETCD_CA": str(tls.ca),

@@ -22,6 +22,14 @@ def drop_in_config() -> Path:
     raise FileNotFoundError(f"configs/jupyterhub_config.py is neither in {PACKAGES / 'nbos'} nor in {PACKAGES}")
 
 
+def examples() -> list[Path]:
+    """The example notebooks: inside the installed package, or beside it in a checkout."""
+    for folder in (PACKAGES / "nbos" / "examples", PACKAGES / "examples"):
+        if found := sorted(folder.glob("*.ipynb")):
+            return found
+    return []
+
+
 def embedded_config() -> Path:
     return PACKAGES / "nbos" / "embedded_config.py"
 

@@ -35,6 +35,7 @@ from .kv import (
     Txn,
     TxnResult,
     exists,
+    lease_is,
     missing,
     mod_is,
     op_delete,
@@ -66,6 +67,7 @@ __all__ = [
     "Txn",
     "TxnResult",
     "exists",
+    "lease_is",
     "missing",
     "mod_is",
     "op_delete",
@@ -83,10 +85,11 @@ _OPTIONS: dict[str, int] = {
     "grpc.max_reconnect_backoff_ms": 500,
     # How long one attempt (with its TLS handshake) may take.
     "grpc.min_reconnect_backoff_ms": 2000,
-    # Finds a peer that vanished without a word; etcd refuses pings more often than every 5 s.
+    # Finds a peer that vanished without a word under a watch. etcd throws out who pings more often than every
+    # 5 s, or at all without a call under way; then the next call's own deadline finds a dead peer.
     "grpc.keepalive_time_ms": 10_000,
     "grpc.keepalive_timeout_ms": 3000,
-    "grpc.keepalive_permit_without_calls": 1,
+    "grpc.keepalive_permit_without_calls": 0,
     "grpc.http2.max_pings_without_data": 0,
     # A snapshot of many kernels passes gRPC's 4 MB.
     "grpc.max_receive_message_length": -1,
@@ -224,8 +227,7 @@ class Etcd:
         return await self.txn(txn.compare, txn.success, txn.failure)
 
     async def lease_grant(self, ttl: float) -> int:
-        """A new lease of `ttl` seconds (etcd counts whole ones, and gives at least a little more than its
-        election)."""
+        """A new lease of `ttl` seconds (etcd counts whole ones, and gives at least its election's time)."""
         answer = await self.call(_grant, rpc.LeaseGrantRequest(TTL=max(1, round(ttl))))
         return int(answer.ID)
 
@@ -265,8 +267,7 @@ class Etcd:
                 raise
 
     async def defragment(self) -> None:
-        """Give space that compaction freed back to the file system, on the member in use (it stops
-        meanwhile)."""
+        """Give space that compaction freed back to the file system, on the member in use (it stops meanwhile)."""
         await self.call(_defragment, rpc.DefragmentRequest())
 
     async def status(self) -> dict[str, Any]:

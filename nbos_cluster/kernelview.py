@@ -84,6 +84,13 @@ class KernelView:
     def claim_of(self, n: int) -> Held | None:
         return self.claims.get(n)
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing of the kernel is left in etcd."""
+        records = (self.spec, self.epoch, self.checkpoint)
+        held = self.replicas or self.claims or self.log or self.errors
+        return not held and all(record is None for record in records)
+
     def log_bytes(self) -> int:
         """Bytes of the entries that are not folded yet."""
         return sum(self.log_sizes.values())
@@ -261,8 +268,9 @@ class KernelViews:
             for event in item.events:
                 events.setdefault(kernel_of(event.kv.key), []).append(event)
             deltas = {k: self._view(k).from_events(evs, item.revision) for k, evs in events.items()}
-        for k in [k for k, view in self.views.items() if not view._keys()]:
-            del self.views[k]
+        for k in deltas:
+            if self.views[k].empty:
+                del self.views[k]
         return {k: delta for k, delta in deltas.items() if delta}
 
     def _view(self, kernel: str) -> KernelView:

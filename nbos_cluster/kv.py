@@ -28,7 +28,7 @@ class Compare:
     """A condition of a transaction. With result '>' the key's number must be above `operand`."""
 
     key: str
-    target: Literal["create", "mod", "value"]
+    target: Literal["create", "mod", "value", "lease"]
     result: Literal["=", ">"]
     operand: int | bytes
 
@@ -44,6 +44,16 @@ def exists(key: str) -> Compare:
 def mod_is(key: str, revision: int) -> Compare:
     """True while the key is exactly the one last written at `revision` (0: while it does not exist)."""
     return Compare(key, "mod", "=", revision)
+
+
+def created_at(key: str, revision: int) -> Compare:
+    """True while the key is still the one made at `revision`, however often it was written since."""
+    return Compare(key, "create", "=", revision)
+
+
+def lease_is(key: str, lease: int) -> Compare:
+    """True while the key exists and is kept by this lease, so written by the lease's owner."""
+    return Compare(key, "lease", "=", lease)
 
 
 def value_is(key: str, value: bytes) -> Compare:

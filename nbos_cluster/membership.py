@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from . import keys, records
-from .kv import Txn, TxnResult, exists, missing, mod_is, op_delete_prefix, op_get, op_put
+from .kv import Txn, TxnResult, created_at, exists, missing, mod_is, op_delete_prefix, op_get, op_put
 from .records import Epoch, KernelSpec, LogEntry
 
 if TYPE_CHECKING:
@@ -98,9 +98,14 @@ def restart(view: KernelView, *, at: float = 0.0, reason: str = "restarted by it
     )
 
 
-def delete(kernel: str) -> Txn:
-    """Remove everything the kernel has in etcd; its daemons end the replicas when they see the spec go."""
-    return Txn([], [op_delete_prefix(keys.kernel(kernel))])
+def delete(kernel: str, born: int = 0) -> Txn:
+    """Remove everything the kernel has in etcd; its daemons end the replicas when they see the spec go.
+
+    born: the revision at which its spec was made (`KernelView.born`). With it, a kernel that was deleted and made
+    again under the same id meanwhile, perhaps by somebody else, stays.
+    """
+    same = [created_at(keys.spec(kernel), born)] if born else []
+    return Txn(same, [op_delete_prefix(keys.kernel(kernel))])
 
 
 def _change(view: KernelView, spec: KernelSpec, epoch: Epoch) -> Txn:

@@ -8,8 +8,13 @@ from aetcd import rpc
 
 from .kv import KV, Compare, Event, Op, TxnResult, prefix_end
 
-_TARGETS = {"create": rpc.Compare.CREATE, "mod": rpc.Compare.MOD, "value": rpc.Compare.VALUE}
-_FIELDS = {"create": "create_revision", "mod": "mod_revision", "value": "value"}
+_TARGETS = {
+    "create": rpc.Compare.CREATE,
+    "mod": rpc.Compare.MOD,
+    "value": rpc.Compare.VALUE,
+    "lease": rpc.Compare.LEASE,
+}
+_FIELDS = {"create": "create_revision", "mod": "mod_revision", "value": "value", "lease": "lease"}
 _RESULTS = {"=": rpc.Compare.EQUAL, ">": rpc.Compare.GREATER}
 
 

@@ -18,8 +18,10 @@ from typing import Any
 
 from nbos_cluster import wire
 
+from . import oversize
 from .blobchannel import BlobChannel
 from .capture.changes import Changes, Packed
+from .effects import names_of
 from .entries import Layout
 from .link import Link, Reply, Request
 from .replica import Replica
@@ -64,6 +66,8 @@ class Appender:
         self._task: asyncio.Task[None] | None = None
         self._stored: OrderedDict[str, None] = OrderedDict()
         self.trouble = ""
+        self._reported: tuple[float, dict[str, str]] | None = None
+        """What was lost when the daemon was told last, and on which connection (by the end of the one before)."""
 
     @property
     def pending(self) -> bool:
@@ -78,7 +82,8 @@ class Appender:
         print(text, file=sys.stderr)
 
     def applied(self, n: int, lost: dict[str, str]) -> None:
-        self._link.tell({"type": "applied", "n": n, "lost": lost})
+        self._reported = (self._link.away_since, lost)
+        self._link.tell({"type": "applied", "n": n, "lost": oversize.summary(lost)})
 
     def start(self, entry: Entry, running: Any, finished: Callable[[Any], None]) -> None:
         """Put the blobs, safe from later changes, and append behind."""
@@ -157,14 +162,16 @@ class Appender:
                 await self._stored_all(entry, self._put(layout, entry.changes.components))
                 continue
             if error in TOO_LARGE:
-                _shorten(entry)
+                layout = await self._shorten(entry)
             self.trouble = str(reply.get("reason") or error)
             await asyncio.sleep(delay)
             delay = min(1.0, delay * 2)
         self._replica.own(entry.n)
+        self.trouble = ""
         finished(running)
         self._channel.reply("nbos_committed", {"n": entry.n}, running.parent, running.ident)
-        self.applied(entry.n, self._replica.lost)
+        if self._reported != (self._link.away_since, self._replica.lost):
+            self.applied(entry.n, self._replica.lost)  # the daemon knows n already, and what was lost before
 
     async def _stored_all(self, entry: Entry, puts: list[Put]) -> None:
         """Wait for the blobs. What could not be stored is lost, with the daemon's reason, and the user is told."""
@@ -181,6 +188,24 @@ class Appender:
             reason = f"its data could not be stored: {reply.get('reason') or reply.get('error', 'refused')}"
             self._lose(entry, component, reason)
 
+    async def _shorten(self, entry: Entry) -> Layout:
+        """The daemon does not take the entry even without its values: the names go on, as lost ones."""
+        before = dict(self._replica.capture.lost)
+        given = dict(entry.changes.lost)
+        oversize.give_up(entry.changes)
+        around = dict.fromkeys(names_of(entry.effects), oversize.NO_ROOM)
+        entry.changes.lost.update(around)
+        entry.source, entry.effects = "", {}
+        new = {name: reason for name, reason in entry.changes.lost.items() if name not in given}
+        self._replica.capture.lose({name: reason for name, reason in new.items() if name not in around})
+        self._replica.capture.note(around)
+        for line in oversize.told(new):
+            self.tell_user(line)
+        entry.changes = oversize.listed(entry.changes, self._replica.capture, before)
+        layout = Layout(entry.changes.components, inline_limit=0)
+        await self._stored_all(entry, self._put(layout, entry.changes.components))
+        return layout
+
     def _lose(self, entry: Entry, component: Packed, reason: str) -> None:
         if component in entry.changes.components:
             entry.changes.components.remove(component)
@@ -196,15 +221,3 @@ async def _answer(request: Request) -> Reply:
         return await asyncio.wrap_future(request.future)
     except wire.WireError as err:
         return {"ok": False, "error": "too_large", "reason": str(err)}, b""
-
-
-def _shorten(entry: Entry) -> None:
-    """An entry that is too large even without its values: the source goes first, then what it cannot carry is
-    lost."""
-    if entry.source:
-        entry.source = ""
-        return
-    names = [name for component in entry.changes.components for name in component.names]
-    entry.changes.components.clear()
-    entry.changes.lost.update(dict.fromkeys(names[:1000], "one cell changed more variables than an entry can name"))
-    entry.effects = {}

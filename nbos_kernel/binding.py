@@ -8,10 +8,13 @@ of silently using the wrong one. A slice's share of the memory is bound with tor
 
 from __future__ import annotations
 
+import importlib.abc
+import importlib.machinery
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -94,9 +97,10 @@ def bind(granted: Grant | None) -> str:
     """Make `granted` what this process uses; returns what the user must know, or an empty string."""
     global _current
     _current = granted
-    real = [share for share in granted.shares if not share.simulated] if granted else []
+    real = _real(granted)
     torch = _running_torch()
     if torch is None:
+        _watch()
         os.environ[VISIBLE] = ",".join(share.uuid for share in real)
         return ""
     return _choose(torch, real) if real else ""
@@ -106,6 +110,56 @@ def unbind() -> None:
     """The cell is over. What it left on the device stays there until somebody needs the room."""
     global _current
     _current = None
+
+
+def _real(granted: Grant | None) -> list[Share]:
+    return [share for share in granted.shares if not share.simulated] if granted else []
+
+
+_watched: Any = None
+"""The torch.cuda that will call `_started`, or the finder that waits for its import."""
+
+
+def _watch() -> None:
+    """Be called when torch starts CUDA, whenever that is."""
+    global _watched
+    cuda = sys.modules.get("torch.cuda") or getattr(sys.modules.get("torch"), "cuda", None)
+    if cuda is None:
+        if not isinstance(_watched, _CudaFinder):
+            _watched = _CudaFinder()
+            sys.meta_path.insert(0, _watched)
+    elif _watched is not cuda and hasattr(cuda, "_lazy_call"):
+        _watched = cuda
+        cuda._lazy_call(_started)
+
+
+def _started() -> None:
+    """Torch starts CUDA, before the user's first use of it."""
+    real = _real(_current)
+    notice = _choose(sys.modules["torch"], real) if real else ""
+    if notice:
+        print(notice, file=sys.stderr)
+
+
+class _CudaFinder(importlib.abc.MetaPathFinder):
+    """Finds torch.cuda as everybody does, and watches it as soon as it is imported."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != "torch.cuda":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                _watch()
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
 
 
 def _running_torch() -> Any:

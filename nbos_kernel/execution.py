@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from nbos_cluster import wire
 
-from . import binding, lost, magics, resources
+from . import binding, magics, oversize, resources
 from .append import Appender, Entry
 from .blobchannel import BlobChannel
 from .link import DaemonAway, Link
@@ -106,7 +106,14 @@ class Execution:
     async def cell(self, stream: Any, ident: Any, parent: Message) -> None:
         """Handle an execute_request that carries `metadata.nbos_execution`."""
         asked = parent["metadata"]["nbos_execution"]
-        running = await self._claim(asked, "cell", self._resources(parent), ident, parent)
+        try:
+            needs = self._resources(parent)
+        except resources.BadResources as err:
+            # Every replica would say so, and the router answers the cell with it.
+            content = {**_yield("impossible", str(err)), "n": asked["n"], "next": None, "everywhere": True}
+            self._channel.reply("nbos_yield", content, parent, ident)
+            return
+        running = await self._claim(asked, "cell", needs, ident, parent)
         if running is None:
             return
         try:
@@ -167,6 +174,8 @@ class Execution:
         if self._bidding is not None and self._bidding[0] == message.get("n"):
             content = {key: value for key, value in message.items() if key != "type"}
             content.setdefault("host", self.greeting.get("host", ""))
+            if self._appender.pending:
+                self._appender.trouble = str(message.get("reason", ""))
             self._channel.reply("nbos_waiting", content, self._bidding[1], self._bidding[2])
 
     def renewed(self, n: int, token: int) -> None:
@@ -176,10 +185,12 @@ class Execution:
             self._channel.fence(token)
 
     def _resources(self, parent: Message) -> Message:
+        code = str(parent["content"].get("code", ""))
         try:
-            default = self.greeting.get("resources") or {}
-            return resources.of_cell(parent["content"]["code"], parent["metadata"], default)
+            return resources.of_cell(code, parent["metadata"], self.greeting.get("resources") or {})
         except resources.BadResources:
+            if not resources.in_first_line(code):
+                raise
             return dict(resources.NONE)  # the cell runs into the magic of that name, which says what is wrong
 
     async def _claim(self, asked: Message, kind: str, needs: Message, ident: Any, parent: Message) -> Running | None:
@@ -190,13 +201,13 @@ class Execution:
         bid["wait"] = wait
         self._left.clear()
         with _interrupts(lambda: self.cancel(n)):
+            self._bidding = (n, parent, ident)
             answer = await self._ready(wait)
             if msg_id in self._cancelled:
                 answer = _yield("cancelled", "interrupted")
             if answer is None:
-                self._bidding = (n, parent, ident)
                 answer = await self._bid({**bid, "applied": self._replica.applied})
-                self._bidding = None
+            self._bidding = None
             self._cancelled.discard(msg_id)
         if answer.get("answer") != "lead":
             content = {"n": n, "code": answer.get("code", "unavailable"), "reason": answer.get("reason", "")}
@@ -216,7 +227,7 @@ class Execution:
             if left.done():
                 return _yield("cancelled", "interrupted")
             if not settled.done():
-                why = f"the previous cell's entry is not in the log yet; {self._appender.trouble}"
+                why = self._appender.trouble or "the changes of the cell before are not stored yet"
                 return _yield("unavailable", why)
         finally:
             left.cancel()
@@ -262,17 +273,15 @@ class Execution:
     async def _commit(self, running: Running) -> None:
         """Capture now, without a break; append behind."""
         running.committed = True
-        capture = self._replica.capture
         request = running.parent["content"]
         code = request.get("code", "") if running.kind == "cell" else ""
-        capture.note_source(code)
-        found = capture.changes()
-        for name, reason in found.lost.items():
-            self._appender.tell_user(f"NBOS: {name!r} is not replicated and would be gone after a failover: {reason}")
+        taken = self._replica.take_changes(code)
+        for line in taken.notices:
+            self._appender.tell_user(line)
         kept = request.get("store_history", not request.get("silent", False)) and not request.get("silent", False)
-        fresh = sum(packed.fresh for packed in found.components)
+        fresh = sum(packed.fresh for packed in taken.changes.components)
         if fresh >= LARGE:
-            largest = max(found.components, key=lambda packed: packed.fresh)
+            largest = max(taken.changes.components, key=lambda packed: packed.fresh)
             names = ", ".join(largest.names)[:80]
             self._appender.tell_user(
                 f"NBOS: replicating {magics.size(fresh)} that this cell made or changed, most of it in {names}; "
@@ -283,12 +292,10 @@ class Execution:
             kind=running.kind,
             status=running.status,
             execution_count=self._replica.history.last(),
-            source=code if kept else "",
-            changes=found,
-            effects=self._replica.watcher.changes(),
+            source=oversize.source(code) if kept else "",
+            changes=taken.changes,
+            effects=taken.effects,
         )
-        capture.accept(found)
-        lost.install(self._shell.user_ns, capture.lost)
         self._appender.start(entry, running, self._finished)
 
     def _finished(self, running: Running) -> None:

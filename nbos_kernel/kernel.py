@@ -22,14 +22,19 @@ from ipykernel.ipkernel import IPythonKernel
 from ipykernel.zmqshell import ZMQInteractiveShell
 from traitlets import Type, Unicode
 
-from . import __version__, lost, magics
+from . import __version__, lost, magics, oversize
 from .blobchannel import BlobChannel, BlobFailed
 from .execution import Execution
 from .iopub import MEMBERS_TOPIC
 from .link import DaemonAway, Link
 from .replica import BlobMissing, Replica
+from .settings import RecordingShell
 
 Message = dict[str, Any]
+
+GATHER = 0.05
+"""Seconds in which a standby gathers entries before it applies them: while cells follow each other it is woken, and
+tells its daemon how far it is, once for many."""
 
 DIRECT = (
     "this is one replica of an NBOS kernel; cells go through the kernel's router (the ports that the Jupyter Server "
@@ -37,7 +42,7 @@ DIRECT = (
 )
 
 
-class NBOSShell(ZMQInteractiveShell):
+class NBOSShell(RecordingShell, ZMQInteractiveShell):
     """IPython's shell; a NameError about a lost name gets the reason."""
 
     lost_names: dict[str, str] | None = None
@@ -46,6 +51,11 @@ class NBOSShell(ZMQInteractiveShell):
         if self.lost_names:
             lost.explain(exc_tuple[1] if exc_tuple else sys.exc_info()[1], self.lost_names)
         super().showtraceback(exc_tuple, *args, **kwargs)
+
+    def ask_exit(self) -> None:
+        """`exit` is answered as ipykernel does, but ends no replica: another one would only take over."""
+        self.payload_manager.write_payload({"source": "ask_exit", "keepkernel": self.keepkernel_on_exit})
+        print("NBOS: a replicated kernel does not end with `exit`; restart it or shut it down.", file=sys.stderr)
 
 
 class NBOSKernel(IPythonKernel):
@@ -69,11 +79,14 @@ class NBOSKernel(IPythonKernel):
         self._main_loop: asyncio.AbstractEventLoop | None = None
         self._led: str = ""
         self._answering: set[asyncio.Task[None]] = set()
+        self._applying: asyncio.Task[None] | None = None
+        self._gathering = False
         self.link = Link(self.nbos_socket, self._hello, self._greeted, self._pushed, self.log)
         self.blobs = BlobChannel(self.link, self.nbos_socket, self.log)
         self.replica = Replica(self.shell, self._read, self.log)
         self.execution = Execution(self.shell, self.link, self.replica, self, self.blobs)
         self.shell.lost_names = self.replica.capture.lost
+        self.shell.settings = self.replica.settings
         self.shell.input_transformers_cleanup.insert(0, magics.strip_resource_line)
         self.shell.register_magics(magics.NBOSMagics(self.shell, self._status, self.replica.capture))
         self._execute_sleep = (
@@ -113,7 +126,10 @@ class NBOSKernel(IPythonKernel):
     def _pushed(self, message: Message, payload: bytes) -> None:
         kind = message.get("type")
         if kind in ("state", "entry"):
-            self._soon(self._arrived, message, payload)
+            self.replica.arrived(message, payload)
+            if not self._gathering:
+                self._gathering = True
+                self._soon(self._gather, 0.0 if kind == "state" else GATHER)
         elif kind == "waiting":
             self._soon(self.execution.waiting, message)
         elif kind == "members":
@@ -140,10 +156,14 @@ class NBOSKernel(IPythonKernel):
 
     # The main thread ---------------------------------------------------------------------------------------------
 
-    def _arrived(self, message: Message, payload: bytes) -> None:
-        self.replica.arrived(message, payload)
-        task = asyncio.ensure_future(self._apply_between_messages())
-        self._applying = task  # a reference, so that it is not collected before it ran
+    def _gather(self, seconds: float) -> None:
+        """Apply what has arrived within `seconds`. A replica that bids does so before, without waiting for this."""
+
+        def apply() -> None:
+            self._gathering = False
+            self._applying = asyncio.ensure_future(self._apply_between_messages())
+
+        asyncio.get_running_loop().call_later(seconds, apply)
 
     async def _apply_between_messages(self) -> None:
         await self.execution.settled()
@@ -162,6 +182,10 @@ class NBOSKernel(IPythonKernel):
             await super().execute_request(stream, ident, parent)
         elif _numbered(parent):
             await self.execution.cell(stream, ident, parent)
+        elif threading.current_thread() is not threading.main_thread():
+            await super().execute_request(stream, ident, parent)  # on the control channel: runs beside the cells
+        elif parent["header"].get("session") == self.session.session:
+            await super().execute_request(stream, ident, parent)  # ipykernel's own: its debugger starts debugpy so
         else:
             content = {"status": "error", "ename": "NBOSError", "evalue": DIRECT, "traceback": [DIRECT]}
             self.session.send(stream, "execute_reply", content, parent, ident=ident)
@@ -181,8 +205,8 @@ class NBOSKernel(IPythonKernel):
         await super().execute_request(stream, ident, parent)
 
     async def do_execute(self, *args: Any, **kwargs: Any) -> Message:
-        if threading.current_thread() is not threading.main_thread():
-            return await super().do_execute(*args, **kwargs)  # a subshell
+        if threading.current_thread() is not threading.main_thread() or not _numbered(self.get_parent("shell")):
+            return await super().do_execute(*args, **kwargs)  # a subshell, or the debugger
         signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             reply: Message = await super().do_execute(*args, **kwargs)
@@ -278,7 +302,9 @@ class NBOSKernel(IPythonKernel):
         members = reply.get("members") or {}
         known |= {key: reply[key] for key in ("last", "executor", "queue") if key in reply}
         known["members"] = members.get("members", []) if isinstance(members, dict) else members
-        return {**known, "lost": {**(reply.get("lost") or {}), **self.replica.lost}}
+        everything = {**(reply.get("lost") or {}), **self.replica.lost}
+        everything.pop(oversize.MORE, None)  # here all are named
+        return {**known, "lost": everything}
 
 
 def _numbered(request: Message) -> bool:

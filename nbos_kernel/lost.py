@@ -11,6 +11,8 @@ from __future__ import annotations
 import builtins
 from typing import Any
 
+from .capture import names
+
 
 class NotReplicatedError(NameError):
     """The variable exists no more: its value could not be replicated, and the replica that held it is gone."""
@@ -39,7 +41,7 @@ class LostBuiltins(dict[str, Any]):
         try:
             return builtins.__dict__[name]
         except KeyError:
-            reason = self._lost.get(name)
+            reason = self._lost.get(name) or self._lost.get(names.label(name))
             if reason is None:
                 raise
             raise NotReplicatedError(message(name, reason), name=name) from None

@@ -4,31 +4,42 @@ Guarantees: entries are applied in order, each all or nothing (everything is unp
 changes, in one step); what cannot be loaded here is a lost name with its reason, and the rest of the entry
 stands; the executor never applies an entry of its own to itself.
 
-Runs on the main thread. `arrived` only queues; entries are applied between two shell messages, or right before a
-bid.
+Runs on the main thread, but for `arrived`, which only queues; entries are applied between two shell messages, or
+right before a bid.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from . import effects, lost
+from . import effects, lost, oversize
 from .capture import hidden, names
-from .capture.changes import Capture, why_not
+from .capture.changes import Capture, Changes, why_not
 from .capture.pickling import Roots, load
 from .capture.quiet import quiet
 from .entries import Read, Memory, frames_of
 from .history import History
+from .settings import NAME, Settings
 
 Message = dict[str, Any]
 
 
 class BlobMissing(Exception):
     """The daemon cannot give a blob now; the values on it are lost here, with this reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """The changes for one entry, and the lines that tell the user what is not in it."""
+
+    changes: Changes
+    effects: Message
+    notices: list[str]
 
 
 class Replica:
@@ -40,13 +51,9 @@ class Replica:
             {"module": shell.user_module, "shell": shell, "In": shell.user_ns["In"], "Out": shell.user_ns["Out"]},
             shell.user_ns,
         )
+        self.settings = Settings(shell)
         self.hidden = hidden.Hidden(shell)
-        self.capture = Capture(
-            self.roots,
-            lambda: names.user_variables(shell.user_ns, shell.user_ns_hidden),
-            self.hidden,
-            lambda: names.copies(shell),
-        )
+        self.capture = Capture(self.roots, self._variables, self.hidden, lambda: names.copies(shell))
         self.memory = Memory()
         self.watcher = effects.Watcher()
         self.history = History(shell)
@@ -61,12 +68,39 @@ class Replica:
         """Names that cannot be replicated, or could not be loaded here, with the reason."""
         return {**self.capture.lost, **self.trouble}
 
+    def _variables(self) -> Iterable[tuple[str, Any]]:
+        yield from names.user_variables(self._shell.user_ns, self._shell.user_ns_hidden)
+        yield from self.settings.variable()
+
+    def take_changes(self, source: str) -> Taken:
+        """What is new since the last call, as one entry can hold it; the log counts as having it from now on."""
+        capture, watcher = self.capture, self.watcher
+        capture.note_source(source)
+        found = capture.changes()
+        notices = oversize.fit(found, capture.lost)
+        done = watcher.changes()
+        left = {name: why for name, why in watcher.left.items() if capture.lost.get(name) != why}
+        notices += oversize.told({**found.lost, **left})
+        carried = [name for name in effects.names_of(done) if name in capture.lost and name not in watcher.left]
+        changed = found.lost or found.deleted or left or carried or oversize.MORE in capture.lost
+        before = dict(capture.lost) if changed else None
+        capture.accept(found)
+        capture.forget(carried)
+        capture.note(left)
+        found = dataclasses.replace(found, deleted=[*found.deleted, *carried], lost={**found.lost, **left})
+        if before is not None:
+            found = oversize.listed(found, capture, before)
+        lost.install(self._shell.user_ns, capture.lost)
+        return Taken(found, done, notices)
+
     def arrived(self, message: Message, payload: bytes) -> None:
+        """Called on any thread: what has arrived before a bid is applied before it, whatever the main loop does."""
         self._queue.append((message, payload))
 
     async def catch_up(self, done: Callable[[int, dict[str, str]], None]) -> None:
-        """Apply what has arrived, in order; `done(n, lost)` after each."""
+        """Apply what has arrived, in order; then `done(n, lost)`, once for all."""
         async with self._turn:
+            before = self.applied
             while self._queue:
                 message, payload = self._queue.popleft()
                 whole = message["type"] == "state"
@@ -76,7 +110,8 @@ class Replica:
                     continue
                 await self._apply(entry, payload, whole)
                 self.applied = n
-                done(n, self.lost)
+            if self.applied > before:
+                done(self.applied, self.lost)
 
     def own(self, n: int) -> None:
         """Entry n is this replica's own and stands in the log."""
@@ -92,9 +127,11 @@ class Replica:
         self.trouble.update(self.watcher.apply(changed))
         values, digests, missing = await self._load(entry.get("components") or (), payload)
         gone = list(entry.get("deleted") or ())
+        lost_names = {**(entry.get("lost") or {}), **oversize.unlisted(values, digests)}
         whole = whole or entry.get("kind") == "reset"
-        self._put(values, {*gone, *(entry.get("lost") or {}), *missing}, whole)
-        self.capture.adopt(digests, gone, entry.get("lost") or {}, missing, whole)
+        lines = values.pop(NAME, None)
+        self._put(values, {*gone, *lost_names, *missing}, whole, lines)
+        self.capture.adopt(digests, gone, lost_names, missing, whole)
         lost.install(self._shell.user_ns, self.capture.lost)
         self.history.record(entry, whole)
 
@@ -118,7 +155,7 @@ class Replica:
                 missing.update(dict.fromkeys(component["names"], reason))
         return values, digests, missing
 
-    def _put(self, values: dict[str, Any], gone: set[str], whole: bool) -> None:
+    def _put(self, values: dict[str, Any], gone: set[str], whole: bool, lines: Any) -> None:
         namespace = self._shell.user_ns
         if whole:
             gone |= {name for name, _ in names.user_variables(namespace, self._shell.user_ns_hidden)} - values.keys()
@@ -127,5 +164,9 @@ class Replica:
         for name in gone:
             namespace.pop(name, None)
         namespace.update(values)
-        self.trouble.update(self.hidden.apply(pseudo, gone))  # not within quiet(): it would undo warnings' filters
+        read = {name: pseudo.pop(name) for name in list(pseudo) if self.hidden.is_setting(name)}
+        self.trouble.update(self.hidden.apply(pseudo, gone))
+        # The lines may use variables and the notebook's magics; what the settings then really were has the last word.
+        self.trouble.update(self.settings.apply(lines) if lines is not None else {})
+        self.trouble.update(self.hidden.apply(read, set()))  # not within quiet(): it would undo warnings' filters
         self.history.results(values, gone)

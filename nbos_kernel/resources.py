@@ -35,10 +35,22 @@ def of_cell(code: str, metadata: Mapping[str, Any], default: Mapping[str, Any]) 
     line = _FIRST.match(code)
     if line is not None:
         return parse(line[1], line[2] or "")
-    asked = (metadata.get("nbos") or {}).get("resources")
-    if asked is not None:
-        return checked(asked)
-    return {**NONE, **default}
+    ours = metadata.get("nbos")
+    if ours is None:
+        return {**NONE, **default}
+    if not isinstance(ours, Mapping):
+        raise BadResources(f"the cell's metadata.nbos must be an object, not {ours!r:.60}")
+    asked = ours.get("resources")
+    if asked is None:
+        return {**NONE, **default}
+    if not isinstance(asked, Mapping):
+        raise BadResources(f"the cell's metadata.nbos.resources must be an object, not {asked!r:.60}")
+    return checked(asked)
+
+
+def in_first_line(code: str) -> bool:
+    """Whether the cell says itself what it asks for: then its magic explains what is wrong with that."""
+    return _FIRST.match(code) is not None
 
 
 def blank_first_line(code: str) -> str:
@@ -70,19 +82,24 @@ def parse(magic: str, arguments: str) -> Resources:
             raise BadResources(f"%%gpu does not know {key!r}; usage: {USAGE}")
         if key in asked:
             raise BadResources(f"%%gpu got {key!r} twice; usage: {USAGE}")
-        asked[key] = size(value) if key == "memory" else value if key == "model" else _number(key, value)
+        asked[key] = _memory(value) if key == "memory" else value if key == "model" else _number(key, value)
     if not asked.get("gpus") and not asked.get("tpcs"):
         if "gpus" in asked or "tpcs" in asked:
             raise BadResources(f"%%gpu asks for nothing; use %%cpu for a cell without GPUs, or {USAGE}")
         asked["gpus"] = 1
-    return checked(asked)
+    try:
+        return checked(asked)
+    except BadResources as err:
+        raise BadResources(f"%%gpu: {err}") from None
 
 
 def checked(asked: Mapping[str, Any]) -> Resources:
     """`asked` completed and checked. Raises BadResources that names the limit."""
     unknown = set(asked) - set(NONE)
     if unknown:
-        raise BadResources(f"unknown resources {', '.join(sorted(unknown))}; known: gpus, tpcs, memory, model")
+        raise BadResources(
+            f"unknown resources {', '.join(sorted(map(str, unknown)))}; known: gpus, tpcs, memory, model"
+        )
     full = {**NONE, **asked}
     for key, most in (("gpus", MAX_GPUS), ("tpcs", MAX_TPCS), ("memory", 2**50)):
         value = full[key]
@@ -106,7 +123,14 @@ def size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
+def _memory(text: str) -> int:
+    try:
+        return size(text)
+    except BadResources as err:
+        raise BadResources(f"%%gpu: mem: {err}; usage: {USAGE}") from None
+
+
 def _number(key: str, text: str) -> int:
     if not text.isdecimal():
-        raise BadResources(f"{key} must be a whole number, got {text!r}; usage: {USAGE}")
+        raise BadResources(f"%%gpu: {key} must be a whole number, got {text!r}; usage: {USAGE}")
     return int(text)

@@ -2,20 +2,29 @@
 
 Guarantees: the preferred replica is asked first and alone; the others as soon as it yields, is lost, or has been silent
 for SILENCE; nobody is asked twice at a time; every answer leads to a lead, a new number, a refusal, or a next time.
+A cell is refused as impossible only when every member has said so that may still say anything: another host than
+those that are up may be the one with the GPUs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 SILENCE = 0.15
 """Seconds after which a replica that says nothing no longer keeps the others from being asked."""
 
+DEBUGGED = 5.0
+"""The same for the replica that a debugger is attached to: breakpoints stand nowhere else."""
+
 FIRST_RETRY = 0.05
 LAST_RETRY = 1.0
 SURE = 0.4
 """Once the pause between questions has grown to this, an answer that all give is believed."""
+
+ABSENCE = 15.0
+"""Seconds in which a member of which nobody says that it is starting is waited for: its host may come back, or another
+one take its place."""
 
 _SOON = {"behind", "taken", "cancelled"}
 _WAIT = {"busy", "unavailable"}
@@ -35,8 +44,8 @@ class Ask:
     def open(self) -> bool:
         return not self.code
 
-    def silent(self, now: float) -> bool:
-        return self.open() and (self.waiting or self.wait or now >= self.at + SILENCE)
+    def silent(self, now: float, patience: float) -> bool:
+        return self.open() and (self.waiting or self.wait or now >= self.at + patience)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +58,31 @@ class Step:
     wake: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """A member that is not connected: its name, and its state as the daemons tell it."""
+
+    name: str
+    state: str
+
+    def __str__(self) -> str:
+        return f"{self.name} is {'being connected' if self.state == 'ready' else self.state or 'away'}"
+
+    def comes(self, waited: float) -> bool:
+        return self.state == "starting" or (self.state != "failed" and waited < ABSENCE)
+
+
 @dataclass(slots=True)
 class Election:
     """The election of one (number, attempt)."""
 
     asks: dict[int, Ask] = field(default_factory=dict)
     opened: bool = False
+    patience: float = SILENCE
     waiting: bool = False
     retry_at: float | None = None
     backoff: float = FIRST_RETRY
+    refused_at: float | None = None
     unknown: set[int] = field(default_factory=set)
     """Replicas that were lost before they answered: they may have claimed the execution."""
 
@@ -93,33 +118,37 @@ class Election:
     def open_asks(self) -> list[int]:
         return [index for index, ask in self.asks.items() if ask.open()]
 
-    def step(self, up: Collection[int], preferred: int | None, now: float) -> Step:
+    def step(
+        self, up: Collection[int], preferred: int | None, now: float, absent: Mapping[int, Absent] | None = None
+    ) -> Step:
+        """`absent`: the members that are not `up`."""
         if not up:
             return Step()
         if not self.asks and not self.opened:
             first = preferred if preferred in up else min(up)
             assert first is not None
             return self._ask([first], now)
-        if any(ask.silent(now) for ask in self.asks.values()):
+        if any(ask.silent(now, self.patience) for ask in self.asks.values()):
             self.opened = True
         fresh = [index for index in sorted(up) if index not in self.asks] if self.opened else []
         if fresh:
             return self._ask(fresh, now)
-        due = [ask.at + SILENCE for ask in self.asks.values() if ask.open() and not ask.silent(now)]
-        return Step(wake=min(due)) if due else self._all_answered(now)
+        open_asks = [ask for ask in self.asks.values() if ask.open() and not ask.silent(now, self.patience)]
+        due = [ask.at + self.patience for ask in open_asks]
+        return Step(wake=min(due)) if due else self._all_answered(now, absent or {})
 
     def _ask(self, replicas: list[int], now: float) -> Step:
         for index in replicas:
             self.asks[index] = Ask(now, self.waiting)
         asks = tuple((index, self.waiting) for index in replicas)
-        return Step(asks, wake=None if self.waiting else now + SILENCE)
+        return Step(asks, wake=None if self.waiting else now + self.patience)
 
-    def _all_answered(self, now: float) -> Step:
+    def _all_answered(self, now: float, absent: Mapping[int, Absent]) -> Step:
         closed = {index: ask for index, ask in self.asks.items() if not ask.open()}
         if not closed:
             return Step()
         if len(closed) == len(self.asks) and all(ask.code == "impossible" for ask in closed.values()):
-            return Step(impossible="; ".join(sorted({ask.reason for ask in closed.values()})))
+            return self._refused(now, absent)
         queue = [index for index, ask in closed.items() if ask.code in _WAIT and not ask.wait]
         if queue:
             self.waiting = True
@@ -135,6 +164,16 @@ class Election:
             return self._ask(again, now)
         slow = next((closed[i].reason for i in again if closed[i].code not in _SOON), "")
         return Step(wake=wake, shown=slow)
+
+    def _refused(self, now: float, absent: Mapping[int, Absent]) -> Step:
+        """Nobody who is up can ever run it."""
+        since = self.refused_at = now if self.refused_at is None else self.refused_at
+        away = [absent[index] for index in sorted(absent)]
+        reasons = sorted({ask.reason for ask in self.asks.values()})
+        coming = [str(member) for member in away if member.comes(now - since)]
+        if coming:
+            return Step(shown="; ".join([*coming, *reasons]), wake=max(since + ABSENCE, now + LAST_RETRY))
+        return Step(impossible="; ".join([*reasons, *map(str, away)]))
 
     def _retry(self, closed: dict[int, Ask], asked: list[int], now: float) -> float | None:
         """When those that yielded for a passing reason are asked again."""

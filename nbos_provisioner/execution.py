@@ -20,7 +20,8 @@ class Phase(Enum):
 @dataclass(slots=True)
 class Execution:
     """`led`: some replica has claimed it. `replied`, `idle`: what the client has been given. `committed`: its entry
-    stands in the log. `message_session`: the Jupyter session of the process that leads it."""
+    stands in the log. `message_session`: the Jupyter session of the process that leads it. `display`, `shown`: why it
+    waits, in its output."""
 
     message: Message
     kind: Literal["cell", "sync"] = "cell"
@@ -38,6 +39,7 @@ class Execution:
     stop_on_error: bool = True
     failed: bool = False
     display: str = ""
+    shown: str = ""
     started: float = 0.0
     wake: float | None = None
     idle_by: float | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .election import Absent
 from .instructions import Connect, Disconnect, Instruction, Member
 
 HOLD_MESSAGES = 2000
@@ -34,6 +35,8 @@ class Fleet:
         self.executor: int | None = None
         self.token = -1
         self.epoch = -1
+        self.debugged: int | None = None
+        """The replica that the debugger is attached to: breakpoints stand there and nowhere else."""
         self.banned: set[tuple[int, int]] = set()
         self._held: dict[int, list[list[Any]]] = {}
         self.prefix = b"nbos.-1."
@@ -41,6 +44,11 @@ class Fleet:
     def name(self, index: int) -> str:
         member = self.members.get(index)
         return f"replica {index} on host {member.host}" if member and member.host else f"replica {index}"
+
+    def absent(self) -> dict[int, Absent]:
+        """The members that are not connected."""
+        away = [member for index, member in self.members.items() if index not in self.up]
+        return {member.index: Absent(self.name(member.index), member.state) for member in away}
 
     def appoint(self, index: int | None, token: int = -1) -> None:
         """Make `index` the executor. Without a token the next output of it tells which one it has."""
@@ -144,5 +152,6 @@ class Fleet:
         self.up.clear()
         self.members.clear()
         self._held.clear()
+        self.debugged = None
         self.appoint(None)
         return gone

@@ -65,9 +65,12 @@ class Forwarding:
         if len(self._open) > KEPT:
             self._open.popitem(last=False)
         self.out.append(ToReplica(replica, channel, message.wire()))
-        if message.msg_type in DIRTYING or (
-            message.msg_type == "debug_request" and message.content.get("command") in DIRTYING_DEBUG
-        ):
+        command = message.content.get("command") if message.msg_type == "debug_request" else ""
+        if command == "attach":
+            self.fleet.debugged = replica
+        elif command == "disconnect":
+            self.fleet.debugged = None
+        if message.msg_type in DIRTYING or command in DIRTYING_DEBUG:
             self.dirty = True
 
     def open_work(self) -> bool:

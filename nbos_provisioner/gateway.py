@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from typing import Any
 
-from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPResponse
+from tornado.httpclient import HTTPClientError, HTTPResponse
+from tornado.netutil import DefaultLoopResolver
+from tornado.simple_httpclient import SimpleAsyncHTTPClient
 
 PATIENCE = 15.0
 """Seconds in which a call is repeated while the gateway is away."""
@@ -28,12 +31,23 @@ class GatewayError(RuntimeError):
         self.status = status
 
 
+class _Resolver(DefaultLoopResolver):
+    """Also while the interpreter ends, when its threads are gone: blocking managers shut kernels down in `atexit`."""
+
+    async def resolve(self, host: str, port: int, family: socket.AddressFamily = socket.AF_UNSPEC) -> Any:
+        try:
+            return await super().resolve(host, port, family)
+        except RuntimeError:
+            found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
+            return [(family, address) for family, _, _, _, address in found]
+
+
 class Gateway:
     """`url`: the service's base, `…/services/nbos/`. `token`: of the user whose kernels these are."""
 
     def __init__(self, url: str, token: str) -> None:
         self.url = url.rstrip("/") + "/"
-        self._token = token
+        self.token = token
 
     async def create(self, kernel_id: str, request: dict[str, Any]) -> dict[str, Any]:
         return await self._call("POST", "api/kernels", {"kernel_id": kernel_id, **request}, timeout=30.0)
@@ -53,9 +67,9 @@ class Gateway:
         found = await self._call("GET", "api/kernels", patience=patience)
         return found if isinstance(found, list) else list(found.get("kernels", []))
 
-    async def kernel(self, kernel_id: str, *, wait: bool = False, patience: float | None = None) -> dict[str, Any]:
-        query = "?wait=ready" if wait else ""
-        return await self._call("GET", f"api/kernels/{kernel_id}{query}", timeout=35.0, patience=patience)
+    def of_kernel(self, kernel_id: str) -> str:
+        """Where the kernel itself is found."""
+        return f"{self.url}api/kernels/{kernel_id}"
 
     async def _call(
         self,
@@ -79,15 +93,19 @@ class Gateway:
             pause = min(pause * 2, LAST_PAUSE)
 
     async def _send(self, method: str, path: str, body: dict[str, Any] | None, timeout: float) -> HTTPResponse:
-        return await AsyncHTTPClient().fetch(
-            self.url + path,
-            method=method,
-            body=json.dumps(body) if body is not None else None,
-            headers={"Authorization": f"token {self._token}", "Content-Type": "application/json"},
-            connect_timeout=3.0,
-            request_timeout=timeout,
-            allow_nonstandard_methods=True,
-        )
+        client = SimpleAsyncHTTPClient(force_instance=True, resolver=_Resolver())
+        try:
+            return await client.fetch(
+                self.url + path,
+                method=method,
+                body=json.dumps(body) if body is not None else None,
+                headers={"Authorization": f"token {self.token}", "Content-Type": "application/json"},
+                connect_timeout=3.0,
+                request_timeout=timeout,
+                allow_nonstandard_methods=True,
+            )
+        finally:
+            client.close()
 
     @staticmethod
     def _result(response: HTTPResponse) -> Any:

@@ -27,6 +27,9 @@ class NBOSKernelManager(AsyncMappingKernelManager):
         """Called when the server ends (SIGTERM, Ctrl-C): let NBOS kernels go, shut the others down."""
         for kernel_id in list(self._pending_kernels):
             await asyncio.gather(self._pending_kernels[kernel_id], return_exceptions=True)
+            if kernel_id not in self:
+                # A start that failed stays pending in jupyter_client, and would end this with a 404.
+                del self._pending_kernels[kernel_id]
         mine = {kernel_id: km for kernel_id, km in self._kernels.items() if _is_nbos(km)}
         await asyncio.gather(*(self._detach(kernel_id, km) for kernel_id, km in mine.items()))
         await self._async_shutdown_all(now=now)

@@ -25,6 +25,9 @@ MAX_MESSAGE = 256 * 1024 * 1024
 """Bytes of one client message; a larger one is refused."""
 
 
+_decode, _encode = json.JSONDecoder().decode, json.JSONEncoder(separators=(",", ":")).encode
+
+
 class BadMessage(ValueError):
     """A message that must not be handled; says why."""
 
@@ -41,7 +44,7 @@ def text(frame: Any) -> bytes:
 def load(frame: Any, what: str) -> dict[str, Any]:
     """The JSON object in `frame`. Raises BadMessage."""
     try:
-        value = json.loads(text(frame))
+        value = _decode(text(frame).decode())
     except (ValueError, RecursionError) as err:
         raise BadMessage(f"its {what} is not JSON: {err}") from err
     if not isinstance(value, dict):
@@ -50,7 +53,7 @@ def load(frame: Any, what: str) -> dict[str, Any]:
 
 
 def dump(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
+    return _encode(value).encode()
 
 
 class Message:

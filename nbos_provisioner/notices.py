@@ -64,8 +64,9 @@ class Notices:
             execution.display = ""
 
     def _show(self, execution: Execution, text: str) -> None:
-        if execution.silent or not execution.cell:
+        if execution.silent or not execution.cell or text == execution.shown:
             return
+        execution.shown = text
         kind = "update_display_data" if execution.display else "display_data"
         execution.display = execution.display or f"nbos-{uuid.uuid4().hex}"
         content = {
@@ -77,6 +78,9 @@ class Notices:
 
     def lost(self, execution: Execution, name: str, reason: str) -> None:
         self._note(execution, f"{name} was lost while this cell ran ({reason}); asking what became of it")
+
+    def undebugged(self, execution: Execution, name: str, now: str) -> None:
+        self._note(execution, f"the debugger was attached to {name}, this cell runs on {now}: start debugging again")
 
     def claimed(self, execution: Execution, name: str) -> None:
         self._note(execution, f"{name} still holds this cell; waiting until it comes back or its claim ends")

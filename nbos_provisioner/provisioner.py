@@ -19,9 +19,6 @@ from traitlets import Float, Integer, Unicode, default
 from .gateway import Gateway, GatewayError
 from .router_process import RouterProcess
 
-MEMBERS_PAUSE = 1.0
-"""Seconds between two questions for members while no replica can be reached."""
-
 FORWARDED_ENV = ("JPY_SESSION_NAME",)
 """Of the server's environment a kernel gets only this; a replica lives on another machine."""
 
@@ -43,8 +40,6 @@ class NBOSProvisioner(KernelProvisionerBase):
         self._made = False
         self._server_driven = False
         self._deleted = False
-        self._watch: asyncio.Task[None] | None = None
-        self._end_task: asyncio.Task[None] | None = None
 
     # -- what the KernelManager asks
 
@@ -100,7 +95,6 @@ class NBOSProvisioner(KernelProvisionerBase):
         self._ended, self._made = False, True
         assert self._router is not None
         self._router.members(model)
-        self._follow()
         return self.connection_info
 
     async def _first_launch(self, gateway: Gateway, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +107,9 @@ class NBOSProvisioner(KernelProvisionerBase):
             model = await gateway.create(self.kernel_id, self._request(kwargs))
             await spawned
             connection = model["connection"]
-            await self._router.configure({**connection, "ip": "127.0.0.1", "rerun": model.get("rerun", True)})
+            follow = {"url": gateway.of_kernel(self.kernel_id), "token": gateway.token}
+            rerun = model.get("rerun", True)
+            await self._router.configure({**connection, "ip": "127.0.0.1", "rerun": rerun, "follow": follow})
         except BaseException:
             await asyncio.gather(spawned, return_exceptions=True)
             await self._router.close()
@@ -124,7 +120,6 @@ class NBOSProvisioner(KernelProvisionerBase):
 
     async def cleanup(self, restart: bool = False) -> None:
         """Called last when the kernel ends: unless it is restarted, its records and replicas go as well."""
-        self._stop_following()
         if restart:
             return
         if self._router is not None:
@@ -152,7 +147,6 @@ class NBOSProvisioner(KernelProvisionerBase):
 
     async def detach(self) -> None:
         """The Jupyter Server ends: leave the kernel alive, and let go of it."""
-        self._stop_following()
         self._ended = True
         if self._router is not None:
             await self._router.close()
@@ -188,9 +182,7 @@ class NBOSProvisioner(KernelProvisionerBase):
 
     def _heard(self, event: dict[str, Any]) -> None:
         """An event of the router."""
-        if event["event"] == "need_members":
-            self._follow()
-        elif event["event"] == "shutdown_requested" and not event.get("restart"):
+        if event["event"] == "shutdown_requested" and not event.get("restart"):
             asyncio.get_running_loop().call_later(0.5, self._client_shutdown)
 
     def _client_shutdown(self) -> None:
@@ -198,35 +190,6 @@ class NBOSProvisioner(KernelProvisionerBase):
         if not self._server_driven and not self._ended:
             self.log.info("a client has shut kernel %s down", self.kernel_id)
             self._ended = True
-
-    def _follow(self) -> None:
-        if self._watch is None or self._watch.done():
-            self._watch = asyncio.create_task(self._hand_over_members())
-
-    def _stop_following(self) -> None:
-        if self._watch is not None:
-            self._watch.cancel()
-            self._watch = None
-
-    async def _hand_over_members(self) -> None:
-        """Until some replica is ready: from then on the replicas tell the router themselves who is there."""
-        gateway, router = self._the_gateway(), self._router
-        pause = MEMBERS_PAUSE
-        while router is self._router and router is not None:
-            try:
-                model = await gateway.kernel(self.kernel_id, wait=True, patience=0.0)
-            except GatewayError as err:
-                if err.status == 404:
-                    self.log.error("kernel %s does not exist any more; restart it to get a new one", self.kernel_id)
-                    return
-                self.log.warning("%s", err)
-                pause = min(pause * 2, 30.0)
-            else:
-                router.members(model)
-                if any(member.get("state") == "ready" for member in model.get("members", [])):
-                    return
-                pause = MEMBERS_PAUSE
-            await asyncio.sleep(pause)
 
     async def _delete(self) -> None:
         try:

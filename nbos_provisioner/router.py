@@ -19,6 +19,7 @@ from typing import Any
 
 import zmq
 
+from .following import Follower
 from .front import Front
 from .instructions import (
     Client,
@@ -37,15 +38,17 @@ from .instructions import (
     Up,
 )
 from .members import members_from
+from .memory import Memory
 from .messages import BadMessage, Signer, parse
 from .replica_link import ReplicaLink
 from .router_core import RouterCore
+from .sockets import receive, send
 
 BATCH = 500
 """Messages read from one socket before the others get their turn."""
 
 LONELY = 1.0
-"""Seconds without any replica after which the provisioner is asked for the members (and again)."""
+"""Seconds without any replica after which the gateway is asked for the members (and again)."""
 
 
 class Router:
@@ -63,12 +66,16 @@ class Router:
         self.links: dict[int, ReplicaLink] = {}
         self._sources: dict[Any, Callable[[], None]] = {}
         self._buffer = b""
-        self._lonely_at = time.monotonic() + LONELY
+        self._lonely_at = time.monotonic()
+        self._memory = Memory()
         self.alive = True
+        self._follower = Follower(**config["follow"], log=log) if config.get("follow") else None
         for channel in ("control", "shell", "stdin"):
             self._listen(self.front.sockets[channel], partial(self._read_client, channel))
         self._listen(self.front.sockets["iopub"], lambda: self.front.welcome(self.signer))
         self._listen(sys.stdin.fileno(), self._read_commands)
+        if self._follower is not None:
+            self._listen(self._follower.reader, self._read_members)
         self._carriers: dict[type, Callable[[Any], None]] = {
             Publish: self._publish,
             ToReplica: self._to_replica,
@@ -91,7 +98,8 @@ class Router:
 
     def run(self) -> None:
         while self.alive:
-            for source, _ in self.poller.poll(self._timeout()):
+            ready = self.poller.poll(self._timeout())
+            for source, _ in ready:
                 reader = self._sources.get(source)
                 if reader is not None:
                     reader()
@@ -100,10 +108,14 @@ class Router:
             if deadline is not None and now >= deadline:
                 self._event(Tick(), now)
             self._care(now)
+            if ready:
+                self._memory.busy(now)
+            else:
+                self._memory.calm(now)
         self.front.close()
 
     def _timeout(self) -> int | None:
-        times = [self.core.deadline(), self._lonely_at if not self.core.fleet.up else None]
+        times = [self.core.deadline(), self._memory.due, self._lonely_at if not self.core.fleet.up else None]
         times += [link.wake() for link in self.links.values()]
         due = [at for at in times if at is not None]
         return max(0, int((min(due) - time.monotonic()) * 1000) + 1) if due else None
@@ -120,7 +132,8 @@ class Router:
             self._lonely_at = now + LONELY
         elif now >= self._lonely_at:
             self._lonely_at = now + LONELY
-            tell({"event": "need_members"})
+            if self._follower is not None:
+                self._follower.ask()
 
     def _event(self, event: Any, now: float) -> None:
         for instruction in self.core.handle(event, now):
@@ -131,9 +144,8 @@ class Router:
     def _read_client(self, channel: Any) -> None:
         socket = self.front.sockets[channel]
         for _ in range(BATCH):
-            try:
-                parts = socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
+            parts = receive(socket, copy=True)
+            if parts is None:
                 return
             try:
                 message = self.signer.check(parts)
@@ -150,9 +162,8 @@ class Router:
             if channel == "shell":
                 # What a client sent before it could see this reply stands in the queue first (stop_on_error).
                 self._read_client("shell")
-            try:
-                parts = socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
+            parts = receive(socket, copy=True)
+            if parts is None:
                 return
             try:
                 event = FromReplica(link.index, channel, parse(parts))
@@ -166,9 +177,8 @@ class Router:
         for _ in range(BATCH):
             if socket.closed:
                 return
-            try:
-                frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
+            frames = receive(socket, copy=False)
+            if frames is None:
                 return
             if not link.is_welcome(frames):
                 self._event(Output(link.index, frames), time.monotonic())
@@ -195,21 +205,26 @@ class Router:
         for line in lines:
             self._command(json.loads(line))
 
+    def _read_members(self) -> None:
+        assert self._follower is not None
+        self._event(members_from(self._follower.found()), time.monotonic())
+
     def _command(self, command: dict[str, Any]) -> None:
         now = time.monotonic()
         if command["command"] == "members":
             self._event(members_from(command), now)
         elif command["command"] == "reset":
             self._event(Reset(), now)
+        self._lonely_at = now
 
     # -- carrying out
 
     def _publish(self, instruction: Publish) -> None:
-        self.front.sockets["iopub"].send_multipart(instruction.frames, copy=False)
+        send(self.front.sockets["iopub"], instruction.frames, block=True)
 
     def _to_client(self, instruction: ToClient) -> None:
         try:
-            self.front.sockets[instruction.channel].send_multipart(instruction.frames, zmq.NOBLOCK, copy=False)
+            send(self.front.sockets[instruction.channel], instruction.frames)
         except zmq.Again:
             log(f"a client does not read its {instruction.channel} channel; a message for it was dropped")
 
@@ -218,7 +233,7 @@ class Router:
         if link is None:
             return
         try:
-            link.sockets[instruction.channel].send_multipart(instruction.frames, zmq.NOBLOCK, copy=False)
+            send(link.sockets[instruction.channel], instruction.frames)
         except zmq.Again:
             log(f"replica {instruction.replica} does not read its {instruction.channel}; a message was dropped")
 
@@ -254,12 +269,14 @@ class Router:
 
 
 def tell(event: dict[str, Any]) -> None:
-    """One line for the provisioner. A closed pipe means that the server is gone; stdin says so as well."""
+    """One line for the provisioner, which may read it late (a blocking KernelManager) or never: nobody waits here.
+
+    A closed pipe means that the server is gone; stdin says so as well.
+    """
     try:
-        sys.stdout.write(json.dumps(event) + "\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        log("the Jupyter Server no longer listens")
+        os.write(sys.stdout.fileno(), json.dumps(event).encode() + b"\n")
+    except (BrokenPipeError, BlockingIOError):
+        log(f"the Jupyter Server does not listen to {event['event']}")
 
 
 def log(text: str) -> None:
@@ -270,6 +287,7 @@ def main() -> int:
     line = sys.stdin.buffer.raw.readline()  # type: ignore[union-attr]
     if not line:
         return 0
+    os.set_blocking(sys.stdout.fileno(), False)
     try:
         router = Router(json.loads(line))
     except (OSError, ValueError, KeyError, zmq.ZMQError) as err:

@@ -2,7 +2,8 @@
 
 Guarantees: messages of the main shell are handled in their order (only comms pass a queue of cells, because a running
 cell may wait for them); requests that nobody can answer yet are held until somebody can; replicas' outputs reach the
-clients only from the current executor under its current fencing token. The numbered executions are `runner.py`'s.
+clients only from the current executor under its current fencing token. The numbered executions are `runner.py`'s, what
+replicas publish is `outputs.py`'s.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from .instructions import (
     Lost,
     Members,
     Output,
-    Publish,
     Reset,
     ToClient,
     ToReplica,
     Up,
 )
 from .members import members_from
-from .messages import DELIMITER, BadMessage, Message, Signer, load, parse, text
+from .messages import BadMessage, Message, Signer, load, parse, text
 from .outbox import Outbox
+from .outputs import Outputs
 from .runner import Runner
 
 SYNC_AFTER = 0.3
@@ -52,6 +53,7 @@ class RouterCore:
         self.runner.on_over = self._over
         self.runner.on_executor = self._led
         self.forwarding = Forwarding(self.fleet, self.out)
+        self.outputs = Outputs(self.fleet, self.runner, self.forwarding, self.out)
         self.ports = ports or {}
         self.queue: deque[Message] = deque()
         self.held: deque[tuple[Channel, Message]] = deque()
@@ -217,10 +219,14 @@ class RouterCore:
     def _ask_status(self, now: float) -> None:
         if self.runner.next_n is not None or not self.fleet.up:
             self._ask_status_at = None
-        elif self._ask_status_at is None or now >= self._ask_status_at:
+            self._asked.clear()
+            return
+        if self._ask_status_at is None or now >= self._ask_status_at:
             self._ask_status_at = now + STATUS_PATIENCE
-            for replica in self.fleet.up:
-                self._asked[self.out.ask(replica, "nbos_status_request", {})] = replica
+            self._asked.clear()
+        # Whoever has come up meanwhile is asked at once: those that were asked may be gone.
+        for replica in self.fleet.up - set(self._asked.values()):
+            self._asked[self.out.ask(replica, "nbos_status_request", {})] = replica
 
     # -- replicas
 
@@ -242,7 +248,7 @@ class RouterCore:
     def _answered(self, replica: int, message: Message, parent: dict[str, Any], now: float) -> None:
         """A reply to one of the router's own requests."""
         if message.msg_type == "nbos_outcome_reply":
-            self.runner.outcome(replica, message, parent, now)
+            self.runner.settling.outcome(replica, message, parent, now)
         elif message.msg_type == "nbos_status_reply" and self.runner.next_n is None:
             content = message.content
             if not isinstance(content.get("next"), int):
@@ -253,56 +259,23 @@ class RouterCore:
                 self.fleet.appoint(content["executor"])
 
     def _output(self, event: Output, now: float) -> None:
-        frames, fleet = event.frames, self.fleet
-        topic = text(frames[0])
-        if event.replica == fleet.executor and topic.startswith(fleet.prefix):
-            topic = topic[len(fleet.prefix) :]
-        elif topic == b"nbos.members":
-            content = load(frames[6], "content") if len(frames) > 6 else {}
+        topic = text(event.frames[0])
+        if topic == b"nbos.members":
+            content = load(event.frames[6], "content") if len(event.frames) > 6 else {}
             self._pump_due = True
-            return self._members(members_from(content), now)
-        else:
-            # Shell and iopub are two connections: what a candidate says may overtake its lead.
-            if self.runner.asking(event.replica) and fleet.hold(event.replica, topic, frames):
-                return
-            admitted = fleet.admit(event.replica, topic)
-            if admitted is None:
-                return
-            topic = admitted
-        if topic.endswith(b"status"):
-            self._status(event.replica, topic, frames)
-        else:
-            self.out.append(Publish([topic, *frames[1:]]))
-
-    def _status(self, replica: int, topic: bytes, frames: list[Any]) -> None:
-        """Pass on a status, unless the router keeps the account of it."""
-        if len(frames) < 7 or text(frames[1]) != DELIMITER:
-            raise BadMessage(f"a status of {self.fleet.name(replica)} has {len(frames)} frames")
-        parent, state = load(frames[4], "parent header"), load(frames[6], "content").get("execution_state")
-        msg_id = parent.get("msg_id", "")
-        if state == "starting" or str(parent.get("msg_type", "")).startswith("nbos_"):
-            return
-        if parent.get("session") == self.out.signer.session:
-            return
-        if self.runner.owns(msg_id):
-            if state == "idle" and self.runner.idle(replica, msg_id):
-                self.out.append(Publish([topic, *frames[1:]]))
-                self.runner.after_idle(msg_id)
-                self._pump_due = True
-            return
-        self.forwarding.status(msg_id, str(state))
-        self.out.append(Publish([topic, *frames[1:]]))
+            self._members(members_from(content), now)
+        elif self.outputs.take(event.replica, topic, event.frames):
+            self._pump_due = True
 
     def _up(self, event: Up, now: float) -> None:
         self.fleet.up.add(event.replica)
-        self.out.tell({"event": "up", "replica": event.replica, "up": sorted(self.fleet.up)})
 
     def _lost(self, event: Lost, now: float) -> None:
         if event.replica not in self.fleet.up:
             return
         self.fleet.up.discard(event.replica)
+        self._asked = {msg_id: replica for msg_id, replica in self._asked.items() if replica != event.replica}
         self.out.log(f"{self.fleet.name(event.replica)} was lost: {event.reason}")
-        self.out.tell({"event": "lost", "replica": event.replica, "up": sorted(self.fleet.up)})
         if event.replica == self.fleet.executor:
             if self.forwarding.dirty:
                 self.forwarding.dirty = False

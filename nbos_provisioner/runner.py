@@ -12,14 +12,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Literal
 
-from .election import Election
+from .election import DEBUGGED, Election
 from .execution import Execution, Phase
 from .fleet import Fleet
 from .instructions import ToClient, ToReplica
 from .messages import Message
 from .notices import NOBODY, Notices
 from .outbox import Outbox, error
-from .settlement import Settlement, Verdict
+from .settling import Settling
 
 IDLE_PATIENCE = 10.0
 """Seconds after its reply in which an execution's idle is awaited from its executor; then the router says it."""
@@ -37,7 +37,7 @@ class Runner:
         self.notices = Notices(out)
         self.active: Execution | None = None
         self.unsettled: Execution | None = None
-        self.settlement: Settlement | None = None
+        self.settling = Settling(self)
         self.next_n: int | None = None
         self.on_over: Callable[[Execution], None] = lambda execution: None
         self.on_executor: Callable[[float], None] = lambda now: None
@@ -58,20 +58,19 @@ class Runner:
 
     def step(self, now: float) -> None:
         """Do what is due for the settlement and the execution in hand."""
-        if self.settlement is not None:
-            self._ask_outcome(self.settlement, now)
+        self.settling.step(now)
         execution = self.active
         if execution is None:
             return
         if execution.phase is Phase.ASKING:
             self._step_election(execution, now)
         if execution.replied and execution.idle_by is not None and now >= execution.idle_by:
-            self._say_idle(execution)
-            self._finish(execution)
+            self.say_idle(execution)
+            self.finish(execution)
 
     def _step_election(self, execution: Execution, now: float) -> None:
         self.notices.nobody(execution, bool(self.fleet.up) and self.next_n is not None, now)
-        if self.next_n is None or (self.settlement is not None and self._settled() is self.unsettled):
+        if self.next_n is None or (self.settling.current is not None and self.settling.about() is self.unsettled):
             return
         if execution.n != self.next_n:
             execution.n, execution.election = self.next_n, Election()
@@ -79,14 +78,16 @@ class Runner:
         up = self.fleet.up if execution.cell else {current} & self.fleet.up
         if not execution.cell and (execution.tries > SYNC_TRIES or now > execution.started + SYNC_PATIENCE):
             return self._drop_sync(execution)
-        step = execution.election.step(up, current, now)  # type: ignore[arg-type]
+        if self.fleet.debugged is not None and self.fleet.debugged == current:
+            execution.election.patience = DEBUGGED
+        step = execution.election.step(up, current, now, self.fleet.absent())  # type: ignore[arg-type]
         execution.wake = step.wake
         for replica, wait in step.asks:
             self._ask(execution, replica, wait)
         if step.shown:
             self.notices.waits(execution, {"reason": step.shown})
         if step.impossible:
-            self._conclude(execution, error("NBOSResourceError", step.impossible))
+            self.conclude(execution, error("NBOSResourceError", step.impossible))
 
     def _ask(self, execution: Execution, replica: int, wait: bool) -> None:
         # Every question differs from the last: a replica's Session drops a signature that it has seen.
@@ -103,14 +104,14 @@ class Runner:
         self.on_over(execution)
 
     def asking(self, replica: int) -> bool:
-        """Whether `replica` may become the executor by a lead that is on its way."""
+        """Whether `replica` may become the executor by a lead, or a settlement, that is on its way."""
         active = self.active
-        return (
-            active is not None
-            and active.cell
-            and active.phase in (Phase.ASKING, Phase.SETTLING)
-            and replica in active.election.asks
-        )
+        if active is None or not active.cell or active.phase not in (Phase.ASKING, Phase.SETTLING):
+            return False
+        if replica in active.election.asks:
+            return True
+        settlement = self.settling.current
+        return active.phase is Phase.SETTLING and settlement is not None and settlement.lost == replica
 
     # -- what replicas say
 
@@ -149,17 +150,20 @@ class Runner:
         for other in mine.election.open_asks():
             if other != replica:
                 self.out.ask(other, "nbos_cancel_request", {"n": n, "msg_id": mine.msg_id})
-        self.unsettled = None if self.unsettled is not self._settled() else self.unsettled
+        self.unsettled = None if self.unsettled is not self.settling.about() else self.unsettled
         mine.led, mine.executor, mine.token, mine.wake = True, replica, token, None
         mine.phase = Phase.RUNNING
-        if self.settlement is not None and self._settled() is mine:
-            self.settlement = None
+        if self.settling.about() is mine:
+            self.settling.current = None
         mine.message_session = message.header.get("session", "")
         self.next_n = n + 1
         self.fleet.appoint(replica, token)
         if not mine.cell:
-            return self._finish(mine)
+            return self.finish(mine)
         self.notices.runs(mine, self.fleet.name(replica), now)
+        if self.fleet.debugged is not None and self.fleet.debugged != replica:
+            self.notices.undebugged(mine, self.fleet.name(self.fleet.debugged), self.fleet.name(replica))
+            self.fleet.debugged = None
         self.on_executor(now)
 
     def _late_lead(self, replica: int, n: int, parent: dict[str, Any]) -> None:
@@ -175,12 +179,14 @@ class Runner:
         code, reason = str(content.get("code", "")), str(content.get("reason", ""))
         if mine.phase is not Phase.ASKING or content.get("n") != mine.n:
             return
+        if content.get("everywhere"):
+            return self.conclude(mine, error("NBOSResourceError", reason))
         following = content.get("next") if isinstance(content.get("next"), int) else None
         mine.election.answer(replica, code, reason, following)
         decided = code == "stale" and (mine.led or (bool(mine.election.unknown) and following == mine.n + 1))
         if decided or (code == "taken" and mine.election.unknown):
             lost = mine.executor if mine.led else min(mine.election.unknown)
-            return self._settle(mine, lost if lost is not None else -1, "it was lost as it was asked", now)
+            return self.settling.begin(mine, lost if lost is not None else -1, "it was lost as it was asked", now)
         if code == "stale" and following is not None and following > mine.n:
             self.next_n = following
         elif code == "behind" and self.unsettled is None:
@@ -197,18 +203,18 @@ class Runner:
             if execution is None or execution.msg_id != parent.get("msg_id"):
                 continue
             if execution.phase is Phase.ASKING and not execution.cell:
-                return self._finish(execution)  # nothing had changed: no number was needed
+                return self.finish(execution)  # nothing had changed: no number was needed
             if execution.executor != replica:
                 continue
             if kind == "nbos_failed":
                 reason = str(content.get("reason", "its claim was lost"))
-                return self._settle(execution, replica, reason, now)
+                return self.settling.begin(execution, replica, reason, now)
             if execution.phase is Phase.RUNNING and not execution.replied:
-                return self._settle(execution, replica, "its reply was lost", now)
+                return self.settling.begin(execution, replica, "its reply was lost", now)
             execution.committed = True
             if execution is self.unsettled:
-                if self._settled() is execution:
-                    self.settlement = None
+                if self.settling.about() is execution:
+                    self.settling.current = None
                 self.unsettled = None
 
     # -- the client's view
@@ -221,7 +227,7 @@ class Runner:
         execution.replied, execution.idle_by = True, now + IDLE_PATIENCE
         self.on_over(execution)
         if execution.idle:
-            self._finish(execution)
+            self.finish(execution)
 
     def idle(self, replica: int, msg_id: str) -> bool:
         """The executor has said idle for `msg_id`: whether to pass it on."""
@@ -236,11 +242,11 @@ class Runner:
     def after_idle(self, msg_id: str) -> None:
         execution = self.active
         if execution is not None and execution.msg_id == msg_id and execution.idle and execution.replied:
-            self._finish(execution)
+            self.finish(execution)
 
     def deadline(self) -> float | None:
         """When `step` has something to do at the latest."""
-        times = [self.settlement.wake(self.fleet.up)] if self.settlement is not None else []
+        times = [self.settling.wake()]
         if self.active is not None:
             execution = self.active
             times += [execution.wake if execution.phase is Phase.ASKING else None, execution.idle_by]
@@ -248,16 +254,16 @@ class Runner:
                 times.append(execution.started + NOBODY)
         return min((at for at in times if at is not None), default=None)
 
-    def _say_idle(self, execution: Execution) -> None:
+    def say_idle(self, execution: Execution) -> None:
         if not execution.idle:
             execution.idle = True
             self.out.status("idle", execution.message.header)
 
-    def _conclude(self, execution: Execution, content: dict[str, Any]) -> None:
+    def conclude(self, execution: Execution, content: dict[str, Any]) -> None:
         """Answer a cell in the replica's stead, and be done with it."""
         self.notices.clear(execution)
         if not execution.cell:
-            return self._finish(execution)
+            return self.finish(execution)
         if not execution.replied:
             if content["status"] == "error":
                 execution.failed = True
@@ -266,10 +272,10 @@ class Runner:
             self.out.reply(execution.message, content)
             execution.replied = True
             self.on_over(execution)
-        self._say_idle(execution)
-        self._finish(execution)
+        self.say_idle(execution)
+        self.finish(execution)
 
-    def _finish(self, execution: Execution) -> None:
+    def finish(self, execution: Execution) -> None:
         execution.phase = Phase.OVER
         self._closed[execution.msg_id] = execution.n
         if len(self._closed) > REMEMBERED:
@@ -295,24 +301,22 @@ class Runner:
             self._left.pop(next(iter(self._left)))
         for replica in execution.election.open_asks():
             self.out.ask(replica, "nbos_cancel_request", {"n": execution.n, "msg_id": execution.msg_id})
-        lost = execution.phase is Phase.SETTLING and self.settlement is not None
+        lost = execution.phase is Phase.SETTLING and self.settling.give_up(now)
         if lost:
-            assert self.settlement is not None
-            self.settlement.abandon, self.settlement.due = True, now
             execution.led = True
         why = "interrupted while it waited for its lost replica" if lost else "the cell left the queue"
-        self._conclude(execution, error("KeyboardInterrupt", why))
+        self.conclude(execution, error("KeyboardInterrupt", why))
         return "left"
 
     def lost(self, replica: int, reason: str, now: float) -> None:
         """A replica's connection is gone."""
         for execution in (self.unsettled, self.active):
-            if execution is None or self._settled() is execution:
+            if execution is None or self.settling.about() is execution:
                 continue
             if execution.phase is Phase.ASKING:
                 execution.election.lost(replica)
             elif execution.executor == replica and not execution.committed:
-                self._settle(execution, replica, reason, now)
+                self.settling.begin(execution, replica, reason, now)
         self.step(now)
 
     def abort(self) -> None:
@@ -321,109 +325,8 @@ class Runner:
             execution = self.active
             execution.led = False
             if execution.cell:
-                self._conclude(execution, error("NBOSKernelRestarted", "the kernel was restarted"))
+                self.conclude(execution, error("NBOSKernelRestarted", "the kernel was restarted"))
             else:
                 self._drop_sync(execution)
-        self.unsettled = self.settlement = self.next_n = None
+        self.unsettled = self.settling.current = self.next_n = None
         self.notices.forget()
-
-    # -- settling
-
-    def _settled(self) -> Execution | None:
-        """The execution that the settlement is about."""
-        if self.settlement is None:
-            return None
-        for execution in (self.unsettled, self.active):
-            if execution is not None and execution.n == self.settlement.n and execution.phase is not Phase.ASKING:
-                return execution
-        return None
-
-    def _settle(self, execution: Execution, lost: int, reason: str, now: float) -> None:
-        name = self.fleet.name(lost)
-        if execution.replied and execution is self.active:
-            self._say_idle(execution)
-            self._finish(execution)
-        over = execution.phase is Phase.OVER
-        if not over:
-            execution.phase = Phase.SETTLING
-            if execution.led:
-                self.notices.lost(execution, name, reason)
-        abandon = over or not execution.cell or not self.rerun or execution.attempt > 1
-        self.settlement = Settlement(execution.n, lost, reason, abandon, execution.message_session, due=now)
-        self._ask_outcome(self.settlement, now)
-
-    def _ask_outcome(self, settlement: Settlement, now: float) -> None:
-        whom = settlement.whom(self.fleet.up, now)
-        if whom is not None:
-            content = {"n": settlement.n, "abandon": settlement.abandon}
-            settlement.asking(whom, self.out.ask(whom, "nbos_outcome_request", content), now)
-
-    def outcome(self, replica: int, message: Message, parent: dict[str, Any], now: float) -> None:
-        """A daemon's word on the execution that is being settled."""
-        settlement = self.settlement
-        if settlement is None or parent.get("msg_id") != settlement.asked:
-            return
-        execution = self._settled()
-        session = str(message.header.get("session", ""))
-        verdict = settlement.answer(message.content, replica, session, now)
-        if execution is None:
-            self.settlement = None
-        elif verdict in (Verdict.WAIT, Verdict.ASK_AGAIN):
-            if verdict is Verdict.WAIT and not settlement.told and execution is self.active:
-                settlement.told = True
-                self.notices.claimed(execution, self.fleet.name(settlement.lost))
-        else:
-            self.settlement = None
-            self._decided(execution, settlement, verdict, message.content, now)
-        self.step(now)
-
-    def _decided(
-        self,
-        execution: Execution,
-        settlement: Settlement,
-        verdict: Verdict,
-        content: dict[str, Any],
-        now: float,
-    ) -> None:
-        name = self.fleet.name(settlement.lost)
-        if verdict is Verdict.RESUME:
-            execution.phase = Phase.RUNNING if execution is self.active else Phase.OVER
-            if execution is self.active:
-                self.fleet.appoint(settlement.lost, execution.token)
-                self.notices.resumed(execution, name)
-                self.on_executor(now)
-            return
-        if verdict is Verdict.RERUN:
-            if execution.led:
-                execution.attempt += 1
-                self.notices.reruns(execution, name)
-            execution.phase, execution.election = Phase.ASKING, Election(opened=True)
-            self.next_n = execution.n
-            return
-        self.next_n = max(self.next_n or 0, execution.n + 1)
-        execution.committed = True
-        if execution is self.unsettled:
-            self.unsettled = None
-            if verdict is Verdict.ABANDONED:
-                self.notices.later(execution, name, str(content.get("reason") or settlement.reason))
-            return
-        ending = _ending(verdict, content, name, settlement.reason, execution.led)
-        execution.led = False
-        self._conclude(execution, ending)
-
-
-def _ending(verdict: Verdict, content: dict[str, Any], name: str, reason: str, led: bool) -> dict[str, Any]:
-    """The reply to a cell whose executor is gone."""
-    if verdict is Verdict.ABANDONED:
-        why = str(content.get("reason") or reason)
-        return error(
-            "NBOSReplicaDied",
-            f"{name} died while this cell ran: {why}. The variables are as they were before this cell.",
-        )
-    if not led:
-        # Its lead was never heard: what is committed under this number may be another server's cell.
-        return error("NBOSReplyLost", f"{name} was lost as this cell began; see whether it ran, else run it again")
-    if content.get("status") == "error":
-        return error("NBOSReplyLost", f"the cell raised an error; its traceback was lost with {name}")
-    count = content.get("execution_count", 0)
-    return {"status": "ok", "execution_count": count, "user_expressions": {}, "payload": []}

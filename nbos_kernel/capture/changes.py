@@ -27,6 +27,11 @@ _ABSENT = object()
 
 NOT_LOOKED_INTO = "not looked into yet"
 
+ATOMS_ALONE = 256
+OBJECTS_ALONE = 1024
+"""Up to so many new plain values, and so many objects, each stands in a component of its own. Beyond it an entry could
+not name them all, so they are put together, always the same names."""
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -69,7 +74,8 @@ class Unit:
 class Changes:
     """What has to be written: components anew or changed, names gone, names that newly cannot be replicated.
 
-    `units`: how the examined variables stand now; `atoms`, `settings`: all that are compared by value.
+    `units`: how the examined variables stand now; `atoms`, `settings`: all that are compared by value; `again`: names
+    that the next capture has to examine, because they found no room in this entry.
     """
 
     components: list[Packed] = field(default_factory=list)
@@ -78,6 +84,7 @@ class Changes:
     atoms: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     units: list[Unit] = field(default_factory=list)
+    again: set[str] = field(default_factory=set)
     examined: int = 0
 
     def __bool__(self) -> bool:
@@ -136,12 +143,13 @@ class Capture:
             found.settings = self._hidden.values()  # not within quiet(), which changes what warnings are shown
         with quiet():
             current = self._namespace()
+            labels = self._unwritable(current, found)
             objects = self._compare_atoms(current, found)
             self._compare_objects(objects, found)
             if self._hidden is not None:
                 self._compare_settings(found)
         known = (self._digests.keys() | self.lost.keys()) - self._absent
-        found.deleted = sorted(known - current.keys() - found.settings.keys())
+        found.deleted = sorted(known - current.keys() - found.settings.keys() - labels)
         return found
 
     def accept(self, found: Changes) -> None:
@@ -163,17 +171,34 @@ class Capture:
         for unit in found.units:
             self._units.update(dict.fromkeys(unit.names, unit))
         self._atoms, self._settings = found.atoms, found.settings
+        self._trust_no_more(found.again)
         self._words, self._everything = set(), False
         self._latest = {name: id(self._roots.namespace.get(name)) for name in names.LATEST}
         self.written = {", ".join(packed.names): packed.fresh for packed in found.components}
 
     def lose(self, lost: Mapping[str, str]) -> None:
         """What accepted changes said is in the log could not be put there."""
+        self._trust_no_more(lost)
         for name, reason in lost.items():
             self._digests.pop(name, None)
-            self._atoms.pop(name, None)
-            self._units.pop(name, None)
             self.lost[name] = reason
+
+    def note(self, lost: Mapping[str, str]) -> None:
+        """Keep these as lost, although they are no variables: they do not end because the namespace lacks them."""
+        self.lost.update(lost)
+        self._absent.update(lost)
+
+    def forget(self, noted: Iterable[str]) -> None:
+        """What `note` said holds no more."""
+        for name in noted:
+            self.lost.pop(name, None)
+            self._absent.discard(name)
+
+    def _trust_no_more(self, some: Iterable[str]) -> None:
+        for name in some:
+            self._units.pop(name, None)
+            self._atoms.pop(name, None)
+            self._settings.pop(name, None)
 
     def adopt(
         self,
@@ -269,21 +294,39 @@ class Capture:
 
     # Comparing ---------------------------------------------------------------------------------------------------
 
+    def _unwritable(self, current: dict[str, Any], found: Changes) -> set[str]:
+        """Take the names that the log cannot hold out of `current`; what stands for them among the lost."""
+        labels = set()
+        for name in [name for name in current if not names.writable(name)]:
+            label = names.label(name)
+            del current[name]
+            labels.add(label)
+            self._note_lost((label,), names.why_not_writable(name), found)
+        return labels
+
     def _compare_atoms(self, current: Mapping[str, Any], found: Changes) -> dict[str, Any]:
+        fresh: dict[str, Any] = {}
         objects: dict[str, Any] = {}
         for name, value in current.items():
             if self._atoms.get(name, _ABSENT) is value and name in self._digests and not _grew(value, self._roots):
                 found.atoms[name] = value
             elif names.is_atom(value):
-                found.atoms[name] = value
-                pickled = self._attempt({name: value}, arrays.Storages())
-                if isinstance(pickled, str):
-                    self._note_lost((name,), pickled, found)
-                else:
-                    self._emit(Unit((name,), {}), pickled, (), found)
+                found.atoms[name] = fresh[name] = value
             else:
                 objects[name] = value
+        for group in groups.buckets(fresh, ATOMS_ALONE):
+            self._emit_atoms(group, fresh, found)
         return objects
+
+    def _emit_atoms(self, group: tuple[str, ...], values: Mapping[str, Any], found: Changes) -> None:
+        pickled = self._attempt({name: values[name] for name in group}, arrays.Storages())
+        if not isinstance(pickled, str):
+            self._emit(Unit(group, {}), pickled, (), found)
+        elif len(group) == 1:
+            self._note_lost(group, pickled, found)
+        else:  # one of them cannot be pickled, and only that one is lost
+            for name in group:
+                self._emit_atoms((name,), values, found)
 
     def _compare_objects(self, objects: dict[str, Any], found: Changes) -> None:
         """Examine what could have changed; what is found in it may name more."""
@@ -367,19 +410,37 @@ class Capture:
         storages: arrays.Storages,
         found: Changes,
     ) -> None:
+        singles: dict[str, tuple[Unit, Pickled]] = {}
         for group in groups.groups([pickled for _, pickled in examined]):
             unit, pickled = examined[group[0]]
             if len(group) > 1:
                 members = tuple(sorted(name for number in group for name in examined[number][0].names))
                 marks = max((examined[number][0] for number in group), key=lambda unit: unit.size).marks
-                unit = Unit(members, {name: _identity(name, objects[name]) for name in members}, "", marks)
-                together = self._attempt({name: objects[name] for name in members}, storages)
+                together = self._together(members, marks, objects, storages)
                 if isinstance(together, str):
                     self._note_lost(members, together, found)
-                    continue
-                pickled = together
-            self._emit(unit, pickled, unit.marks, found)
-            found.units.append(unit)
+                else:
+                    self._keep(*together, found)
+            elif len(unit.names) > 1 or pickled.buffers or hidden.is_pseudo(unit.names[0]):
+                self._keep(unit, pickled, found)
+            else:
+                singles[unit.names[0]] = unit, pickled
+        for names_together in groups.buckets(singles, OBJECTS_ALONE):
+            bucket = self._together(names_together, (), objects, storages) if len(names_together) > 1 else ""
+            for each in [singles[name] for name in names_together] if isinstance(bucket, str) else [bucket]:
+                self._keep(*each, found)
+
+    def _together(
+        self, members: tuple[str, ...], marks: tuple[Marks, ...], objects: Mapping[str, Any], storages: arrays.Storages
+    ) -> tuple[Unit, Pickled] | str:
+        pickled = self._attempt({name: objects[name] for name in members}, storages)
+        if isinstance(pickled, str):
+            return pickled
+        return Unit(members, {name: _identity(name, objects[name]) for name in members}, "", marks), pickled
+
+    def _keep(self, unit: Unit, pickled: Pickled, found: Changes) -> None:
+        self._emit(unit, pickled, unit.marks, found)
+        found.units.append(unit)
 
     def _compare_settings(self, found: Changes) -> None:
         for name, value in found.settings.items():

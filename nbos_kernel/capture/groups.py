@@ -1,11 +1,13 @@
 """Variables that share an object form one group: only together in one pickle do they still share it afterwards.
 
-Identities are compared in bulk; only those that two pickles have in common are looked at one by one.
+Identities are compared in bulk; only those that two pickles have in common are looked at one by one. Variables that
+share nothing stand alone, unless there are very many of them (`buckets`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 
@@ -41,3 +43,18 @@ def groups(reached: Sequence[Reaching]) -> list[list[int]]:
     for number in range(len(reached)):
         members.setdefault(root(number), []).append(number)
     return list(members.values())
+
+
+BUCKET = 256
+"""Names in one bucket, about."""
+
+
+def buckets(singles: Collection[str], alone: int) -> list[tuple[str, ...]]:
+    """Each name by itself up to `alone` names; beyond, in buckets that depend on the names and nothing else."""
+    if len(singles) <= alone:
+        return [(name,) for name in singles]
+    count = 1 << (len(singles) // BUCKET).bit_length()
+    found: dict[int, list[str]] = {}
+    for name in singles:
+        found.setdefault(zlib.crc32(name.encode()) % count, []).append(name)
+    return [tuple(sorted(names)) for names in found.values()]

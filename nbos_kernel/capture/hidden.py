@@ -39,6 +39,10 @@ class Hidden:
                     found[item.name] = value
         return found
 
+    def is_setting(self, name: str) -> bool:
+        """Whether it is a plain value, and not linked to the notebook's objects."""
+        return name in self._items
+
     def linked(self) -> Iterator[tuple[str, Any]]:
         """(name, value) of the pseudo-variables that refer to the notebook's objects; those that are empty are left
         out."""

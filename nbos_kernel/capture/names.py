@@ -7,6 +7,7 @@ from the log.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 import types
@@ -69,3 +70,37 @@ def is_atom(value: Any, depth: int = 3) -> bool:
     if kind is tuple and depth and len(value) <= 16:
         return all(is_atom(item, depth - 1) for item in value)
     return False
+
+
+NAME_LIMIT = 4096
+"""Characters of a name that the log takes."""
+
+
+def writable(name: str) -> bool:
+    """Whether the log can hold a text as a name or path."""
+    if len(name) > NAME_LIMIT:
+        return False
+    return name.isascii() or encodable(name)
+
+
+def encodable(text: str) -> bool:
+    """Whether it is text in UTF-8 (no lone surrogates)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def label(name: str) -> str:
+    """What stands for a name that is not writable, itself otherwise; different names have different labels."""
+    if writable(name):
+        return name
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{ascii(name[:40])[1:-1]}… ({len(name)} characters, {digest})"
+
+
+def why_not_writable(text: str) -> str:
+    if len(text) > NAME_LIMIT:
+        return f"a name of {len(text)} characters; NBOS replicates names of up to {NAME_LIMIT}"
+    return "a name that cannot be encoded as UTF-8"

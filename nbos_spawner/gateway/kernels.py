@@ -158,9 +158,14 @@ class Kernels:
     async def delete(self, caller: Caller, kernel_id: str) -> None:
         """End the kernel: spec, log, claims and all in one transaction; the daemons end the processes when
         they see it."""
-        self.find(caller, kernel_id)
-        await self.carry_out(membership.delete(kernel_id))
-        if not await self.watch.until(lambda: self.copy.kernel(kernel_id) is None, 5.0):
+        born = self.find(caller, kernel_id).born
+        await self.carry_out(membership.delete(kernel_id, born))
+
+        def gone() -> bool:
+            view = self.copy.kernel(kernel_id)
+            return view is None or view.born != born
+
+        if not await self.watch.until(gone, 5.0):
             raise unavailable("etcd took the deletion but does not report it; try again soon")
 
     async def _change(self, caller: Caller, kernel_id: str, change: Callable[[KernelView], Txn]) -> KernelView:

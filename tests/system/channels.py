@@ -86,9 +86,12 @@ class Cell:
 
     msg_id: str
     sent: float
+    code: str | None = None
+    """Of an execute_request."""
     messages: list[Message] = field(default_factory=list)
     inputs: list[Message] = field(default_factory=list)
     reply: Message | None = None
+    replies: int = 0
     idle: Message | None = None
     lost: str = ""
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -184,14 +187,16 @@ class Channels:
         metadata: Json | None = None,
         allow_stdin: bool = True,
         stop_on_error: bool = True,
+        store_history: bool = True,
+        user_expressions: Json | None = None,
         subshell_id: str | None = None,
     ) -> Cell:
         """Send an execute_request and return the cell under way."""
         content = {
             "code": code,
             "silent": silent,
-            "store_history": not silent,
-            "user_expressions": {},
+            "store_history": store_history and not silent,
+            "user_expressions": user_expressions or {},
             "allow_stdin": allow_stdin,
             "stop_on_error": stop_on_error,
         }
@@ -224,7 +229,9 @@ class Channels:
         }
         message = Message(channel, full, parent or {}, metadata or {}, content, tuple(buffers))
         frame = pack_v1(message) if self.subprotocol else pack_legacy(message)
-        cell = self._cells[full["msg_id"]] = Cell(full["msg_id"], time.perf_counter())
+        cell = self._cells[full["msg_id"]] = Cell(
+            full["msg_id"], time.perf_counter(), content.get("code") if msg_type == "execute_request" else None
+        )
         if self.closed.is_set():
             raise ConnectionLost("the websocket is closed; open a new one")
         await self._socket.write_message(frame, binary=isinstance(frame, bytes))
@@ -235,6 +242,19 @@ class Channels:
         cell = await self.send(msg_type, content, channel=channel)
         await cell.wait(lambda c: c.reply is not None, f"reply to {msg_type}", timeout)
         return cell.reply.content if cell.reply else {}
+
+    def published(self) -> list[Message]:
+        """Everything that came on iopub so far, whatever its parent."""
+        return [*self.unclaimed, *(message for cell in self._cells.values() for message in cell.messages)]
+
+    def unaccounted(self) -> list[str]:
+        """Every execute_request so far that did not get one busy, one reply and one idle, in words."""
+        wrong = []
+        for cell in self._cells.values():
+            states = [m.content["execution_state"] for m in cell.messages if m.type == "status"]
+            if cell.code is not None and (states != ["busy", "idle"] or cell.replies != 1):
+                wrong.append(f"{cell.code!r}: {states}, {cell.replies} replies")
+        return wrong
 
     async def complete(self, code: str, cursor: int | None = None, timeout: float = 30.0) -> Json:
         position = len(code) if cursor is None else cursor
@@ -297,3 +317,4 @@ def _add(cell: Cell, message: Message) -> None:
         cell.inputs.append(message)
     else:
         cell.reply = message
+        cell.replies += 1

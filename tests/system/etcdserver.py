@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,8 @@ class EtcdServer:
         self.cluster: list[EtcdServer] = [self]
         self.endpoint = f"127.0.0.1:{free_port()}"
         self.tls: TLSFiles | None = None
+        self.arguments: tuple[str, ...] = ()
+        """Further options, from the next start on."""
         self._peer = f"http://127.0.0.1:{free_port()}"
         self._tls_arguments = self._make_certificates() if tls else []
         self._process: subprocess.Popen[bytes] | None = None
@@ -82,7 +85,7 @@ class EtcdServer:
         command += [f"--listen-client-urls={url}", f"--advertise-client-urls={url}"]
         command += [f"--listen-peer-urls={self._peer}", f"--initial-advertise-peer-urls={self._peer}"]
         members = ",".join(f"{member.name}={member._peer}" for member in self.cluster)
-        command += [f"--initial-cluster={members}", *self._tls_arguments]
+        command += [f"--initial-cluster={members}", *self._tls_arguments, *self.arguments]
         with (self.directory / "etcd.log").open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
 
@@ -92,6 +95,16 @@ class EtcdServer:
             self._process.send_signal(how)
             self._process.wait(20)
             self._process = None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Its process stands still, with its connections open, for as long as the block runs."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
 
     def client(self, timeout: float = 3.0) -> Etcd:
         return Etcd([self.endpoint], self.tls, timeout)

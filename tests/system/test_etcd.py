@@ -8,9 +8,11 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import grpc
 import pytest
 
 from nbos_cluster import election, keys, membership, records
+from nbos_cluster import etcd as etcd_module
 from nbos_cluster.etcd import (
     Changes,
     Etcd,
@@ -295,6 +297,18 @@ async def test_many_watches_share_the_connection(etcd: EtcdServer) -> None:
         await watches[149].until("/w/149/x", b"1")
         for seen in watches:
             await seen.end()
+
+
+async def test_an_idle_client_is_not_thrown_out(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    # etcd ends a connection after three pings without a call under way; at this pace, within four seconds.
+    monkeypatch.setitem(etcd_module._OPTIONS, "grpc.keepalive_time_ms", 1000)
+    async with etcd.client() as client:
+        await client.put("/idle", b"1")
+        channel = client.member.channel
+        left = asyncio.ensure_future(channel.wait_for_state_change(grpc.ChannelConnectivity.READY))
+        await asyncio.wait({left}, timeout=6)
+        assert not left.done(), f"etcd closed the connection: {channel.get_state()}"
+        left.cancel()
 
 
 async def test_a_lease_lives_until_it_is_stopped(etcd: EtcdServer) -> None:

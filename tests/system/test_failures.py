@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(240)
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path_factory.mktemp("failures") / "state")
+    cluster = Cluster(tmp_path_factory.mktemp("failures") / "state", "--memory-limit", "600M")
     cluster.start()
     yield cluster
     assert cluster.stop() == []
@@ -87,6 +87,16 @@ async def test_a_cell_that_exits_its_process_ends_with_an_error(notebook: Notebo
     result = await notebook.channels.execute("import os; os._exit(3)")
     once(result)
     assert "NBOSReplicaDied" in result.error
+    assert await notebook.run("x") == "40"
+
+
+async def test_a_cell_that_exhausts_its_memory_limit_ends_with_an_error_that_names_the_limit(
+    notebook: Notebook,
+) -> None:
+    result = await notebook.channels.execute("import time; x = 41; held = bytearray(700 << 20); time.sleep(30)")
+    once(result)
+    assert result.error.startswith("NBOSReplicaDied")
+    assert "of 0.59 GiB memory" in result.error
     assert await notebook.run("x") == "40"
 
 
@@ -228,7 +238,7 @@ async def test_etcd_away_lets_cells_run_on_and_new_ones_wait_and_say_why(cluster
         assert waiting.reply is None
     result = await waiting.result(40)
     once(result)
-    assert result.value == "51"
+    assert result.value == "51", result
 
 
 async def test_etcd_killed_and_started_again_loses_nothing(cluster: Cluster, notebook: Notebook) -> None:

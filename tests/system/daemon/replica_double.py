@@ -3,7 +3,8 @@
 Started by the daemon like a replica: `python replica_double.py --nbos-socket PATH -f FILE`. It says hello, keeps
 reconnecting, applies what is pushed, and listens on `<folder>/c` for JSON lines: {"send": message, "payload": hex},
 {"pushed": type}, {"hello": {...}} to change what it says next time, {"raw": hex}, {"eat": bytes}, {"drop": true},
-{"arena": true} to fetch shared memory, {"write": hex, "at": n}, {"read": size, "at": n} to use it.
+{"arena": true} to fetch shared memory, {"write": hex, "at": n}, {"read": size, "at": n} to use it,
+{"cells": [first, last]}.
 """
 
 from __future__ import annotations
@@ -91,6 +92,20 @@ class Double:
                 self.applied = message["entry"]["n"]
         return reply
 
+    async def cells(self, first: int, last: int) -> None:
+        """Run these executions one after the other, each with a line of source and a small value."""
+        for n in range(first, last + 1):
+            bid = {"type": "bid", "n": n, "attempt": 1, "kind": "cell", "resources": {}, "wait": True}
+            answer = await self.request({**bid, "applied": n - 1}, b"")
+            value = b"%100d" % n
+            component = {"names": ["x"], "digest": str(n), "frames": [{"size": len(value), "at": 0}]}
+            entry = {"n": n, "kind": "cell", "execution_count": n, "source": f"x = {n}", "components": [component]}
+            reply = await self.request({"type": "append", "entry": entry, "token": answer["token"]}, value)
+            assert reply["ok"], reply
+            told = asyncio.ensure_future(self.request({"type": "applied", "n": n, "lost": {}}, b""))
+            if n == last:
+                await told
+
     async def control(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async for line in reader:
             order = json.loads(line)
@@ -109,6 +124,8 @@ class Double:
             self.arena.part(order["at"], len(data))[:] = data
         if "read" in order:
             return bytes(self.arena.part(order["at"], order["read"])).hex()
+        if "cells" in order:
+            await self.cells(*order["cells"])
         if "hello" in order:
             self.said.update(order["hello"])
         if "raw" in order and self.writer is not None:

@@ -67,8 +67,9 @@ class Replica:
             "bid", seconds=seconds, n=n, attempt=1, kind="cell", resources=resources, wait=wait, applied=n - 1
         )
 
-    async def append(self, n: int, token: int, **entry: Any) -> Any:
-        return await self.send("append", entry={"n": n, "kind": "cell", "execution_count": n, **entry}, token=token)
+    async def append(self, n: int, token: int, seconds: float = 20.0, **entry: Any) -> Any:
+        entry = {"n": n, "kind": "cell", "execution_count": n, **entry}
+        return await self.send("append", seconds=seconds, entry=entry, token=token)
 
     async def pushed(self, type: str) -> list[dict[str, Any]]:
         return list(await self.order(pushed=type))

@@ -7,11 +7,18 @@ import os
 import signal
 from pathlib import Path
 
-from nbos_cluster import membership
+import pytest
+
+from nbos.etcdserver import COMPACTION
+from nbos_cluster import keys, membership
 from nbos_cluster.etcd import Etcd
+from nbos_cluster.statelog import FOLD_ENTRIES, LAG_FACTOR
 from tests.system.daemon.conftest import MakeHost
 from tests.system.daemon.site import create, grants_of, kernel_spec, view_of
-from tests.system.etcdserver import eventually
+from tests.system.etcdserver import EtcdServer, eventually
+
+MANY = 1500
+"""Cells of the test that etcd stays small: enough for two dozen folds."""
 
 
 async def test_a_cell_is_bid_for_claimed_and_appended_and_the_standby_gets_its_entry(
@@ -139,6 +146,37 @@ async def test_the_log_is_folded_and_a_new_replica_starts_from_the_checkpoint(cl
     os.kill(pid, signal.SIGKILL)
     await replica.ready(applied=80)
     assert len(await replica.pushed("state")) == 1
+
+
+@pytest.mark.timeout(240)
+async def test_after_many_cells_etcd_holds_little_of_a_kernel(etcd: EtcdServer, host: MakeHost) -> None:
+    etcd.stop()
+    etcd.arguments = (COMPACTION[0], "--auto-compaction-retention=5s")  # as `nbos up` does, only sooner
+    etcd.start()
+    await etcd.ready()
+    a, b = host("a"), host("b")
+    async with etcd.client() as client:
+        await create(client, kernel_spec("k", "a", "b"))
+        first, second = a.replica("k", 0), b.replica("k", 1)
+        await first.ready()
+        await second.ready()
+        await first.order(seconds=180, cells=[1, MANY])
+        await second.ready(applied=MANY)
+
+        async def folded() -> bool:
+            # The double of the standby never says how far it has come, so a fold waits for it as long as it may.
+            return len((await view_of(client, "k")).log) <= (LAG_FACTOR + 1) * FOLD_ENTRIES
+
+        await eventually(folded, "the log is folded", 10)
+        held = sum(len(kv.key) + len(kv.value) for kv in (await client.range(keys.kernel("k")))[0])
+        assert held < 300_000
+
+        async def compacted() -> bool:
+            return int((await client.status())["db_in_use"]) < 1_000_000
+
+        await eventually(compacted, "old revisions are gone, so that etcd has less than 1 MB in use", 90)
+        await client.defragment()
+        assert (await client.status())["db_size"] < 1_000_000
 
 
 async def test_outcome_and_status_tell_what_became_of_an_execution(client: Etcd, host: MakeHost) -> None:

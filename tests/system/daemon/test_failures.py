@@ -182,6 +182,69 @@ async def test_without_etcd_bids_say_so_and_an_append_waits_until_it_is_back(
     assert (await other.ready())["pid"] == pid
 
 
+async def test_whoever_waits_for_an_entry_that_cannot_be_stored_is_told_that_etcd_is_away(
+    etcd: EtcdServer, client: Etcd, host: MakeHost
+) -> None:
+    a = host("a")
+    await create(client, kernel_spec("k", "a"))
+    replica = a.replica("k", 0)
+    await replica.ready()
+    token = (await replica.bid(1))["token"]
+    with etcd.paused():
+        append = asyncio.create_task(replica.append(1, token, 40))
+
+        async def told() -> bool:
+            said = await replica.pushed("waiting")
+            return bool(said) and said[-1]["n"] == 2 and "not stored yet: etcd is away since" in said[-1]["reason"]
+
+        await eventually(told, "told about execution 2, soon", 2.5)
+        assert (await replica.pushed("waiting"))[-1]["position"] is None
+        assert not append.done()
+    assert (await append)["ok"]
+
+
+async def test_an_etcd_that_stood_still_past_every_lease_costs_no_execution(
+    etcd: EtcdServer, client: Etcd, host: MakeHost
+) -> None:
+    a, b = host("a"), host("b")
+    await create(client, kernel_spec("k", "a", "b"))
+    first, second = a.replica("k", 0), b.replica("k", 1)
+    await first.ready()
+    await second.ready()
+    token = (await first.bid(1))["token"]
+    with etcd.paused():
+        append = asyncio.create_task(first.append(1, token, 40))
+        stopped = time.monotonic()
+        await eventually(lambda: time.monotonic() - stopped > 7, "every lease is over")
+        # What the router asks when the executor's record has gone.
+        outcome = asyncio.create_task(second.send("outcome", n=1, abandon=True))
+    asked = [await outcome, *[await second.send("outcome", n=1, abandon=True) for _ in range(3)]]
+    assert "abandoned" not in [answer["state"] for answer in asked]
+    assert (await append)["ok"]
+    assert (await view_of(client, "k")).log[1].kind == "cell"
+    for replica in (first, second):
+        states = [[m["state"] for m in pushed["members"]] for pushed in await replica.pushed("members")]
+        ready = states.index(["ready", "ready"])
+        assert not any("lost" in told for told in states[ready:]), "nobody is called lost who is well"
+
+
+async def test_a_bid_that_etcd_does_not_answer_is_told_why_it_waits(
+    etcd: EtcdServer, client: Etcd, host: MakeHost
+) -> None:
+    a = host("a")
+    await create(client, kernel_spec("k", "a"))
+    replica = a.replica("k", 0)
+    await replica.ready()
+    with etcd.paused():
+        bid = asyncio.create_task(replica.bid(1, wait=True, seconds=40))
+
+        async def told() -> bool:
+            return any("etcd is away since" in m["reason"] for m in await replica.pushed("waiting"))
+
+        await eventually(told, "told why, soon", 2.5)
+    assert (await bid)["answer"] == "lead"
+
+
 async def test_a_replica_over_its_memory_limit_is_ended_with_the_amounts(client: Etcd, host: MakeHost) -> None:
     a = host("a")
     await create(client, kernel_spec("k", "a", memory_limit=200 << 20))

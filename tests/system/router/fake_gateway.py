@@ -25,6 +25,7 @@ class FakeGateway:
         self.requests: dict[str, dict[str, Any]] = {}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.calls: Counter[str] = Counter()
+        self.ready = True
         (socket,) = netutil.bind_sockets(0, "127.0.0.1")
         self.url = f"http://127.0.0.1:{socket.getsockname()[1]}/services/nbos/"
         routes = [(r"/services/nbos/api/kernels(?:/([^/]+)(/restart)?)?", Kernels, {"gateway": self})]
@@ -82,7 +83,8 @@ class Kernels(web.RequestHandler):
         if kernel_id is None:
             self.finish(json.dumps(list(self.gateway.kernels.values())))
         elif kernel_id in self.gateway.kernels:
-            self.finish(self.gateway.kernels[kernel_id])
+            model = self.gateway.kernels[kernel_id]
+            self.finish(model if self.gateway.ready else {**model, "members": []})
         else:
             self.set_status(404)
             self.finish({"error": "not_found", "message": "no such kernel"})
@@ -95,7 +97,8 @@ class Kernels(web.RequestHandler):
             self.finish(self.gateway.kernels[kernel_id])
         else:
             request = json.loads(self.request.body)
-            self.finish(self.gateway.create(request.pop("kernel_id"), request))
+            model = self.gateway.create(request.pop("kernel_id"), request)
+            self.finish(model if self.gateway.ready else {**model, "members": []})
 
     def delete(self, kernel_id: str, _: str | None) -> None:
         self.gateway.calls["delete"] += 1

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jupyter_client import KernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.provisioning import KernelProvisionerFactory
 
@@ -34,13 +35,22 @@ async def gateway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     monkeypatch.setenv("NBOS_REPLICAS", "2")
     monkeypatch.setenv("NBOS_RESOURCES", '{"gpus": 1}')
     yield fake
+    # Explicitly: a zmq context that the garbage collector ends while its sockets are open blocks for ever.
+    while MADE:
+        kernels = MADE.pop()
+        await kernels.shutdown_all()
+        kernels.context.destroy(linger=0)
     fake.close()
+
+
+MADE: list[NBOSKernelManager] = []
 
 
 def manager(tmp_path: Path) -> NBOSKernelManager:
     specs = KernelSpecManager()
     specs.kernel_dirs = [*specs.kernel_dirs, str(KERNELS)]
-    return NBOSKernelManager(kernel_spec_manager=specs, connection_dir=str(tmp_path), root_dir=str(tmp_path))
+    MADE.append(NBOSKernelManager(kernel_spec_manager=specs, connection_dir=str(tmp_path), root_dir=str(tmp_path)))
+    return MADE[-1]
 
 
 async def ask(km: Any, code: str) -> str:
@@ -121,6 +131,39 @@ async def test_the_gateway_is_not_asked_while_a_kernel_runs(gateway: FakeGateway
     gateway.server.stop()
     assert await km.provisioner.poll() is None
     assert await ask(km, "print(1)") == "1"
+
+
+async def test_a_blocking_manager_gets_answers_before_and_after_a_failover(
+    gateway: FakeGateway, tmp_path: Path
+) -> None:
+    """Its event loop runs only within its own calls: what follows the kernel's members must not live there."""
+    specs = KernelSpecManager()
+    specs.kernel_dirs = [*specs.kernel_dirs, str(KERNELS)]
+    gateway.ready = False
+
+    def use() -> list[str]:
+        file = str(tmp_path / "kernel.json")
+        km = KernelManager(kernel_name="nbos-python3", kernel_spec_manager=specs, connection_file=file)
+        km.start_kernel(kernel_id=ID)
+        client = km.client()
+        client.start_channels()
+        try:
+            said = []
+            gateway.ready = True
+            for _ in range(2):
+                msg_id = client.execute("1")
+                while (reply := client.get_shell_msg(timeout=30))["parent_header"].get("msg_id") != msg_id:
+                    pass
+                said.append(reply["content"]["status"])
+                gateway.end(ID)
+                gateway.start(ID)
+            return said
+        finally:
+            client.stop_channels()
+            km.shutdown_kernel(now=True)
+            km.context.destroy(linger=0)
+
+    assert await asyncio.to_thread(use) == ["ok", "ok"]
 
 
 async def test_a_refused_token_is_said_in_the_gateways_words(

@@ -44,6 +44,8 @@ class FakeEtcd:
         kv = self.data.get(compare.key)
         if compare.target == "value":
             return kv is not None and kv.value == compare.operand
+        if compare.target == "lease":
+            return kv is not None and kv.lease == compare.operand
         have = 0 if kv is None else kv.create_revision if compare.target == "create" else kv.mod_revision
         assert isinstance(compare.operand, int)
         return have == compare.operand if compare.result == "=" else have > compare.operand

@@ -211,3 +211,35 @@ def test_a_kernel_that_vanished_while_nobody_looked_is_told() -> None:
     store.commit(membership.delete("one"))
     assert views.apply(store.snapshot(keys.KERNELS))["one"].gone
     assert views.views == {}
+
+
+def test_an_event_of_one_kernel_costs_nothing_for_the_others() -> None:
+    class Untouchable(KernelView):
+        @property
+        def empty(self) -> bool:
+            raise AssertionError("a kernel that did not change was looked at")
+
+        def _keys(self) -> list[str]:
+            raise AssertionError("a kernel that did not change was looked at")
+
+    store, views = FakeEtcd(), KernelViews()
+    store.commit(membership.create(spec("busy")))
+    for changes in store.since(0):
+        views.apply(changes)
+    views.views["quiet"] = Untouchable("quiet")
+    before = store.revision
+    store.commit(membership.delete("busy"))
+    for changes in store.since(before):
+        assert views.apply(changes)["busy"].gone
+    assert list(views.views) == ["quiet"]
+
+
+def test_a_kernel_made_again_under_its_id_is_not_deleted_for_the_old_one() -> None:
+    store = FakeEtcd()
+    store.commit(membership.create(spec()))
+    old = KernelView(K)
+    old.apply(store.snapshot(keys.kernel(K)))
+    store.commit(membership.delete(K, old.born))
+    store.commit(membership.create(spec()))
+    assert not store.commit(membership.delete(K, old.born)).succeeded
+    assert keys.spec(K) in store.data

@@ -3,12 +3,13 @@
 import json
 import socket
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nbos import doctor, status
-from nbos.cli import parser
+from nbos.cli import parser, up_options
 from nbos.etcdserver import EtcdChoice, NoEtcd, choose, etcd_command, parse_version
 from nbos.layout import Layout, UpOptions
 from nbos.places import child_environment, drop_in_config
@@ -181,6 +182,36 @@ def test_doctor_finds_secrets_that_others_may_read(tmp_path: Path) -> None:
 
 def test_doctor_does_not_need_docker(tmp_path: Path) -> None:
     assert doctor.check_docker(None, tmp_path / "no").level == "note"
+
+
+def test_doctor_says_what_is_wrong_with_docker(tmp_path: Path) -> None:
+    absent = doctor.check_docker("/usr/bin/docker", tmp_path / "absent").text
+    assert "does not run" in absent
+    assert "not yours" not in absent
+    left_behind = tmp_path / "left"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(left_behind))
+    assert "nobody listens" in doctor.check_docker("/usr/bin/docker", left_behind).text
+
+
+def test_the_limits_of_a_lab_come_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "limits.json"
+    table.write_text('{"default": {"gpus": 1, "replica_memory": "2G"}, "users": {"ada": {"gpus": 2}}}')
+    options = parser().parse_args(["up", "--limits", str(table), "--memory-limit", "600M"])
+    chosen = up_options(options)
+    assert chosen.limits == {"default": {"gpus": 1, "replica_memory": 600 << 20}, "users": {"ada": {"gpus": 2}}}
+    assert up_options(parser().parse_args(["up"])).limits == {}
+    table.write_text('{"default": {"gpu": 1}}')
+    with pytest.raises(SystemExit):
+        parser().parse_args(["up", "--limits", str(table)])
+    assert "default.gpu is unknown" in capsys.readouterr().err
+
+
+def test_the_limits_reach_the_hub_and_the_gateway(tmp_path: Path) -> None:
+    limits = {"default": {"replica_memory": 1 << 30}}
+    bounded = replace(layout(tmp_path), options=UpOptions(limits=limits))
+    bounded.state.create()
+    assert json.loads(bounded.children()["hub"].env["NBOS_LIMITS"]) == limits
 
 
 def test_status_of_nothing_says_how_to_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,12 +8,11 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 
-from nbos_kernel import lost
 from nbos_kernel.entries import Layout
 from nbos_kernel.replica import Replica
+from nbos_kernel.settings import RecordingShell
 
 LOG = logging.getLogger("test")
 
@@ -24,9 +23,10 @@ class Side:
     def __init__(self, blobs: dict[str, bytes]) -> None:
         config = Config()
         config.HistoryManager.enabled = False
-        self.shell = InteractiveShell(config=config)
+        self.shell = RecordingShell(config=config)
         self.blobs = blobs
         self.replica = Replica(self.shell, self._read, LOG)
+        self.shell.settings = self.replica.settings
         self.shell.displayhook.write_format_data = lambda *_: None
         self.shell.displayhook.write_output_prompt = lambda: None
 
@@ -56,6 +56,7 @@ class Pair:
         self.executor, self.standby = Side(self.blobs), Side(self.blobs)
         self.n = 0
         self.payload = b""
+        self.notices: list[str] = []
         self.entries: list[dict[str, Any]] = []
 
     def cell(self, code: str) -> dict[str, Any]:
@@ -63,10 +64,8 @@ class Pair:
         self.executor.run(code)
         self.n += 1
         replica = self.executor.replica
-        replica.capture.note_source(code)
-        found = replica.capture.changes()
-        replica.capture.accept(found)
-        lost.install(self.executor.ns, replica.capture.lost)
+        taken = replica.take_changes(code)
+        found, self.notices = taken.changes, taken.notices
         layout = Layout(found.components)
         self.blobs.update({digest: bytes(chunk) for _, digest, chunk in layout.blobs(found.components)})
         components, payload = layout.encode(found.components)
@@ -79,7 +78,7 @@ class Pair:
             "components": components,
             "deleted": found.deleted,
             "lost": found.lost,
-            "effects": replica.watcher.changes(),
+            "effects": taken.effects,
         }
         self.payload = payload
         replica.own(self.n)

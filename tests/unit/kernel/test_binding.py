@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +26,10 @@ def grant(*uuids: str, kind: str = "nvml", memory: int = 10, whole: bool = True)
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(binding.VISIBLE, "before")
-    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(binding, "_watched", None)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torch"]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 def test_before_cuda_starts_the_environment_names_the_devices() -> None:
@@ -65,6 +70,48 @@ def test_a_running_torch_gets_the_device_and_the_slices_memory(monkeypatch: pyte
     assert binding.bind(grant("GPU-b", memory=25, whole=False)) == ""
     assert calls == [("device", 1), ("fraction", 0.25, 1)]
     binding.unbind()
+
+
+def test_a_torch_that_starts_cuda_in_the_cell_gets_the_slices_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    queued: list[Any] = []
+    torch = running_torch(calls)
+    torch.cuda.is_initialized = lambda: False
+    torch.cuda._lazy_call = queued.append
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    for _ in range(2):
+        assert binding.bind(grant("GPU-b", memory=25, whole=False)) == ""
+    assert (os.environ[binding.VISIBLE], calls, len(queued)) == ("GPU-b", [], 1)
+    queued[0]()
+    assert calls == [("device", 1), ("fraction", 0.25, 1)]
+    binding.unbind()
+
+
+TORCH = """
+from types import SimpleNamespace
+calls, queued = [], []
+def is_initialized(): return False
+def device_count(): return 1
+def get_device_properties(i): return SimpleNamespace(uuid="b", total_memory=100)
+def set_device(i): calls.append(("device", i))
+def set_per_process_memory_fraction(f, i): calls.append(("fraction", f, i))
+_lazy_call = queued.append
+"""
+
+
+def test_a_torch_that_the_cell_imports_gets_the_slices_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "torch" / "cuda").mkdir(parents=True)
+    (tmp_path / "torch" / "__init__.py").write_text("from . import cuda\n")
+    (tmp_path / "torch" / "cuda" / "__init__.py").write_text(TORCH)
+    monkeypatch.syspath_prepend(tmp_path)
+    binding.bind(grant("GPU-b", memory=25, whole=False))
+    cuda = importlib.import_module("torch.cuda")
+    (started,) = cuda.queued
+    started()
+    assert cuda.calls == [("device", 0), ("fraction", 0.25, 0)]
+    binding.unbind()
+    for name in ("torch", "torch.cuda"):
+        sys.modules.pop(name)
 
 
 def test_a_device_that_torch_cannot_see_any_more_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,21 @@ def test_a_mistake_is_named(line: str, word: str) -> None:
         resources.of_cell(line + "\nx", {}, DEFAULT)
 
 
+def test_every_mistake_in_the_line_names_the_magic() -> None:
+    for line in ("%%gpu 1 mem=lots", "%%gpu 65", "%%gpu tpcs=x", "%%gpu 1 tpcs=4"):
+        with pytest.raises(resources.BadResources, match="%%gpu"):
+            resources.of_cell(line, {}, DEFAULT)
+
+
+@pytest.mark.parametrize(
+    "ours", ["much", [1], {"resources": 3}, {"resources": {"tpcs": "4"}}, {"resources": {"tpcs": 4.0}}]
+)
+def test_metadata_that_cannot_be_meant_is_refused(ours: object) -> None:
+    with pytest.raises(resources.BadResources):
+        resources.of_cell("x", {"nbos": ours}, DEFAULT)
+    assert not resources.in_first_line("x")
+
+
 def test_the_line_becomes_a_comment_unless_another_magic_follows() -> None:
     assert strip_resource_line(["%%gpu 1\n", "x\n"]) == ["# %%gpu 1\n", "x\n"]
     assert strip_resource_line(["%%gpu 1\n", "%%time\n", "x\n"]) == ["%%time\n", "x\n"]

@@ -1,5 +1,8 @@
-"""Whatever order leads, yields, losses, duplicates, interrupts and errors come in: one busy, one reply, one
-idle a cell."""
+"""Whatever order leads, yields, outputs, losses, duplicates, interrupts and errors come in: one busy, one reply, one
+idle a cell, and every output of the replica that ran it.
+
+Shell and iopub are two connections: what a replica says on one overtakes what it says on the other.
+"""
 
 from __future__ import annotations
 
@@ -49,6 +52,12 @@ class RouterMachine(RuleBasedStateMachine):
     def hear(self, index: int, what: str, twice: bool) -> None:
         self.world.hear(index, what, twice=twice)
 
+    @rule(index=REPLICA, first=st.sampled_from(["said", "shown"]))
+    def overtake(self, index: int, first: str) -> None:
+        """All of one channel arrives before anything of the other."""
+        for _ in range(10):
+            self.world.hear(index, first)
+
     @rule(index=REPLICA)
     def show(self, index: int) -> None:
         self.world.output(index)
@@ -68,6 +77,10 @@ class RouterMachine(RuleBasedStateMachine):
     @rule(index=REPLICA)
     def room(self, index: int) -> None:
         self.world.room(index)
+
+    @rule(index=REPLICA)
+    def no_gpu(self, index: int) -> None:
+        self.world.refusing.add(index)
 
     @rule()
     def bustle(self) -> None:
@@ -107,6 +120,7 @@ class RouterMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "world"):
             self.world.settle()
+            self.world.check_outputs()
             for msg_id in self.world.sent:
                 counts = {what: self.world.counts[msg_id, what] for what in ("busy", "reply", "idle")}
                 assert counts == {"busy": 1, "reply": 1, "idle": 1}, (msg_id, counts)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+from nbos_provisioner.election import ABSENCE
+from nbos_provisioner.execution import Phase
 from nbos_provisioner.instructions import (
     Client,
     Connect,
@@ -57,6 +59,20 @@ class World:
         self.sent: list[str] = []
         self.counts: Counter[tuple[str, str]] = Counter()
         self.replies: list[tuple[str, str]] = []
+        self.refusing: set[int] = set()
+        """Hosts that cannot run any cell, ever."""
+        self.refusals: set[tuple[str, int]] = set()
+        self.sent_at: dict[str, float] = {}
+        self.shown: list[str] = []
+        self.made = 0
+        self.numbers: defaultdict[str, list[int]] = defaultdict(list)
+        """The outputs that clients were given, by request."""
+        self.heard: dict[int, tuple[int, str, int]] = {}
+        """Outputs that have reached the router with their cell in hand: by number, (replica, request, token)."""
+        self.unsure: dict[int, tuple[int, str, int]] = {}
+        """Those of a replica that has come back, while it is not known whether it may go on."""
+        self.led: dict[str, int] = {}
+        """The token under which the router takes a cell to run, or to have run."""
         self.published: list[tuple[int, int, str]] = []
         self.runs: Counter[str] = Counter()
         self.processes = 0
@@ -69,8 +85,12 @@ class World:
         self.signers[session] = Signer(KEY, session)
         return Replica(session)
 
-    def _member(self, index: int) -> Member:
-        return Member(index, f"host-{index}", "ready", "127.0.0.1", {"shell": 1 + index}, pid=1)
+    def _member(self, index: int, state: str = "ready") -> Member:
+        return Member(index, f"host-{index}", state, "127.0.0.1", {"shell": 1 + index}, pid=1)
+
+    def members(self, states: dict[int, str]) -> None:
+        """The daemons tell how the replicas are."""
+        self.event(Members(1, tuple(self._member(i, states.get(i, "ready")) for i in self.replicas)))
 
     # -- the router's side
 
@@ -86,6 +106,13 @@ class World:
                 self._publish(instruction.frames)
             elif isinstance(instruction, Connect | Disconnect):
                 self.replicas[instruction.replica].linked = False
+        active = self.core.runner.active
+        if active is not None and active.led:
+            self.led[active.msg_id] = active.token
+        if active is None or active.phase is not Phase.SETTLING:
+            if active is not None and active.phase is Phase.RUNNING:
+                self.heard.update(self.unsure)
+            self.unsure.clear()
 
     def _reply(self, frames: list[Any]) -> None:
         message = parse(frames)
@@ -93,16 +120,28 @@ class World:
             msg_id = message.parent["msg_id"]
             self.counts[msg_id, "reply"] += 1
             self.replies.append((msg_id, message.content["status"]))
+            if message.content.get("ename") == "NBOSResourceError":
+                self._refused(msg_id)
+
+    def _refused(self, msg_id: str) -> None:
+        asked = {index for parent, index in self.refusals if parent == msg_id}
+        if self.now < self.sent_at[msg_id] + ABSENCE:
+            coming = {i for i, member in self.core.fleet.members.items() if member.state != "failed"}
+            assert asked >= coming, f"refused by {asked}, while {coming - asked} may be able to run it"
 
     def _publish(self, frames: list[Any]) -> None:
         message = parse(frames)
         parent = message.parent
         if message.msg_type == "status":
             self.counts[parent["msg_id"], message.content["execution_state"]] += 1
+        elif message.msg_type in ("display_data", "update_display_data"):
+            self.shown.append(message.content["data"]["text/plain"])
         elif message.msg_type == "made":
             made = message.content
             assert made["replica"] == self.core.fleet.executor, "output of a replica that is not the executor"
             assert made["token"] == self.core.fleet.token, "output under a token that is not the current one"
+            assert made["number"] not in self.numbers[parent["msg_id"]], "an output twice"
+            self.numbers[parent["msg_id"]].append(made["number"])
             self.published.append((made["replica"], made["token"], parent["msg_id"]))
 
     def tick(self, seconds: float) -> None:
@@ -111,6 +150,7 @@ class World:
 
     def send(self, msg_type: str, content: dict[str, Any], channel: Any = "shell") -> str:
         msg_id, frames = self.client.make(msg_type, content)
+        self.sent_at[msg_id] = self.now
         self.event(Client(channel, Signer(KEY).check([b"client", *frames])))
         return msg_id
 
@@ -135,6 +175,7 @@ class World:
             replica.inbox.clear()
             replica.said.clear()
             replica.shown.clear()
+            self._forget_heard(index)
             self.event(Lost(index, "cut"))
 
     def kill(self, index: int, fate: str) -> None:
@@ -147,6 +188,7 @@ class World:
                     self.log[n] = "abandoned" if fate == "abandoned" else "ok"
                 assert holder == index
         linked = replica.linked
+        self._forget_heard(index)
         self.replicas[index] = self._process()
         if linked:
             self.event(Lost(index, "killed"))
@@ -158,6 +200,8 @@ class World:
 
     def show(self, index: int, msg_type: str, content: dict[str, Any], parent: Any) -> None:
         replica = self.replicas[index]
+        if not replica.linked:
+            return
         _, frames = self.signers[replica.session].make(msg_type, content, parent.header)
         replica.shown.append([b"nbos.%d.kernel.x.%s" % (replica.token, msg_type.encode()), *frames])
 
@@ -172,7 +216,30 @@ class World:
             if what == "said":
                 self.event(FromReplica(index, item[0], parse(item[1])))
             else:
-                self.event(Output(index, item))
+                self._hear_output(index, item)
+
+    def _hear_output(self, index: int, frames: list[Any]) -> None:
+        message = parse(frames)
+        if message.msg_type == "made":
+            made = message.content
+            active = self.core.runner.active
+            if active is not None and active.msg_id == message.parent["msg_id"]:
+                heard = self.unsure if active.phase is Phase.SETTLING else self.heard
+                heard[made["number"]] = (index, active.msg_id, made["token"])
+        self.event(Output(index, frames))
+
+    def _forget_heard(self, index: int) -> None:
+        """The router need not pass on what it has of a replica that is lost before its lead was heard."""
+        for heard in (self.heard, self.unsure):
+            for number in [number for number, what in heard.items() if what[0] == index]:
+                del heard[number]
+
+    def check_outputs(self) -> None:
+        """Whatever reached the router of the replica that ran a cell has reached the clients, in order."""
+        for number, (_, msg_id, token) in self.heard.items():
+            if self.led.get(msg_id) == token:
+                assert number in self.numbers[msg_id], f"output {number} of {msg_id} was lost"
+        assert all(numbers == sorted(numbers) for numbers in self.numbers.values())
 
     def work(self, index: int) -> None:
         """The replica takes its next message (a running cell keeps its shell occupied)."""
@@ -211,6 +278,9 @@ class World:
     def _bid(self, index: int, replica: Replica, parent: Any, n: int, wait: bool) -> None:
         code = "stale" if n < self._next() else "behind" if n > self._next() else ""
         code = code or ("taken" if n in self.claims else "")
+        if not code and index in self.refusing and parent.msg_type == "execute_request":
+            self.refusals.add((parent.msg_id, index))
+            code = "impossible"
         if not code and replica.busy:
             if wait:
                 replica.waiting.append((parent, n))
@@ -260,7 +330,8 @@ class World:
     def output(self, index: int) -> None:
         replica = self.replicas[index]
         if replica.running:
-            content = {"replica": index, "token": replica.token}
+            self.made += 1
+            content = {"replica": index, "token": replica.token, "number": self.made}
             self.show(index, "made", content, replica.running[0])
 
     def finish(self, index: int, status: str) -> None:
@@ -298,6 +369,6 @@ class World:
                     self.hear(index, "shown")
             self.tick(0.1)
             core = self.core
-            if not core.queue and core.runner.active is None and core.runner.settlement is None:
+            if not core.queue and core.runner.active is None and core.runner.settling.current is None:
                 return
         raise AssertionError(f"does not come to rest: {self.core.runner.active} {list(self.core.queue)}")

@@ -1,0 +1,59 @@
+"""What replicas publish on iopub, and what of it the clients are given.
+
+Guarantees: only what the current executor says under its current fencing token passes, in its order, without the
+token; a cell's busy and idle are those that the router keeps account of, all other statuses pass as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .fleet import Fleet
+from .forwarding import Forwarding
+from .instructions import Publish
+from .messages import DELIMITER, BadMessage, load, text
+from .outbox import Outbox
+from .runner import Runner
+
+
+class Outputs:
+    def __init__(self, fleet: Fleet, runner: Runner, forwarding: Forwarding, out: Outbox) -> None:
+        self._fleet, self._runner, self._forwarding, self._out = fleet, runner, forwarding, out
+
+    def take(self, replica: int, topic: bytes, frames: list[Any]) -> bool:
+        """Pass on what is to be passed on; True when an execution came to its end by it."""
+        fleet = self._fleet
+        if replica == fleet.executor and topic.startswith(fleet.prefix):
+            topic = topic[len(fleet.prefix) :]
+        else:
+            # Shell and iopub are two connections: what a candidate says may overtake its lead.
+            if self._runner.asking(replica) and fleet.hold(replica, topic, frames):
+                return False
+            admitted = fleet.admit(replica, topic)
+            if admitted is None:
+                return False
+            topic = admitted
+        if topic.endswith(b"status"):
+            return self._status(replica, topic, frames)
+        self._out.append(Publish([topic, *frames[1:]]))
+        return False
+
+    def _status(self, replica: int, topic: bytes, frames: list[Any]) -> bool:
+        """Pass on a status, unless the router keeps the account of it."""
+        if len(frames) < 7 or text(frames[1]) != DELIMITER:
+            raise BadMessage(f"a status of {self._fleet.name(replica)} has {len(frames)} frames")
+        parent, state = load(frames[4], "parent header"), load(frames[6], "content").get("execution_state")
+        msg_id = parent.get("msg_id", "")
+        if state == "starting" or str(parent.get("msg_type", "")).startswith("nbos_"):
+            return False
+        if parent.get("session") == self._out.signer.session:
+            return False
+        if self._runner.owns(msg_id):
+            if state != "idle" or not self._runner.idle(replica, msg_id):
+                return False
+            self._out.append(Publish([topic, *frames[1:]]))
+            self._runner.after_idle(msg_id)
+            return True
+        self._forwarding.status(msg_id, str(state))
+        self._out.append(Publish([topic, *frames[1:]]))
+        return False

@@ -204,7 +204,7 @@ if sys.version_info >= (3, 12):
     _FUNCTION_SLOTS += ("__type_params__",)
 
 
-def _untracked(reduced: Any, kind: type) -> Any:
+def _untracked(reduced: Any, kind: Any) -> Any:
     """A class's reduction without cloudpickle's tracker id, which would update the live class on the standby in
     place, before the entry is complete, and would leave attributes that were deleted."""
     arguments = reduced[1]

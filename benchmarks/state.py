@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.unit.kernel.pair import Side  # noqa: E402
 
 logging.disable(logging.WARNING)
-ROUNDS = 5
+ROUNDS = 3
 SMALL = "--small" in sys.argv
 
 CASES: list[tuple[str, str, str]] = [

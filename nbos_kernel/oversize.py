@@ -9,12 +9,10 @@ The budgets below add up to less than wire.ENTRY_LIMIT; values themselves count 
 
 from __future__ import annotations
 
-import hashlib
-import pickle
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .capture import buffers, hidden, witness
+from .capture import hidden
 from .capture.changes import Capture, Changes, Packed
 
 LIST = "%lost"
@@ -78,7 +76,7 @@ def listed(found: Changes, capture: Capture, before: Mapping[str, str]) -> Chang
     if MORE in before and every == {name: reason for name, reason in before.items() if name != MORE}:
         return found
     capture.note({MORE: short[MORE]})
-    return Changes([*found.components, _packed(every)], found.deleted, short, found.atoms)
+    return Changes([*found.components, capture.packed({LIST: every})], found.deleted, short, found.atoms)
 
 
 def summary(lost: Mapping[str, str]) -> dict[str, str]:
@@ -106,11 +104,6 @@ def unlisted(values: dict[str, Any], digests: dict[str, str]) -> dict[str, str]:
     """Take LIST out of what a replica loaded: the lost names of which nothing later was written."""
     digests.pop(LIST, None)
     return {name: reason for name, reason in (values.pop(LIST, None) or {}).items() if name not in digests}
-
-
-def _packed(lost: Mapping[str, str]) -> Packed:
-    stream = pickle.dumps(({LIST: dict(lost)}, []), protocol=5)  # as pickling.load reads it
-    return Packed((LIST,), hashlib.blake2b(stream, digest_size=16).hexdigest(), (buffers.frame(stream),))
 
 
 def _cost(component: Packed) -> int:

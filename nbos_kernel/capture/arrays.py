@@ -8,6 +8,7 @@ in torch/_utils.py.
 from __future__ import annotations
 
 import array as std_array
+import importlib
 import math
 import pickle
 import sys
@@ -92,7 +93,7 @@ def _reduce_foreign(array: Any) -> Any:
     if base is None:
         return reduce_owner(array)
     exporter = base.obj if isinstance(base, memoryview) else base
-    torch = sys.modules.get("torch")
+    torch: Any = sys.modules.get("torch")
     if hasattr(torch, "Tensor") and isinstance(exporter, torch.Tensor):
         raise pickle.PicklingError("an array on the memory of a torch tensor; keep x.copy()")
     if type(exporter) not in (bytearray, std_array.array):
@@ -127,8 +128,7 @@ def reduce_owner(array: Any) -> Any:
 
 def rebuild_owner(data: Any, dtype: Any, shape: Any, order: str, writeable: bool) -> Any:
     """An array on `data`; when that is fresh memory of the loader (an array of bytes), it becomes the array."""
-    import numpy
-
+    numpy: Any = importlib.import_module("numpy")
     if 0 in shape:
         array = numpy.empty(shape, dtype, order)
     elif type(data) is numpy.ndarray and data.flags.owndata and order == "C":

@@ -1,8 +1,8 @@
 """Large buffers in content-addressed chunks: which chunks are new, told without hashing them twice.
 
-A chunk is known by its BLAKE3 address (what it is stored under). Whether it changed since it was last captured is told by
-xxh3 where `xxhash` can be imported (8 to 10 GB/s a core); two different chunks pass for the same
-with a chance of 2**-64 per comparison. Without xxhash the address itself is compared: right as well, and slower.
+A chunk is known by its BLAKE3 address (what it is stored under). Whether it changed since it was last captured is
+told by xxh3 where `xxhash` can be imported (8 to 10 GB/s a core); two different chunks pass for the same with a
+chance of 2**-64 per comparison. Without xxhash the address itself is compared: right as well, and slower.
 Both release the interpreter for large inputs, so chunks are hashed by several threads.
 """
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -194,6 +194,13 @@ class Capture:
             self.lost.pop(name, None)
             self._absent.discard(name)
 
+    def packed(self, values: dict[str, Any]) -> Packed:
+        """A component of values that are no variables."""
+        found = Changes()
+        self._emit(Unit(tuple(values), {}), dump(values, self._roots, arrays.Storages()), (), found)
+        (packed,) = found.components
+        return packed
+
     def _trust_no_more(self, some: Iterable[str]) -> None:
         for name in some:
             self._units.pop(name, None)
@@ -251,7 +258,7 @@ class Capture:
 
     # Looking into components, while the user thinks --------------------------------------------------------------
 
-    def settle(self) -> Iterator[None]:
+    def settle(self) -> Generator[None, None, None]:
         """Find out which components are sealed. A step takes about a millisecond; the namespace may change between
         two runs of this, not during one: close it before a cell runs."""
         pending = {id(unit): unit for unit in self._units.values() if unit.exposed == NOT_LOOKED_INTO}

@@ -64,8 +64,15 @@ class Hidden:
             except Exception as err:  # noqa: BLE001 - a library of another version here must not stop the entry
                 failed[name] = f"cannot be set on this replica: {type(err).__name__}: {err}"[:300]
         for name in gone & self._puts().keys():
-            _try(lambda name=name: self._puts()[name](None))
+            failed.update(self._empty(name))
         return failed
+
+    def _empty(self, name: str) -> dict[str, str]:
+        try:
+            self._puts()[name](None)
+        except Exception as err:  # noqa: BLE001 - as above
+            return {name: f"cannot be emptied on this replica: {type(err).__name__}: {err}"[:300]}
+        return {}
 
     def _links(self) -> dict[str, Callable[[], Any]]:
         return {

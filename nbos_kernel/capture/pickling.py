@@ -23,7 +23,7 @@ import pickle
 import sys
 import types
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import cloudpickle
@@ -121,12 +121,29 @@ _IMMUTABLE_MODULES = frozenset(
 )
 
 
+def _taker(taken: list[memoryview]) -> Callable[[pickle.PickleBuffer], bool]:
+    """Puts large buffers aside. A function of its own: a method would make a cycle of the pickler, which then keeps
+    everything it saw alive, and everything would seem to be referred to from elsewhere (`seal.py`)."""
+
+    def take(buffer: pickle.PickleBuffer) -> bool:
+        try:
+            raw = buffer.raw()
+        except BufferError:  # not contiguous: it stays in the stream
+            return True
+        if raw.nbytes < BUFFER:
+            return True
+        taken.append(raw)
+        return False
+
+    return take
+
+
 class NamespacePickler(cloudpickle.Pickler):
     """Pickles values of the notebook's namespace. One object per stream; `storages` is shared by one capture."""
 
     def __init__(self, file: io.BytesIO, roots: Roots, storages: arrays.Storages) -> None:
         self.buffers: list[memoryview] = []
-        super().__init__(file, protocol=5, buffer_callback=self._take_buffer)
+        super().__init__(file, protocol=5, buffer_callback=_taker(self.buffers))
         self.roots = roots
         self.storages = storages
         self.memo = roots.memo
@@ -138,16 +155,6 @@ class NamespacePickler(cloudpickle.Pickler):
         self._array = getattr(numpy, "ndarray", None)
         self._tensor = getattr(torch, "Tensor", None)
         self._plain: set[type] = set()
-
-    def _take_buffer(self, buffer: pickle.PickleBuffer) -> bool:
-        try:
-            raw = buffer.raw()
-        except BufferError:  # not contiguous: it stays in the stream
-            return True
-        if raw.nbytes < BUFFER:
-            return True
-        self.buffers.append(raw)
-        return False
 
     def reducer_override(self, obj: Any) -> Any:
         kind: Any = type(obj)
@@ -204,7 +211,7 @@ if sys.version_info >= (3, 12):
     _FUNCTION_SLOTS += ("__type_params__",)
 
 
-def _untracked(reduced: Any, kind: type) -> Any:
+def _untracked(reduced: Any, kind: Any) -> Any:
     """A class's reduction without cloudpickle's tracker id, which would update the live class on the standby in
     place, before the entry is complete, and would leave attributes that were deleted."""
     arguments = reduced[1]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib
 import io
 import mmap
 import os
@@ -80,10 +81,8 @@ def _reduce_open_file(file: Any, name: Any) -> Any:
         position = file.tell()
     except OSError as err:
         raise pickle.PicklingError(f"an open file ({name!r}) within a loop over its lines: {err}") from None
-    if isinstance(file, io.TextIOWrapper):
-        options = (file.encoding, file.errors, None)
-    else:
-        options = (None, None, None)
+    text = isinstance(file, io.TextIOWrapper)
+    options = (file.encoding, file.errors, None) if text else (None, None, None)
     where = os.path.abspath(name)
     return open_file, (type(file).__name__, name, where, mode, *options, position, os.stat(where).st_size)
 
@@ -249,8 +248,7 @@ def reduce_memory_map(array: Any) -> Any:
 def open_memory_map(
     where: str, dtype: Any, mode: str, offset: int, shape: Any, order: str, size: int, said: str
 ) -> Any:
-    import numpy
-
+    numpy: Any = importlib.import_module("numpy")
     if os.stat(where).st_size != size:
         raise OSError(f"{where} has another size here")
     array = numpy.memmap(where, dtype, mode, offset, shape, order)

@@ -145,7 +145,7 @@ def _opaque(batch: list[Any], kinds: dict[type, str]) -> str:
             reason = kinds[kind] = _kind(kind)
         if reason:
             return reason
-    torch = sys.modules.get("torch")
+    torch: Any = sys.modules.get("torch")
     if hasattr(torch, "Tensor") and any(issubclass(kind, torch.Tensor) for kind in kinds):
         return _tensors([value for value in batch if isinstance(value, torch.Tensor)])
     return ""
@@ -202,9 +202,9 @@ def _unseen_referents(batch: list[Any], mentions: set[str], stop: frozenset[int]
 
 def _weakly_held(held: list[Any], weak: set[int]) -> str:
     for value in held:
-        if type(value).__weakrefoffset__ and not isinstance(value, type) and weakref.getweakrefcount(value):
-            if any(id(ref) not in weak for ref in weakref.getweakrefs(value)):
-                return f"{type(value).__qualname__}: somebody holds a weak reference"
+        referred = type(value).__weakrefoffset__ and not isinstance(value, type) and weakref.getweakrefcount(value)
+        if referred and any(id(ref) not in weak for ref in weakref.getweakrefs(value)):
+            return f"{type(value).__qualname__}: somebody holds a weak reference"
     return ""
 
 

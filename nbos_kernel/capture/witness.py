@@ -87,10 +87,13 @@ def _content(value: Any) -> dict[str, Any]:
                 found[slot] = _brief(object.__getattribute__(value, slot))
             except AttributeError:
                 continue  # never set, or mangled: nothing to compare
-    for base in (list, tuple, dict, set, frozenset, str, bytes, int, float):
+    for base in _CONTENTS:
         if isinstance(value, base):
             found["its content"] = _brief(base(value))
     return found
+
+
+_CONTENTS: tuple[Any, ...] = (list, tuple, dict, set, frozenset, str, bytes, int, float)
 
 
 def _brief(value: Any) -> Any:

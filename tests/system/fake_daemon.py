@@ -4,7 +4,6 @@ replicas."""
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import queue
 import subprocess
@@ -18,7 +17,7 @@ import zmq
 from jupyter_client import BlockingKernelClient
 from jupyter_client.connect import write_connection_file
 
-from nbos_cluster import wire
+from nbos_cluster import content, wire
 
 Message = dict[str, Any]
 
@@ -146,13 +145,16 @@ class FakeDaemon:
         return {}
 
     def _on_put_blob(self, index: int, writer: Any, message: Message, payload: bytes) -> Message:
-        assert hashlib.sha256(payload).hexdigest() == message["hash"]
+        assert content.address(payload) == message["hash"]
         self.blobs[message["hash"]] = payload
         return {}
 
     def _on_get_blob(self, index: int, writer: Any, message: Message, payload: bytes) -> Message:
         blob = self.blobs.get(message["hash"])
-        return {"payload": blob} if blob is not None else {"ok": False, "error": "missing"}
+        return {"payload": blob, "size": len(blob)} if blob is not None else {"ok": False, "error": "missing"}
+
+    def _on_have_blobs(self, index: int, writer: Any, message: Message, payload: bytes) -> Message:
+        return {"have": [digest for digest in message["hashes"] if digest in self.blobs]}
 
     def _on_append(self, index: int, writer: Any, message: Message, payload: bytes) -> Message:
         entry = message["entry"]

@@ -121,7 +121,7 @@ def test_a_change_reaches_the_standby_and_survives_going_back(pair: Pair, make: 
 
 def test_a_cell_without_changes_writes_nothing(pair: Pair) -> None:
     pair.cell("import os\na = [1, {}]\nb = a\ndef f(): return a\nclass C: pass\nc = C()\n3")
-    assert pair.cell("pass")["components"] == []
+    assert [c for c in pair.cell("pass")["components"] if c["names"][0][0] != "%"] == []
 
 
 def test_closures_share_their_variable(pair: Pair) -> None:
@@ -168,7 +168,8 @@ def test_what_cannot_be_pickled_costs_its_own_name_only(pair: Pair, code: str, w
 
 def test_a_group_loses_only_the_member_that_fails(pair: Pair) -> None:
     entry = pair.cell(
-        "import threading\nshared = [1]\na = {'s': shared}\nheld = threading.Lock(); held.acquire()\nb = {'s': shared, 'l': held}; del held"
+        "import threading\nshared = [1]\na = {'s': shared}\n"
+        "held = threading.Lock(); held.acquire()\nb = {'s': shared, 'l': held}; del held"
     )
     assert list(entry["lost"]) == ["b"]
     assert pair.on_standby("a['s'] is shared")

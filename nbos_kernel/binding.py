@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from .capture import parked
+
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
@@ -102,8 +104,12 @@ def bind(granted: Grant | None) -> str:
     if torch is None:
         _watch()
         os.environ[VISIBLE] = ",".join(share.uuid for share in real)
-        return ""
-    return _choose(torch, real) if real else ""
+        notice = ""
+    else:
+        notice = _choose(torch, real) if real else ""
+    if real and parked.anything():
+        parked.bring_home()
+    return notice
 
 
 def unbind() -> None:

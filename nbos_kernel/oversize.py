@@ -36,7 +36,9 @@ def fit(found: Changes, lost: Mapping[str, str]) -> list[str]:
     kept: list[Packed] = []
     dropped: list[Packed] = []
     room = COMPONENT_BYTES
-    for component in sorted(found.components, key=lambda each: not hidden.is_pseudo(each.names[0])):  # the small ones first
+    for component in sorted(
+        found.components, key=lambda each: not hidden.is_pseudo(each.names[0])
+    ):  # the small ones first
         room -= _cost(component)
         (kept if room >= 0 else dropped).append(component)
     if dropped:

@@ -22,7 +22,7 @@ from .capture import hidden, names
 from .capture.changes import Capture, Changes, why_not
 from .capture.pickling import Roots, load
 from .capture.quiet import quiet
-from .entries import Read, Memory, frames_of
+from .entries import Memory, Read, frames_of
 from .history import History
 from .settings import NAME, Settings
 

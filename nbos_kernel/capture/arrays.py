@@ -15,6 +15,8 @@ import sys
 import weakref
 from typing import Any
 
+from . import parked
+
 
 class Window:
     """Memory of `base` from `offset` on, seen through other strides; what `numpy.asarray` needs to make a view
@@ -231,7 +233,7 @@ class Storage:
             ours = _ours.get(address)
             foreign = address % 64 and not self.storage.resizable() and (ours is None or ours() is None)
             if not foreign:
-                return rebuild_storage, (numpy.asarray(StorageBytes(self.storage)), "cpu")
+                return rebuild_storage, (numpy.asarray(StorageBytes(self.storage)), parked.home_of(self.storage))
             raise pickle.PicklingError("a tensor on memory of something else (torch.from_numpy); keep x.clone()")
         raw = torch.empty(0, dtype=torch.uint8, device=self.storage.device).set_(self.storage).cpu().numpy()
         return rebuild_storage, (raw, str(self.storage.device))
@@ -243,9 +245,10 @@ def rebuild_storage(raw: Any, device: str) -> Any:
     raw = raw if raw.flags.writeable else raw.copy()
     tensor = torch.from_numpy(raw)
     _ours[tensor.data_ptr()] = weakref.ref(raw)
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        device = "cpu"  # a standby without a free device: the values are kept, on the host
-    return tensor.to(device).untyped_storage()
+    storage = tensor.untyped_storage()
+    if device != "cpu":
+        parked.park(storage, device, raw)
+    return storage
 
 
 def reduce_tensor(tensor: Any, storages: Storages) -> Any:
@@ -274,8 +277,11 @@ def rebuild_tensor(
 
     tensor = torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, shape, stride)
     if parameter:
-        return torch.nn.Parameter(tensor, requires_grad)
-    return tensor.requires_grad_(requires_grad) if requires_grad else tensor
+        tensor = torch.nn.Parameter(tensor, requires_grad)
+    elif requires_grad:
+        tensor.requires_grad_()
+    parked.wait(tensor)
+    return tensor
 
 
 def set_tensor_state(tensor: Any, state: dict[str, Any]) -> None:

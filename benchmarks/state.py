@@ -20,7 +20,7 @@ import cloudpickle
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.unit.kernel.pair import Side  # noqa: E402
+from tests.unit.kernel.pair import Side
 
 logging.disable(logging.WARNING)
 ROUNDS = 3
@@ -103,7 +103,7 @@ def main() -> None:
     side = Side({})
     for title, make, change in CASES:
         if make:
-            side = Side({}) if "import numpy as np" != make else side
+            side = Side({}) if make != "import numpy as np" else side
             ours(side, make.format(big=big, layers=30 if not SMALL else 3))
         times, written = [], 0
         for number in range(1, ROUNDS + 1):

@@ -41,6 +41,9 @@ LARGE = 1 << 30
 SLICE, PAUSE = 0.005, 0.015
 """Seconds of work on what the next capture may leave out, and of rest between two pieces of it."""
 
+GREETING = 0.1
+"""Seconds a bid waits for the daemon's connection: less than the router's patience with a silent replica (0.15 s)."""
+
 PATIENCE = 2.0
 """Seconds a bid outlives its connection to the daemon before it is answered `unavailable`."""
 
@@ -250,7 +253,7 @@ class Execution:
         return running
 
     async def _bid(self, bid: Message) -> Message:
-        if not self._link.connected:
+        if not await self._greeted_soon():
             return _yield("unavailable", self._link.since())
         request = self._link.request(bid)
         try:
@@ -269,6 +272,13 @@ class Execution:
         if not message.get("ok", False):
             return _yield("unavailable", str(message.get("error", "refused")))
         return message
+
+    async def _greeted_soon(self) -> bool:
+        """Whether the daemon is there; a connection that is just being made gets a moment to come about."""
+        deadline = time.monotonic() + GREETING
+        while not self._link.connected and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        return bool(self._link.connected)
 
     async def _commit(self, running: Running) -> None:
         """Capture now, without a break; append behind."""

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbos_cluster import statelog
-from nbos_cluster.records import Checkpoint, Component, Effects, Frame, LogEntry
 from nbos_cluster.content import address
+from nbos_cluster.records import Checkpoint, Component, Effects, Frame, LogEntry
 from nbos_cluster.statelog import blobs_of, fold, plan_fold, size_of, spill
 
 NAMES = ["a", "b", "c", "d", "e"]

@@ -21,7 +21,7 @@ from .capture import hidden, names
 from .capture.changes import Capture, why_not
 from .capture.pickling import Roots, load
 from .capture.quiet import quiet
-from .entries import Read, Memory, frames_of
+from .entries import Memory, Read, frames_of
 from .history import History
 
 Message = dict[str, Any]

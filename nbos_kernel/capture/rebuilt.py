@@ -345,8 +345,8 @@ def register_reducer(kind: type, reduce: Callable[[Any], Any]) -> None:
     """Say how values of `kind` (and its subclasses) are replicated, where pickle cannot or must not do it.
 
     `reduce(value)` returns what `object.__reduce__` may return: most often `(make, arguments)`, and a standby then
-    calls `make(*arguments)`. It raises `pickle.PicklingError(reason)` for a value that cannot be replicated: the user is
-    told so. It may return NotImplemented for pickle's own way. Both functions may be of the notebook or of a module
+    calls `make(*arguments)`. It raises `pickle.PicklingError(reason)` for a value that cannot be replicated: the user
+    is told so. It may return NotImplemented for pickle's own way. Both functions may be of the notebook or of a module
     that every replica has; the registration itself outlives a failover.
 
         nbos_kernel.register_reducer(Camera, lambda camera: (Camera, (camera.address,)))

@@ -18,17 +18,110 @@ from typing import Any, Protocol
 _WORD = re.compile(r"[^\W\d]\w*")
 
 REFLECTIVE = frozenset(
-    "globals locals vars eval exec compile execfile breakpoint __main__ __globals__ __builtins__ __import__ "
-    "f_globals f_locals f_back _getframe currentframe getmodule get_objects get_referrers _current_frames settrace "
-    "setprofile user_ns user_module user_global_ns run_cell run_code ex push gc ctypes inspect runpy code pdb "
-    "doctest unittest dill importlib ipytest get_ipython _oh _dh In Out func_globals".split()
+    [
+        "globals",
+        "locals",
+        "vars",
+        "eval",
+        "exec",
+        "compile",
+        "execfile",
+        "breakpoint",
+        "__main__",
+        "__globals__",
+        "__builtins__",
+        "__import__",
+        "f_globals",
+        "f_locals",
+        "f_back",
+        "_getframe",
+        "currentframe",
+        "getmodule",
+        "get_objects",
+        "get_referrers",
+        "_current_frames",
+        "settrace",
+        "setprofile",
+        "user_ns",
+        "user_module",
+        "user_global_ns",
+        "run_cell",
+        "run_code",
+        "ex",
+        "push",
+        "gc",
+        "ctypes",
+        "inspect",
+        "runpy",
+        "code",
+        "pdb",
+        "doctest",
+        "unittest",
+        "dill",
+        "importlib",
+        "ipytest",
+        "get_ipython",
+        "_oh",
+        "_dh",
+        "In",
+        "Out",
+        "func_globals",
+    ]
 )
 """Words that give code a way to variables it does not name."""
 
 MAGICS = frozenset(
-    "matplotlib time timeit prun capture cd pwd ls env set_env pip conda precision config nbos gpu cpu who whos "
-    "who_ls lsmagic load_ext reload_ext autoreload pylab alias sx system bash sh html javascript js latex markdown svg "
-    "writefile file replay xmode colors pprint history hist notebook psearch pinfo pinfo2 quickref".split()
+    [
+        "matplotlib",
+        "time",
+        "timeit",
+        "prun",
+        "capture",
+        "cd",
+        "pwd",
+        "ls",
+        "env",
+        "set_env",
+        "pip",
+        "conda",
+        "precision",
+        "config",
+        "nbos",
+        "gpu",
+        "cpu",
+        "who",
+        "whos",
+        "who_ls",
+        "lsmagic",
+        "load_ext",
+        "reload_ext",
+        "autoreload",
+        "pylab",
+        "alias",
+        "sx",
+        "system",
+        "bash",
+        "sh",
+        "html",
+        "javascript",
+        "js",
+        "latex",
+        "markdown",
+        "svg",
+        "writefile",
+        "file",
+        "replay",
+        "xmode",
+        "colors",
+        "pprint",
+        "history",
+        "hist",
+        "notebook",
+        "psearch",
+        "pinfo",
+        "pinfo2",
+        "quickref",
+    ]
 )
 """Magics that reach no variable but those their line or body names."""
 
@@ -44,7 +137,7 @@ def words(source: str) -> set[str]:
 
 def cell_words(source: str) -> set[str]:
     """The identifiers of a cell; with an unknown magic among them also REFLECTIVE ones."""
-    found = words(source)
+    found = words(source) | {"__annotations__"}  # written by `x: int = 1`, which does not name it
     for kind, magic in _MAGIC.findall(source):
         if kind.startswith("%") and magic and magic not in MAGICS:
             found.add("get_ipython")

@@ -12,7 +12,6 @@ import importlib
 import math
 import pickle
 import sys
-import weakref
 from typing import Any
 
 from . import parked
@@ -188,18 +187,34 @@ def _typestr(dtype: Any) -> str:
     return "|O" if dtype.hasobject else f"|V{dtype.itemsize}" if dtype.fields else str(dtype.str)
 
 
-_ours: dict[int, Any] = {}
-"""Memory that a loaded storage lies on, by address: nobody but the storage has it."""
-
-
 class Storages:
     """One stand-in per torch storage for the length of a capture: what shares the storage shares the stand-in."""
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, int], Storage] = {}
+        self._arrays: list[tuple[int, int]] = []
+        self._foreign: list[tuple[int, int]] = []
+
+    def see_array(self, array: Any) -> None:
+        """Raises for an array whose memory a tensor of this capture uses (torch.from_numpy)."""
+        start = array.__array_interface__["data"][0]
+        if any(first < start + array.nbytes and start < last for first, last in self._foreign):
+            raise pickle.PicklingError("a torch tensor uses its memory (torch.from_numpy); keep x.copy()")
+        self._arrays.append((start, start + array.nbytes))
+
+    def see_storage(self, storage: Any) -> None:
+        """Raises for a storage on the memory of an array of this capture."""
+        start = storage.data_ptr()
+        if storage.device.type != "cpu" or not start or storage.resizable():
+            return
+        last = start + storage.nbytes()
+        if any(first < last and start < end for first, end in self._arrays):
+            raise pickle.PicklingError("a tensor on the memory of an array (torch.from_numpy); keep x.clone()")
+        self._foreign.append((start, last))
 
     def of(self, tensor: Any) -> Storage:
         storage = tensor.untyped_storage()
+        self.see_storage(storage)
         key = (str(storage.device), storage.data_ptr())
         if not key[1]:
             return Storage(storage)
@@ -229,12 +244,7 @@ class Storage:
         numpy = sys.modules.get("numpy")
         address = self.storage.data_ptr()
         if self.storage.device.type == "cpu" and address and numpy is not None:
-            # torch aligns what it allocates to 64 bytes, numpy to 16; `resizable` is also false after any t.numpy().
-            ours = _ours.get(address)
-            foreign = address % 64 and not self.storage.resizable() and (ours is None or ours() is None)
-            if not foreign:
-                return rebuild_storage, (numpy.asarray(StorageBytes(self.storage)), parked.home_of(self.storage))
-            raise pickle.PicklingError("a tensor on memory of something else (torch.from_numpy); keep x.clone()")
+            return rebuild_storage, (numpy.asarray(StorageBytes(self.storage)), parked.home_of(self.storage))
         raw = torch.empty(0, dtype=torch.uint8, device=self.storage.device).set_(self.storage).cpu().numpy()
         return rebuild_storage, (raw, str(self.storage.device))
 
@@ -244,7 +254,6 @@ def rebuild_storage(raw: Any, device: str) -> Any:
 
     raw = raw if raw.flags.writeable else raw.copy()
     tensor = torch.from_numpy(raw)
-    _ours[tensor.data_ptr()] = weakref.ref(raw)
     storage = tensor.untyped_storage()
     if device != "cpu":
         parked.park(storage, device, raw)

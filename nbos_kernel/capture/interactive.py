@@ -32,7 +32,8 @@ def items(shell: Any) -> list[Item]:
 
 
 def _configurables(shell: Any) -> dict[str, Any]:
-    found = {type(each).__name__: each for each in shell.configurables}
+    # IPython makes its magics' objects when it needs them: their being there says nothing.
+    found = {type(each).__name__: each for each in shell.configurables if not type(each).__name__.endswith("Magics")}
     for kind, formatter in shell.display_formatter.formatters.items():
         found[f"formatter {kind}"] = formatter
     backend = _inline_backend(shell)

@@ -161,6 +161,8 @@ class NamespacePickler(cloudpickle.Pickler):
         if kind in self._plain:
             return NotImplemented
         if kind is self._array:
+            if self._tensor is not None and obj.base is None:
+                self.storages.see_array(obj)
             return arrays.reduce_array(obj)
         if kind is arrays.Raw:
             return arrays.reduce_owner(obj.array)

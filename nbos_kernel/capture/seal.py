@@ -160,6 +160,8 @@ def _tensors(tensors: list[Any]) -> str:
         if tensor.requires_grad or tensor.layout is not torch.strided:
             return "a tensor with requires_grad: a computation elsewhere may hold it"
         storage = tensor.untyped_storage()
+        if tensor.device.type == "cpu" and not storage.resizable():
+            return "a tensor whose memory an array may use"
         users[storage._cdata] += 1
         storages[storage._cdata] = storage
     for cdata, count in users.items():

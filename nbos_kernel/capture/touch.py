@@ -137,7 +137,7 @@ def words(source: str) -> set[str]:
 
 def cell_words(source: str) -> set[str]:
     """The identifiers of a cell; with an unknown magic among them also REFLECTIVE ones."""
-    found = words(source)
+    found = words(source) | {"__annotations__"}  # written by `x: int = 1`, which does not name it
     for kind, magic in _MAGIC.findall(source):
         if kind.startswith("%") and magic and magic not in MAGICS:
             found.add("get_ipython")

@@ -87,9 +87,11 @@ def as_markdown(outcomes: list[Outcome]) -> str:
     lines = [
         "# What a failover keeps",
         "",
-        "Written by `python -m tests.fidelity.table --write`. Each row is two cells run on one process; what a "
+        "Written by `python -m tests.fidelity.table --write`. Each row is two cells run on one process; "
+        "what a "
         "daemon would have got is applied by another process with another hash seed, and everything the two hold is "
-        "compared deeply: values, types, sharing, and what the values do. *same*: no difference. *lost*: named as not replicated, with the reason; "
+        "compared deeply: values, types, sharing, and "
+        "what the values do. *same*: no difference. *lost*: named as not replicated, with the reason; "
         "touching it after a failover raises an error that says so. *different*: a silent difference, which is a bug.",
         "",
         f"{len(outcomes)} pairs: **{counts['same']} same, {counts['lost']} lost with a reason, "

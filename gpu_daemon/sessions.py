@@ -276,7 +276,8 @@ def members_message(view: KernelView) -> Message:
             names = ("index", "host", "state", "ip", "ports", "applied", "pid")
             fields = {name: plain(getattr(record, name)) for name in names}
         members.append(fields)
-    return {"epoch": view.epoch.epoch if view.epoch is not None else 0, "members": members}
+    epoch = view.epoch.epoch if view.epoch is not None else 0
+    return {"epoch": epoch, "revision": view.members_rev, "members": members}
 
 
 def lost_of(members: Message | None) -> set[int]:

@@ -65,6 +65,8 @@ class KernelView:
         self.log_sizes: dict[int, int] = {}
         self.log_revs: dict[int, int] = {}
         self.revision = 0
+        self.members_rev = 0
+        """Revision at which spec, epoch or replicas were last seen to change: it orders lists of members."""
         self.last = -1
         self.errors: dict[str, str] = {}
         self._executor = -1
@@ -150,6 +152,8 @@ class KernelView:
 
     def _finish(self, delta: Delta, revision: int) -> Delta:
         self.revision = max(self.revision, revision)
+        if delta.spec or delta.epoch or delta.replicas:
+            self.members_rev = self.revision
         delta.entries.sort(key=lambda entry: entry.n)
         if self.spec is None and delta.gone:
             self._forget()

@@ -35,6 +35,7 @@ class Fleet:
         self.executor: int | None = None
         self.token = -1
         self.epoch = -1
+        self.revision = 0
         self.debugged: int | None = None
         """The replica that the debugger is attached to: breakpoints stand there and nowhere else."""
         self.banned: set[tuple[int, int]] = set()
@@ -98,11 +99,15 @@ class Fleet:
         self._held.clear()
         return held
 
-    def update(self, epoch: int, members: tuple[Member, ...]) -> tuple[list[Instruction], list[tuple[int, str]]]:
-        """Take in a membership list: (connections to make and end, replicas lost by it)."""
-        if epoch < self.epoch:
+    def update(
+        self, epoch: int, members: tuple[Member, ...], revision: int = 0
+    ) -> tuple[list[Instruction], list[tuple[int, str]]]:
+        """Take in a membership list, unless it is older than what is known: (connections to make and end, replicas
+        lost by it).
+        """
+        if epoch < self.epoch or (epoch == self.epoch and revision < self.revision):
             return [], []
-        self.epoch = epoch
+        self.epoch, self.revision = epoch, revision
         old, self.members = self.members, {member.index: member for member in members}
         for index in old:
             if index in self.members and self.members[index].applied < old[index].applied:

@@ -71,8 +71,11 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Members:
+    """`revision`: etcd's, as of which the list is true; lists come from several daemons, late ones among them."""
+
     epoch: int
     members: tuple[Member, ...]
+    revision: int = 0
 
 
 @dataclass(frozen=True, slots=True)

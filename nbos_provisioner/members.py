@@ -15,7 +15,7 @@ def members_from(content: dict[str, Any]) -> Members:
     for entry in content.get("members") or []:
         if isinstance(entry, dict) and isinstance(entry.get("index"), int):
             found.append(_member(entry))
-    return Members(_number(content.get("epoch"), 0), tuple(found))
+    return Members(_number(content.get("epoch"), 0), tuple(found), _number(content.get("revision"), 0))
 
 
 def _member(entry: dict[str, Any]) -> Member:

@@ -2,12 +2,18 @@
 
 Guarantees: free where there is nothing to give back; a C library without malloc_trim (any but glibc) is left alone.
 glibc keeps freed blocks of up to 32 MB for the next one: a router that has passed on some images would stay large.
+So blocks of a megabyte and more are mapped one by one, and unmapped when they are freed.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+
+MAPPED_FROM = 1 << 20
+"""Bytes from which a block is a mapping of its own. Saying so keeps glibc from raising the bound as it goes."""
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
 
 CALM = 2.0
 """Seconds without a message before memory is given back."""
@@ -27,6 +33,8 @@ class Memory:
 
     def __init__(self) -> None:
         self._trim = _trimmer()
+        if self._trim is not None:
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MAPPED_FROM)
         self.due: float | None = None
 
     def busy(self, now: float) -> None:

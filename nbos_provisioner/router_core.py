@@ -287,7 +287,7 @@ class RouterCore:
         self.runner.lost(event.replica, event.reason, now)
 
     def _members(self, event: Members, now: float) -> None:
-        todo, lost = self.fleet.update(event.epoch, event.members)
+        todo, lost = self.fleet.update(event.epoch, event.members, event.revision)
         for index, reason in lost:
             self._lost(Lost(index, reason), now)
         self._extend(todo)

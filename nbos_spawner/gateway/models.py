@@ -32,6 +32,7 @@ def kernel_model(view: KernelView, *, secrets: bool) -> dict[str, Any]:
         "owner": spec.owner,
         "replicas": spec.replicas,
         "epoch": view.epoch.epoch if view.epoch else 0,
+        "revision": view.members_rev,
         "incarnation": spec.incarnation,
         "created": spec.created,
         "resources": resources_model(spec.resources),

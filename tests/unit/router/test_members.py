@@ -1,0 +1,37 @@
+"""Lists of members come from several daemons and the gateway; a late one must not undo what is known."""
+
+from __future__ import annotations
+
+from nbos_provisioner.fleet import Fleet
+from nbos_provisioner.instructions import Member
+from nbos_provisioner.members import CHANNELS
+
+PORTS = {channel: 15000 + number for number, channel in enumerate(CHANNELS)}
+
+
+def listed(state: str, pid: int = 7) -> tuple[Member, ...]:
+    return (Member(0, "host-1", state, "127.0.0.1", PORTS if state == "ready" else {}, -1, pid, ""),)
+
+
+def test_a_list_older_than_what_is_known_loses_nobody() -> None:
+    fleet = Fleet()
+    fleet.update(1, listed("ready"), revision=12)
+    fleet.up.add(0)
+    assert fleet.update(1, listed("starting"), revision=10) == ([], [])
+    assert 0 in fleet.connected_to
+
+
+def test_a_newer_list_ends_the_connection_of_a_replica_that_starts_again() -> None:
+    fleet = Fleet()
+    fleet.update(1, listed("ready"), revision=12)
+    fleet.up.add(0)
+    _, lost = fleet.update(1, listed("starting", pid=8), revision=13)
+    assert [index for index, _ in lost] == [0]
+
+
+def test_a_new_epoch_counts_whatever_its_revision() -> None:
+    fleet = Fleet()
+    fleet.update(1, listed("ready"), revision=12)
+    fleet.up.add(0)
+    _, lost = fleet.update(2, (), revision=3)
+    assert [index for index, _ in lost] == [0]

@@ -245,8 +245,10 @@ class Storage:
         address = self.storage.data_ptr()
         if self.storage.device.type == "cpu" and address and numpy is not None:
             return rebuild_storage, (numpy.asarray(StorageBytes(self.storage)), parked.home_of(self.storage))
-        raw = torch.empty(0, dtype=torch.uint8, device=self.storage.device).set_(self.storage).cpu().numpy()
-        return rebuild_storage, (raw, str(self.storage.device))
+        raw = torch.empty(0, dtype=torch.uint8, device=self.storage.device).set_(self.storage).cpu()
+        if numpy is None or not raw.numel():
+            return rebuild_storage, (raw.numpy(), str(self.storage.device))
+        return rebuild_storage, (numpy.asarray(StorageBytes(raw.untyped_storage())), str(self.storage.device))
 
 
 def rebuild_storage(raw: Any, device: str) -> Any:

@@ -73,4 +73,5 @@ def _to_device(storage: Any, home: str) -> Any:
     device = torch.device(home)
     if device.index is not None and device.index >= torch.cuda.device_count():
         device = torch.device("cuda")
-    return storage.cuda(device)
+    flat = torch.empty(0, dtype=torch.uint8).set_(storage)
+    return flat.to(device).untyped_storage()

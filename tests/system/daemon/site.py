@@ -43,7 +43,7 @@ class Replica:
             writer.write(json.dumps(order).encode() + b"\n")
             line = await asyncio.wait_for(reader.readline(), max(0.1, deadline - time.monotonic()))
             return json.loads(line) if line else None
-        except ConnectionResetError:
+        except ConnectionError:
             # It was killed meanwhile.
             return None
         finally:

@@ -105,3 +105,12 @@ def test_a_long_cell_is_cut_in_the_history_and_says_so(pair: Pair) -> None:
     text = oversize.source("x = 1\n" * 20_000)
     assert len(text) < 30_000
     assert text.endswith("120000 characters here")
+
+
+def test_objects_without_room_are_examined_again_though_no_cell_touches_them(pair: Pair) -> None:
+    pair.cell("globals().update({f'object_with_a_name_{i:06}': [i] for i in range(9_000)})")
+    assert oversize.NO_ROOM in pair.standby.replica.lost.values()
+    pair.cell("pass")
+    pair.cell("pass")
+    assert pair.standby.replica.lost == pair.executor.replica.lost == {}
+    assert pair.on_standby("object_with_a_name_008999") == [8999]

@@ -14,9 +14,8 @@ import sys
 c = get_config()  # noqa: F821  JupyterHub provides it
 
 # --- What users may ask for
-# ------------------------------------------------------------------------------------------- Per user and
-# group: replicas (1 to 5), gpus (whole devices per cell), tpcs (of a slice), memory (GPU memory per device),
-# replica_memory (resident memory of one replica; 0: no bound) and kernels (at a time). A user's own entry
+# Per user and group: replicas (1 to 5), gpus (whole devices per cell), tpcs (of a slice), memory (GPU memory per
+# device), replica_memory (resident memory of one replica; 0: no bound) and kernels (at a time). A user's own entry
 # wins over groups, of several groups the most generous value counts. NBOS_LIMITS may hold the same as JSON.
 limits = {
     "default": {"replicas": 5, "gpus": 4, "tpcs": 132, "memory": "192G", "replica_memory": 0, "kernels": 10},
@@ -31,14 +30,12 @@ if os.environ.get("NBOS_LIMITS"):
     limits = json.loads(os.environ["NBOS_LIMITS"])
 
 # --- Single-user servers
-# ---------------------------------------------------------------------------------------------- Starts them
-# as processes on the hub's machine, as the hub's own user: for one machine and for trying out.
+# Started as processes on the hub's machine, as the hub's own user: for one machine and for trying out.
 c.JupyterHub.spawner_class = "nbos_spawner.spawner.NBOSSpawner"
 c.NBOSSpawner.limits = limits
 
 # --- The gateway: a service that JupyterHub starts and watches
-# -------------------------------------------------------- Where it listens. Single-user servers must be able
-# to reach it.
+# Where it listens. Single-user servers must be able to reach it.
 gateway = os.environ.get("NBOS_GATEWAY", "http://127.0.0.1:8765")
 c.NBOSSpawner.gateway_url = f"{gateway}/services/nbos/"
 
@@ -80,7 +77,6 @@ c.JupyterHub.load_roles.append(
 )
 
 # --- The proxy
-# --------------------------------------------------------------------------------------------------------
 # JupyterHub's own default (Node's configurable-http-proxy) is fine. With the Python one, start it this way:
 # as it comes it holds every second websocket message back for 40 ms, and it does not stream.
 #

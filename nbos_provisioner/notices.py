@@ -46,11 +46,14 @@ class Notices:
             text += f", about {content['estimate']:.0f} s"
         self._show(execution, f"NBOS: {text}; interrupt the cell to leave the queue")
 
-    def nobody(self, execution: Execution, reachable: bool, now: float) -> None:
-        if not execution.cell or execution.led:
+    def nobody(self, execution: Execution, reachable: bool, unsettled: bool, now: float) -> None:
+        """Say what a cell waits for when no replica has said it. unsettled: the cell before is not in the log yet."""
+        if not execution.cell or execution.led or now < execution.started + NOBODY or execution.display:
             return
-        if not reachable and now >= execution.started + NOBODY and not execution.display:
+        if not reachable:
             self._show(execution, "NBOS: waiting: no replica of this kernel can be reached; interrupt to give up")
+        elif unsettled:
+            self.waits(execution, {"reason": "what the cell before has changed is being captured and stored"})
 
     def runs(self, execution: Execution, name: str, now: float) -> None:
         if execution.display:

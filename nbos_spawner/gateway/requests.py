@@ -35,6 +35,7 @@ class KernelWanted(msgspec.Struct, forbid_unknown_fields=True):
     kernel_id: str
     replicas: int | None = None
     resources: ResourcesWanted | None = None
+    lazy: int | str | bool | None = None
     image: str = ""
     cwd: str = ""
     env: dict[str, str] = {}
@@ -77,6 +78,8 @@ def options_of(wanted: KernelWanted, limits: Limits) -> KernelOptions:
     data: dict[str, Any] = msgspec.to_builtins(wanted.resources) if wanted.resources else {}
     if wanted.replicas is not None:
         data["replicas"] = wanted.replicas
+    if wanted.lazy is not None:
+        data["lazy"] = wanted.lazy
     try:
         return parse_options(data, limits)
     except OptionError as err:

@@ -148,7 +148,10 @@ class Collecting(RuleBasedStateMachine):
             writer.fence = None if fence.locked else fence
         elif not writer.secured:
             log = self._log(writer.kernel)
-            table = writer.entry(max(log) + 1)[1] if log else {}
+            if not log:  # deleted; its claim ended with it, so that this append never comes to a kernel of the same id
+                self.writers.remove(writer)
+                return
+            table = writer.entry(max(log) + 1)[1]
             self.bytes.update(table)
             for blob in (*writer.blobs, *table):
                 if not self.store.have(blob, self.now):

@@ -28,7 +28,7 @@ class Side:
         config = Config()
         config.HistoryManager.enabled = False
         self.shell = RecordingShell(config=config)
-        # A run of the tests makes thousands of shells; each would be kept, and take a collection of all, until the exit.
+        # Thousands of shells are made in a run of the tests; each would be kept, and collect garbage, at the exit.
         atexit.unregister(self.shell.atexit_operations)
         self.blobs = blobs
         self.replica = Replica(self.shell, self._read, LOG)

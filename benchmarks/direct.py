@@ -89,15 +89,15 @@ def direct_plain() -> Iterator[BlockingKernelClient]:
 
 
 @contextlib.contextmanager
-def direct_nbos(hub: Running) -> Iterator[BlockingKernelClient]:
+def direct_nbos(hub: Running, replicas: int = 3) -> Iterator[BlockingKernelClient]:
     """A kernel of NBOS, as the Jupyter Server of user `direct` would start it."""
-    env = nbos_environment(hub)
+    env = nbos_environment(hub, replicas)
     with running_kernel(kernelspec_name(env), env) as client:
         yield client
 
 
-def nbos_environment(hub: Running) -> dict[str, str]:
-    return asyncio.run(kernel_environment(hub.hub, "direct"))
+def nbos_environment(hub: Running, replicas: int = 3) -> dict[str, str]:
+    return asyncio.run(kernel_environment(hub.hub, "direct", replicas))
 
 
 def is_idle(message: dict[str, Any]) -> bool:

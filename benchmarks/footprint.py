@@ -141,7 +141,7 @@ async def private_memory(hub: Running, kernel: str, channels: Channels) -> dict[
 
 async def namespace_of(hub: Running, lazy: str, megabytes: int) -> tuple[str, ...]:
     """A row: MB that the values cost on the executor, on the standbys, on the next executor; seconds of its cells."""
-    server = await hub.server(f"user-{lazy}", {"lazy": lazy})
+    server = await hub.server(f"user-{lazy.lower()}", {"lazy": lazy})
     kernel = await hub.start_kernel(server)
     channels = await server.open(kernel)
     await channels.execute("import numpy as np", timeout=60)
@@ -170,7 +170,7 @@ async def lazy_rows(hub: Running, megabytes: int) -> Table:
     title = f"Ten arrays, {megabytes} MB together, on three replicas; then a kill -9 of the executor"
     columns = ("lazy", "executor MB", "standbys MB", "new executor MB, one array used", "first cell s", "using one s")
     table = Table(title, columns)
-    for lazy in ("off", "on"):
+    for lazy in ("off", "16M"):
         table.add(*await namespace_of(hub, lazy, megabytes))
     return table
 

@@ -1,9 +1,11 @@
-"""A whole data-science notebook, end to end: NBOS with three replicas beside plain ipykernel.
+"""A whole data-science notebook, end to end: NBOS beside plain ipykernel.
 
 `examples/bikes.ipynb` (47 cells: load, clean, plot, fit with pandas, matplotlib and scikit-learn) is run from its first
 request to its last reply, on a new kernel each time, the sides in turns. Without `--think` a cell is sent as soon as
 the one before is over, so that everything NBOS does between cells is paid for; with it a user looks at each output for
-so many seconds, which count for nobody.
+so many seconds, which count for nobody. With three replicas on one machine the two standbys, which import and load
+all that the executor does, take processor time from it that they would not take on hosts of their own: on few cores,
+`--replicas 1` tells the two apart.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ def whole(opened: Opened, think: float) -> list[float]:
     return took
 
 
-def rounds(hub: Running, count: int, think: float) -> Iterator[tuple[list[float], list[float]]]:
-    sides: list[Callable[[], Opened]] = [plain, lambda: direct_nbos(hub)]
+def rounds(hub: Running, count: int, think: float, replicas: int) -> Iterator[tuple[list[float], list[float]]]:
+    sides: list[Callable[[], Opened]] = [plain, lambda: direct_nbos(hub, replicas)]
     for number in range(count):
         order = (0, 1) if number % 2 == 0 else (1, 0)
         found = {side: whole(sides[side](), think) for side in order}
@@ -53,10 +55,10 @@ def rounds(hub: Running, count: int, think: float) -> Iterator[tuple[list[float]
         yield found[0], found[1]
 
 
-def report(results: list[tuple[list[float], list[float]]], think: float) -> str:
+def report(results: list[tuple[list[float], list[float]]], think: float, replicas: int) -> str:
     totals = [(sum(theirs), sum(ours)) for theirs, ours in results]
     theirs, ours = median(t for t, _ in totals), median(o for _, o in totals)
-    pace = f"{think:g} s between cells" if think else "no pause between cells"
+    pace = f"{replicas} replicas, " + (f"{think:g} s between cells" if think else "no pause between cells")
     table = Table(
         f"{NOTEBOOK.name}, {len(cells())} cells, {pace}, medians of {len(results)} runs, seconds",
         ("", "plain", "NBOS", "ratio", "bar"),
@@ -75,9 +77,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--think", type=float, default=0.0, help="seconds between two cells")
+    parser.add_argument("--replicas", type=int, default=3)
     options = parser.parse_args()
     with nbos_hub() as hub:
-        print(report(list(rounds(hub, options.rounds, options.think)), options.think))
+        results = list(rounds(hub, options.rounds, options.think, options.replicas))
+    print(report(results, options.think, options.replicas))
 
 
 if __name__ == "__main__":

@@ -168,8 +168,8 @@ def wrong_bytes(digest: str, actual: str) -> BlobRefused:
     return BlobRefused(f"the bytes sent as blob {digest} have the address {actual}; they changed while they were sent")
 
 
-def missing(where: str, digest: str) -> BlobMissing:
-    return BlobMissing(f"blob {digest[:12]}… is not in {where}; run the cell that made the value again")
+def missing(where: str, digest: str, why: str = "") -> BlobMissing:
+    return BlobMissing(f"blob {digest[:12]}… is not in {where}{why}; run the cell that made the value again")
 
 
 def damaged(where: str, digest: str, how: str = "its bytes have another hash") -> BlobCorrupt:

@@ -264,7 +264,8 @@ class DirectoryStore(BlobStore):
                 return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
             if not self._bring_back(path):
                 break
-        raise missing(self.where, digest)
+        damaged_before = path.with_name(path.name + DAMAGED).exists()
+        raise missing(self.where, digest, " any more: it was damaged there and set aside" if damaged_before else "")
 
     def _set_aside(self, path: Path) -> None:
         """Out of the way, so that a replica that still has the value can store it again."""

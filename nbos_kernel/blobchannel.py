@@ -15,17 +15,17 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from nbos_cluster import wire
-from nbos_cluster.arena import Arena, Room, fetch
+from nbos_cluster.arena import SIZE, Arena, Room, fetch
 
 from .link import Link, Request
 
 IDLE = 20.0
 """Seconds after which shared memory that is not used is given back to the system."""
-AHEAD = 4
-"""Blobs that are asked for before the first has come."""
+AHEAD = SIZE // 2
+"""Bytes of blobs that are asked for before the first has come: the arena has room for a `put` beside them."""
 
 AWAY = 10.0
 """Seconds that a blocking read waits for a daemon that is not connected; a restarted one is there within three."""
@@ -33,6 +33,15 @@ AWAY = 10.0
 Reply = dict[str, Any]
 _Blob = tuple[Reply, Any, Callable[[], None]]
 """The daemon's reply, where the bytes are, and what to call when they are not needed there any more."""
+
+
+class Target(Protocol):
+    """Where a read puts its bytes, one run after the other: a memoryview, or several places."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def __setitem__(self, where: slice, data: memoryview, /) -> None: ...
 
 
 @dataclass
@@ -92,7 +101,7 @@ class BlobChannel:
 
     # -- in -----------------------------------------------------------------------------------------------------------
 
-    async def read(self, digests: Sequence[str], target: memoryview, chunk: int = wire.BLOB_CHUNK) -> int:
+    async def read(self, digests: Sequence[str], target: Target, chunk: int = wire.BLOB_CHUNK) -> int:
         """Fill `target` with the blobs one after the other; how many bytes they had. chunk: what one has at most.
 
         Raises BlobFailed with the daemon's code and reason.
@@ -107,7 +116,7 @@ class BlobChannel:
         finally:
             work.close()
 
-    def read_now(self, digests: Sequence[str], target: memoryview, chunk: int = wire.BLOB_CHUNK) -> int:
+    def read_now(self, digests: Sequence[str], target: Target, chunk: int = wire.BLOB_CHUNK) -> int:
         """`read` for code that cannot wait for an event loop, on any thread but the link's; it may be interrupted.
 
         Raises BlobFailed too when the daemon has been away for AWAY seconds.
@@ -131,7 +140,7 @@ class BlobChannel:
         return future.result()
 
     def _reading(
-        self, digests: Sequence[str], target: memoryview, chunk: int
+        self, digests: Sequence[str], target: Target, chunk: int
     ) -> Generator[Future[_Blob], _Blob | None, int]:
         """Yields each future that has to be waited for, and takes its result."""
         filled = 0
@@ -139,7 +148,7 @@ class BlobChannel:
         left = deque(digests)
         try:
             while left or coming:
-                while left and len(coming) < AHEAD:
+                while left and len(coming) < max(4, AHEAD // chunk):
                     coming.append(self._get_blob(left.popleft(), chunk))
                 blob = yield coming[0]
                 if blob is None:

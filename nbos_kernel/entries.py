@@ -5,12 +5,14 @@ Small frames stand in the message's payload, larger ones are blobs that are stor
 
 from __future__ import annotations
 
+import bisect
 import weakref
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from nbos_cluster import wire
 
+from .blobchannel import Target
 from .capture import arrays, buffers
 from .capture.buffers import FrameData
 from .capture.changes import Packed
@@ -63,6 +65,16 @@ class Memory:
 
     def __init__(self) -> None:
         self._held: dict[str, list[tuple[tuple[str, ...], Any]]] = {}
+        self._replaced: frozenset[str] = frozenset()
+
+    def begin(self, replaced: Iterable[str]) -> None:
+        """An entry is loaded that binds or removes all of these names: what they alone refer to may be overwritten."""
+        self._replaced = frozenset(replaced)
+
+    def drop(self, names: Iterable[str]) -> None:
+        """These names are gone. What they shared with others is the others' now."""
+        for name in names:
+            self._held.pop(name, None)
 
     def take(self, names: Sequence[str], wanted: Sequence[tuple[int, Sequence[str]]]) -> list[tuple[Any, set[int]]]:
         """Memory for the frames of a component, given as (size, hashes), and the numbers of the chunks that are in it
@@ -83,7 +95,7 @@ class Memory:
             for before, reference in self._held.get(name, ()):
                 same = sum(1 for one, other in zip(before, hashes, strict=False) if one == other)
                 memory = reference() if same > best[0] and len(before) == len(hashes) else None
-                if memory is not None and memory.nbytes == size:
+                if memory is not None and memory.nbytes == size and self._free(memory, names, same):
                     best = (same, memory, before)
         _, memory, before = best
         if memory is None:
@@ -92,6 +104,12 @@ class Memory:
             self._held[name] = [each for each in self._held[name] if each[1]() is not memory]
         memory.flags.writeable = True
         return memory, {number for number, (one, other) in enumerate(zip(before, hashes, strict=True)) if one == other}
+
+    def _free(self, memory: Any, names: Sequence[str], same: int) -> bool:
+        """Whether no variable that stays as it is lies in this memory. What another component of the entry may want is
+        left to it, unless something in it is wanted here."""
+        holders = {name for name, held in self._held.items() if any(each[1]() is memory for each in held)}
+        return holders <= (self._replaced.union(names) if same else set(names))
 
     def keep(self, names: Sequence[str], frames: Sequence[tuple[tuple[str, ...], Any]]) -> None:
         """`frames`: hashes and memory of each large frame of a component that is loaded now."""
@@ -112,14 +130,15 @@ def has_blobs(message: Mapping[str, Any]) -> bool:
     return bool(entry.get("tables")) or any("blobs" in frame for each in components for frame in each["frames"])
 
 
-Read = Callable[[Sequence[str], memoryview, int], Awaitable[int]]
-"""`read(hashes, target, chunk)` fills `target` with blobs of at most `chunk` bytes; returns how many bytes they had."""
+Read = Callable[[Sequence[str], Target, int], Awaitable[int]]
+"""`read(hashes, target, chunk)` fills a Target with blobs of at most `chunk` bytes; returns how many bytes they had."""
 
 
 async def frames_of(component: Mapping[str, Any], payload: bytes, read: Read, memory: Memory) -> list[Any]:
     """The frames of one component in writable memory of their own: arrays are built on them without a copy."""
     frames: list[Any] = []
     large: list[tuple[tuple[str, ...], Any]] = []
+    missing = Missing()
     apart = [frame for frame in component["frames"][1:] if "at" not in frame]
     rooms = iter(memory.take(component["names"], [(frame["size"], frame["blobs"]) for frame in apart]))
     for frame in component["frames"]:
@@ -128,12 +147,13 @@ async def frames_of(component: Mapping[str, Any], payload: bytes, read: Read, me
             memoryview(data)[:] = payload[frame["at"] : frame["at"] + frame["size"]]
         elif not frames:
             data = bytearray(frame["size"])
-            await _fetch(memoryview(data), frame["blobs"], set(), read)
+            missing.add(memoryview(data), frame["blobs"], set())
         else:
             data, there = next(rooms)
-            await _fetch(_bytes(data), frame["blobs"], there, read)
+            missing.add(_bytes(data), frame["blobs"], there)
             large.append((tuple(frame["blobs"]), data))
         frames.append(data)
+    await missing.fetch(read)
     memory.keep(component["names"], large)
     return frames
 
@@ -142,17 +162,42 @@ def _bytes(memory: Any) -> memoryview:
     return memoryview(memory if isinstance(memory, bytearray) else memory.reshape(-1).view("uint8"))
 
 
-async def _fetch(view: memoryview, hashes: Sequence[str], there: set[int], read: Read) -> None:
-    """All chunks but the last have the same size; runs of those that are not `there` are fetched together."""
-    step = buffers.chunk_size(view.nbytes)
-    number = 0
-    while number < len(hashes):
-        end = number
-        while end < len(hashes) and end not in there:
-            end += 1
-        if end > number:
-            part = view[number * step : end * step]
-            size = await read(hashes[number:end], part, step)
-            if size != part.nbytes:
-                raise ValueError(f"a value of {part.nbytes} bytes came as {size} bytes")
-        number = end + 1
+class Missing:
+    """The chunks of a component that are still to be fetched, each with its place. All are asked for in one go: a model
+    has many frames, and to wait for the last chunk of each would leave the daemon idle in between."""
+
+    def __init__(self) -> None:
+        self._hashes: list[str] = []
+        self._places: list[memoryview] = []
+        self._ends: list[int] = []
+        self._step = 1
+        self.nbytes = 0
+
+    def add(self, view: memoryview, hashes: Sequence[str], there: set[int]) -> None:
+        """A frame; all its chunks but the last have the same size, and those in `there` need no fetching."""
+        step = buffers.chunk_size(view.nbytes)
+        for number, digest in enumerate(hashes):
+            if number not in there:
+                place = view[number * step : (number + 1) * step]
+                self._hashes.append(digest)
+                self._places.append(place)
+                self.nbytes += place.nbytes
+                self._ends.append(self.nbytes)
+                self._step = max(self._step, step)
+
+    async def fetch(self, read: Read) -> None:
+        if self._hashes:
+            size = await read(self._hashes, self, self._step)
+            if size != self.nbytes:
+                raise ValueError(f"a value of {self.nbytes} bytes came as {size} bytes")
+
+    def __setitem__(self, where: slice, data: bytes | memoryview) -> None:
+        """Fill the places as if they were one run of bytes."""
+        at, data = where.start or 0, memoryview(data)
+        number = bisect.bisect_right(self._ends, at)
+        while data.nbytes:
+            place = self._places[number]
+            start = at - (self._ends[number] - place.nbytes)
+            part = data[: place.nbytes - start]
+            place[start : start + part.nbytes] = part
+            at, data, number = at + part.nbytes, data[part.nbytes :], number + 1

@@ -23,7 +23,7 @@ from ipykernel.zmqshell import ZMQInteractiveShell
 from traitlets import Type, Unicode
 
 from . import __version__, hush, lost, magics, marking, oversize, stateview
-from .blobchannel import BlobChannel, BlobFailed
+from .blobchannel import BlobChannel, BlobFailed, Target
 from .capture import names
 from .entries import has_blobs
 from .execution import Execution
@@ -187,7 +187,7 @@ class NBOSKernel(LoadingKernel):
         async with self._main_asyncio_lock:
             await self.execution.catch_up()
 
-    async def _read(self, hashes: Sequence[str], target: memoryview, chunk: int) -> int:
+    async def _read(self, hashes: Sequence[str], target: Target, chunk: int) -> int:
         try:
             return await self.blobs.read(hashes, target, chunk)
         except BlobFailed as err:

@@ -15,7 +15,7 @@ from ipykernel.ipkernel import IPythonKernel
 from IPython.utils.tokenutil import token_at_cursor
 
 from . import lazyshell
-from .blobchannel import BlobChannel, BlobFailed
+from .blobchannel import BlobChannel, BlobFailed, Target
 from .lazy import BlobMissing, NotLoadedError
 from .link import DaemonAway
 from .replica import Replica
@@ -37,7 +37,7 @@ class LoadingKernel(IPythonKernel):
         for kind in ("comm_open", "comm_msg", "comm_close"):
             self.shell_handlers[kind] = self._loading_first(self.shell_handlers[kind])
 
-    async def read_now(self, hashes: Sequence[str], target: memoryview, chunk: int) -> int:
+    async def read_now(self, hashes: Sequence[str], target: Target, chunk: int) -> int:
         """Never waits for the event loop: for what is loaded while a cell runs."""
         try:
             return self.blobs.read_now(hashes, target, chunk)

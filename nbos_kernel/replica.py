@@ -168,6 +168,7 @@ class Replica:
             self._guard()  # functions keep the builtins they are made with
         components = list(entry.get("components") or ())
         kept = [Unloaded.of(each, payload) for each in components if self.lazy.takes(each)]
+        self.memory.begin([*(name for each in components for name in each["names"]), *(entry.get("deleted") or ())])
         values, digests, missing = await self._load([each for each in components if not self.lazy.takes(each)], payload)
         unloaded = {name: each.component["digest"] for each in kept for name in each.names}
         digests.update(unloaded)
@@ -176,6 +177,7 @@ class Replica:
         whole = whole or entry.get("kind") == "reset"
         lines, records = values.pop(NAME, None), values.pop(replay.NAME, None)
         self._put(values, {*gone, *lost_names, *missing, *unloaded}, whole, lines)
+        self.memory.drop({*gone, *lost_names, *missing, *unloaded})
         self.capture.adopt(digests, gone, lost_names, missing, whole)
         self.lazy.adopt([*digests, *gone, *lost_names], whole, kept)
         self.records.adopt(records, gone, whole)

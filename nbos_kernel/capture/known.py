@@ -122,6 +122,8 @@ class Known:
         for name in lost:
             self.digests.pop(name, None)
             self.units.pop(name, None)
+        for name in missing:
+            self.digests.pop(name, None)  # made again here, even as the same value, it has to be stored again
         self.lost.update(lost)
         self.lost.update(missing)
         self.absent.update(lost, missing)

@@ -31,7 +31,7 @@ from typing import Any
 import cloudpickle
 from cloudpickle import cloudpickle as cp
 
-from . import arrays, attached, rebuilt, scopes, seal, touch, witness
+from . import arrays, attached, rebuilt, scopes, seal, touch, weak, witness
 from .names import TEXT_LIMIT
 
 BUFFER = 32 * 1024
@@ -315,6 +315,6 @@ def load(
     witness.check(suspects)
     references = [value for value, _ in suspects if type(value) in WEAK]
     del suspects, unpickler  # they kept alive what weak references look at
-    if not all(map(rebuilt.alive, references)):
+    if not all(map(weak.alive, references)):
         raise witness.Changed("a weak reference to an object that no variable holds")
     return values

@@ -1,10 +1,13 @@
 """While the namespace is captured or applied, what the user's own reducers print on this thread goes nowhere.
 
-It would appear below whatever cell was run last, after every cell. Other threads of the user print as ever.
+It would appear below whatever cell was run last, after every cell. Other threads of the user print as ever. The garbage
+collector rests meanwhile: pickling and unpickling make many objects and no garbage, and each of its passes would look
+through all the user has.
 """
 
 from __future__ import annotations
 
+import gc
 import io
 import sys
 import threading
@@ -34,9 +37,13 @@ def quiet() -> Iterator[None]:
     """Mute stdout and stderr for this thread, and warnings; afterwards the streams are the ones from before."""
     out, err = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Mute(out), _Mute(err)
+    collecting = gc.isenabled()
+    gc.disable()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         sys.stdout, sys.stderr = out, err
+        if collecting:
+            gc.enable()

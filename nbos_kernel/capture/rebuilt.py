@@ -28,7 +28,7 @@ from typing import Any
 
 from cloudpickle import cloudpickle as cp
 
-from . import callbacks, copyonwrite, readable
+from . import callbacks, copyonwrite, readable, weak
 
 
 def import_modules(name: str, submodules: tuple[str, ...]) -> types.ModuleType:
@@ -173,55 +173,9 @@ def rebuild_local(attributes: dict[str, Any]) -> Any:
     return local
 
 
-def reduce_weak_reference(reference: Any) -> Any:
-    target = reference()
-    if reference.__callback__ is not None and type(reference) is weakref.ref:
-        return weakref.ref, (target, reference.__callback__)
-    return (weakref.ref, (target,)) if target is not None else (dead_reference, ())
-
-
-def reduce_proxy(proxy: Any) -> Any:
-    try:
-        target = proxy.__init__.__self__
-    except (ReferenceError, AttributeError):
-        raise pickle.PicklingError("a weakref.proxy whose object is gone, or hides itself") from None
-    return weakref.proxy, (target, None)
-
-
-def alive(reference: Any) -> bool:
-    """Whether a weak reference or proxy still has its object."""
-    if type(reference) is weakref.ref:
-        return reference() is not None
-    try:
-        reference.__class__  # noqa: B018 - a dead proxy raises
-    except ReferenceError:
-        return False
-    return True
-
-
-def reduce_finalizer(finalizer: Any) -> Any:
-    raise pickle.PicklingError("a weakref.finalize belongs to the process that made it")
-
-
 def reduce_lost_builtins(mapping: Any) -> Any:
     """What an `exec` got as its builtins while names were lost (`lost.py`)."""
     return vars, (importlib.import_module("builtins"),)
-
-
-class _Short:
-    pass
-
-
-def dead_reference() -> Any:
-    return weakref.ref(_Short())
-
-
-def reduce_weak_values(mapping: Any) -> Any:
-    return weakref.WeakValueDictionary, (dict(mapping),)
-
-
-def reduce_weak_keys(mapping: Any) -> Any:
-    return weakref.WeakKeyDictionary, (dict(mapping),)
 
 
 def reduce_connection(connection: Any) -> Any:
@@ -344,12 +298,12 @@ REDUCERS: dict[type, Callable[[Any], Any]] = {
     type(threading.RLock()): reduce_rlock,
     threading.local: reduce_local,
     typing.TypeVar: reduce_type_variable,
-    weakref.ref: reduce_weak_reference,
-    weakref.ProxyType: reduce_proxy,
-    weakref.CallableProxyType: reduce_proxy,
-    weakref.finalize: reduce_finalizer,
-    weakref.WeakValueDictionary: reduce_weak_values,
-    weakref.WeakKeyDictionary: reduce_weak_keys,
+    weakref.ref: weak.reduce_weak_reference,
+    weakref.ProxyType: weak.reduce_proxy,
+    weakref.CallableProxyType: weak.reduce_proxy,
+    weakref.finalize: weak.reduce_finalizer,
+    weakref.WeakValueDictionary: weak.reduce_weak_values,
+    weakref.WeakKeyDictionary: weak.reduce_weak_keys,
     **readable.REDUCERS,
 }
 

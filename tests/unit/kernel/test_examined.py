@@ -104,3 +104,23 @@ def test_memory_of_other_variables_is_not_used() -> None:
     ((found, there),) = memory.take(["b"], [(8, ("hash 0",))])
     assert found is not held[0][1]
     assert there == set()
+
+
+def test_memory_that_another_variable_lies_in_is_left_alone() -> None:
+    pair = Pair()
+    pair.cell("import numpy as np\na = np.zeros(100_000)\nb = a")
+    pair.cell("del a")
+    pair.cell("a = np.ones(100_000)")
+    assert pair.on_standby("not b.any() and a.all()")
+    pair.cell("c = b\nb = np.full(100_000, 2.0)")
+    assert pair.on_standby("not c.any() and b[0] == 2 and a.all()")
+
+
+def test_memory_of_a_component_is_shared_out_within_an_entry() -> None:
+    memory, held = Memory(), frames(8)
+    memory.keep(["a", "b"], held)
+    memory.begin(["a"])
+    assert memory.take(["a"], [(8, ("hash 0",))])[0][0] is not held[0][1]
+    memory.begin(["a", "b"])
+    assert memory.take(["a"], [(8, ("new",))])[0][0] is not held[0][1]
+    assert memory.take(["a"], [(8, ("hash 0",))])[0][0] is held[0][1]

@@ -156,3 +156,20 @@ def test_a_group_that_is_not_changed_is_not_written_again() -> None:
     pair = Pair()
     pair.cell("class K: pass\na = K(); a.x = [1]; b = [a]")
     assert [c["names"] for c in pair.cell("(a.x, b) and None")["components"] if "a" in c["names"]] == []
+
+
+def test_a_value_whose_data_is_gone_is_written_again_when_its_cell_runs_again() -> None:
+    pair = Pair()
+    make = "wide = bytes(range(256)) * 1000"
+    pair.cell("other = 1")
+    read, pair.standby.replica._read = pair.standby.replica._read, _gone
+    pair.cell(make)
+    assert "gone from the store" in pair.standby.replica.lost["wide"]
+    pair.standby.replica._read = read
+    pair.switch()
+    assert ["wide"] in [component["names"] for component in pair.cell(make)["components"]]
+    assert pair.on_standby("len(wide)") == 256_000
+
+
+async def _gone(*_: object) -> int:
+    raise OSError("gone from the store")

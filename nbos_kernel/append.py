@@ -25,7 +25,7 @@ from .effects import names_of
 from .entries import Layout
 from .link import Link, Reply, Request
 from .replica import Replica
-from .reporter import Reporter
+from .reports.reporter import Reporter
 
 Message = dict[str, Any]
 Put = tuple[Packed, str, concurrent.futures.Future[Message]]

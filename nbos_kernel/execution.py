@@ -28,7 +28,7 @@ from .append import Appender, Entry
 from .blobchannel import BlobChannel
 from .link import DaemonAway, Link
 from .replica import Replica
-from .reporter import Reporter
+from .reports.reporter import Reporter
 
 Message = dict[str, Any]
 

@@ -22,17 +22,19 @@ from typing import Any, ClassVar
 from ipykernel.zmqshell import ZMQInteractiveShell
 from traitlets import Type, Unicode
 
-from . import __version__, hush, lost, magics, marking, oversize, stateview
+from . import __version__, lost, magics, oversize
 from .blobchannel import BlobChannel, BlobFailed, Target
 from .capture import names
 from .entries import has_blobs
 from .execution import Execution
 from .iopub import MEMBERS_TOPIC
-from .lazy import BlobMissing, Lazy, NotLoadedError
-from .lazykernel import PERMANENT, LoadingKernel
+from .lazy.kernel import PERMANENT, LoadingKernel
+from .lazy.loading import BlobMissing, Lazy, NotLoadedError
 from .link import DaemonAway, Link
+from .replay import hush, marking
 from .replica import Replica
-from .reporter import Reporter
+from .reports import stateview
+from .reports.reporter import Reporter
 from .settings import RecordingShell
 
 Message = dict[str, Any]

@@ -12,7 +12,7 @@ import builtins
 from typing import Any
 
 from .capture import names
-from .lazy import Lazy, NotLoadedError
+from .lazy.loading import Lazy, NotLoadedError
 
 
 class NotReplicatedError(NameError):

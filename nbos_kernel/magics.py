@@ -14,7 +14,8 @@ from IPython.core.error import UsageError
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
 from IPython.display import display
 
-from . import binding, resources, stateview
+from . import binding, resources
+from .reports import stateview
 
 Status = Callable[[], dict[str, Any]]
 Survey = Callable[[], dict[str, Any]]

@@ -18,19 +18,21 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from . import effects, lazyshell, lost, oversize, replay, resources
+from . import effects, lost, oversize, resources
 from .capture import hidden, names
 from .capture.changes import Capture, Changes, why_not
 from .capture.pickling import Roots, load, load_meeting
 from .capture.quiet import quiet
 from .capture.unloaded import OFF, Unloaded
 from .entries import Memory, Read, frames_of
-from .guard import Guard
 from .history import History
-from .lazy import BlobMissing, Lazy
-from .ledger import Ledger, components_of
-from .replay import Records
-from .rerun import Rerun
+from .lazy import shell as lazyshell
+from .lazy.loading import BlobMissing, Lazy
+from .replay import records as replay
+from .replay.guard import Guard
+from .replay.records import Records
+from .replay.rerun import Rerun
+from .reports.written import Ledger, components_of
 from .settings import NAME, Settings
 from .tables import whole as complete
 

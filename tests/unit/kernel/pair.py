@@ -12,9 +12,10 @@ from typing import Any
 
 from traitlets.config import Config
 
-from nbos_kernel import hush, marking, resources
+from nbos_kernel import resources
 from nbos_kernel.capture.unloaded import OFF
 from nbos_kernel.entries import Layout
+from nbos_kernel.replay import hush, marking
 from nbos_kernel.replica import Replica
 from nbos_kernel.settings import RecordingShell
 

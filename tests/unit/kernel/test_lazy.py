@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from nbos_kernel import binding, lazy, lazyshell
+from nbos_kernel import binding
 from nbos_kernel.capture import parked, touch, unloaded
-from nbos_kernel.lazy import BlobMissing, NotLoadedError
+from nbos_kernel.lazy import loading as lazy
+from nbos_kernel.lazy import shell as lazyshell
+from nbos_kernel.lazy.loading import BlobMissing, NotLoadedError
 from nbos_kernel.lost import NotReplicatedError
 
 from .pair import Pair, Side

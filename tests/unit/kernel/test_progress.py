@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from nbos_kernel.costs import IN_A_ROW, LARGE, OFTEN, Cost, Costs, room
-from nbos_kernel.progress import EVERY, MOMENT, SHOW_AFTER, STILL, Progress, listing
+from nbos_kernel.reports.costs import IN_A_ROW, LARGE, OFTEN, Cost, Costs, room
+from nbos_kernel.reports.progress import EVERY, MOMENT, SHOW_AFTER, STILL, Progress, listing
 
 MIB, GIB = 1 << 20, 1 << 30
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from nbos_kernel import guard
-from nbos_kernel.lazy import BlobMissing
+from nbos_kernel.lazy.loading import BlobMissing
 from nbos_kernel.lost import LostBuiltins
-from nbos_kernel.replay import MOST_CELLS
+from nbos_kernel.replay import guard
+from nbos_kernel.replay.records import MOST_CELLS
 
 from .pair import Pair, Side
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from nbos_kernel import stateview
 from nbos_kernel.capture import names
-from nbos_kernel.progress import Progress
-from nbos_kernel.stateview import Sources, as_html, as_text, kind_of, survey
+from nbos_kernel.reports import stateview
+from nbos_kernel.reports.progress import Progress
+from nbos_kernel.reports.stateview import Sources, as_html, as_text, kind_of, survey
 
 from .pair import Pair, Side
 

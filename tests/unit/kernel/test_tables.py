@@ -11,7 +11,7 @@ import pytest
 from nbos_cluster import bulk, statelog, tables, wire
 from nbos_cluster.records import Checkpoint, LogEntry
 from nbos_kernel import tables as opening
-from nbos_kernel.lazy import BlobMissing
+from nbos_kernel.lazy.loading import BlobMissing
 from nbos_kernel.lost import NotReplicatedError
 
 from .pair import Pair, Side

@@ -15,10 +15,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .capture import hidden
-from .capture.known import Known
-from .ledger import Ledger, Written
+from ..capture import hidden
+from ..capture.known import Known
 from .progress import Progress, listing, size
+from .written import Ledger, Written
 
 Row = dict[str, Any]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .capture import hidden
+from ..capture import hidden
 from .progress import listing, size
 
 LARGE = 1 << 30

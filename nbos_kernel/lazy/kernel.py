@@ -14,11 +14,11 @@ from typing import Any
 from ipykernel.ipkernel import IPythonKernel
 from IPython.utils.tokenutil import token_at_cursor
 
-from . import lazyshell
-from .blobchannel import BlobChannel, BlobFailed, Target
-from .lazy import BlobMissing, NotLoadedError
-from .link import DaemonAway
-from .replica import Replica
+from ..blobchannel import BlobChannel, BlobFailed, Target
+from ..link import DaemonAway
+from ..replica import Replica
+from . import shell as lazyshell
+from .loading import BlobMissing, NotLoadedError
 
 Message = dict[str, Any]
 

@@ -11,8 +11,8 @@ import re
 import types
 from typing import Any
 
-from .lazy import Lazy, NotLoadedError
-from .progress import size
+from ..reports.progress import size
+from .loading import Lazy, NotLoadedError
 
 _TOKEN = re.compile(r"(?<![\w.%\"'/])([^\W\d]\w*)?$")
 _IMPORT = re.compile(r"^\s*(from|import)\b")

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .capture import hidden
+from ..capture import hidden
 
 SHOW_AFTER = 1.0
 """Seconds after the end of its cell from which a replication is shown."""

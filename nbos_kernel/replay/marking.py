@@ -13,8 +13,8 @@ from typing import Any
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, cell_magic, magics_class
 
-from .magics import strip_resource_line
-from .replay import Records, line_of
+from ..magics import strip_resource_line
+from .records import Records, line_of
 
 
 def install(shell: Any, records: Records) -> None:

@@ -23,12 +23,12 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from . import effects, lost, oversize, resources
-from .capture import hidden, touch
-from .capture.changes import Capture
+from .. import effects, lost, oversize, resources
+from ..capture import hidden, touch
+from ..capture.changes import Capture
+from ..lazy.loading import Lazy, NotLoadedError
 from .guard import Guard
-from .lazy import Lazy, NotLoadedError
-from .replay import Record, Records
+from .records import Record, Records
 
 RunAgain = Callable[[str], Awaitable[BaseException | None]]
 Tell = Callable[[str], None]

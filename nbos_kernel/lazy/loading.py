@@ -17,15 +17,15 @@ import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any
 
-from . import binding
-from .capture import names
-from .capture.changes import Capture, why_not
-from .capture.pickling import Roots, load_meeting
-from .capture.quiet import quiet
-from .capture.unloaded import OFF, Table, Unloaded, may_wait, needed, words_of
-from .entries import Memory, Read, frames_of
-from .history import History
-from .progress import listing, size
+from .. import binding
+from ..capture import names
+from ..capture.changes import Capture, why_not
+from ..capture.pickling import Roots, load_meeting
+from ..capture.quiet import quiet
+from ..capture.unloaded import OFF, Table, Unloaded, may_wait, needed, words_of
+from ..entries import Memory, Read, frames_of
+from ..history import History
+from ..reports.progress import listing, size
 
 LOUD = 256 << 20
 """Bytes from which loading says what a cell waits for."""

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .capture import arrays, buffers, hidden, names, touch
-from .capture.changes import Capture
-from .capture.pickling import Roots, dump, load
-from .capture.quiet import quiet
+from ..capture import arrays, buffers, hidden, names, touch
+from ..capture.changes import Capture
+from ..capture.pickling import Roots, dump, load
+from ..capture.quiet import quiet
 
 _FIXED = (type, types.FunctionType)
 

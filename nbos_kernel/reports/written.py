@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .capture import hidden
+from ..capture import hidden
 
 Component = tuple[Sequence[str], int]
 """Its names and its size in bytes."""

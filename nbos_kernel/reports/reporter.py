@@ -17,12 +17,12 @@ from typing import Any
 
 from nbos_cluster import wire
 
+from ..capture.changes import Packed
+from ..link import Link
 from . import costs
-from .capture.changes import Packed
 from .costs import Cost, Costs
-from .ledger import Ledger
-from .link import Link
 from .progress import EVERY, Progress
+from .written import Ledger
 
 Message = dict[str, Any]
 Publish = Callable[[Message, Message], None]

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .capture import names
+from ..capture import names
 
 NAME = "%replay"
 """Stands for the records among the variables of an entry."""

@@ -1,0 +1,1 @@
+"""What users are told of the replication of their variables: `%nbos state`, progress, warnings of what costs much."""

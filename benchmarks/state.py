@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import time
 from collections.abc import Callable
@@ -36,6 +37,7 @@ def measure(side: Ours, case: Case) -> list[Round]:
             run(other, code)
             run(client, code)
             side.stamps.next()
+            time.sleep(case.rest)
         for number in range(case.warm + case.rounds):
             code = case.cell.format(round=number + 1)
             before = side.stored()
@@ -161,7 +163,7 @@ def main() -> None:
         with ours(folder) as side:
             for case in chosen:
                 if options.rounds:
-                    case = Case(case.name, case.title, case.setup, case.cell, case.bars, options.rounds, case.warm)
+                    case = dataclasses.replace(case, rounds=options.rounds)
                 results[case.name] = measure(side, case)
                 print(f"… {case.title}: done", flush=True)
         for case in chosen if not options.alone else ():

@@ -74,7 +74,8 @@ def to_standby_at(speed: float) -> Bar:
 
 @dataclass(frozen=True)
 class Case:
-    """`setup` and `cell` are code; `{round}` in a cell is its number. warm: cells that are not measured."""
+    """`setup` and `cell` are code; `{round}` in a cell is its number. warm: cells that are not measured. rest: seconds
+    after the setup in which the user reads, and NBOS looks into what was made."""
 
     name: str
     title: str
@@ -83,6 +84,7 @@ class Case:
     bars: tuple[Bar, ...]
     rounds: int = 5
     warm: int = 1
+    rest: float = 0.0
 
 
 CASES = (
@@ -94,6 +96,7 @@ CASES = (
         (reply_within(0.005),),
         rounds=40,
         warm=10,
+        rest=15.0,
     ),
     Case(
         "float",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import sys
 import time
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ def run(client: BlockingKernelClient, code: str, timeout: float = 120.0) -> floa
 def _reply(client: BlockingKernelClient, msg_id: str, timeout: float) -> dict[str, str]:
     deadline = time.monotonic() + timeout
     while (left := deadline - time.monotonic()) > 0:
-        with contextlib.suppress(Exception):  # queue.Empty, from a module that is not public
+        with contextlib.suppress(queue.Empty):
             message = client.get_shell_msg(timeout=left)
             if message["parent_header"].get("msg_id") == msg_id:
                 return dict(message["content"])

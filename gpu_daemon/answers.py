@@ -6,6 +6,7 @@ since they are the only answers that wait for a disk.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -147,8 +148,9 @@ class Answers:
     async def _have_blobs(self, session: Session, message: Message, payload: bytes) -> Reply:
         hashes = requests.texts(message, "hashes", most=MAX_HASHES)
         with _blob_errors():
-            there = await self._site.blobs.have(self._owner(session.replica), hashes)
-        return {"have": sorted(there)}, b""
+            blobs = self._site.blobs
+            there, free = await asyncio.gather(blobs.have(self._owner(session.replica), hashes), blobs.free())
+        return {"have": sorted(there), "free": free, "where": blobs.store.where}, b""
 
     async def _room(self, session: Session, message: Message, payload: bytes) -> Reply:
         """What is left in the store, and of memory on the hosts of the other replicas, as their daemons told last."""
@@ -184,6 +186,7 @@ class Answers:
     async def _applied(self, session: Session, message: Message, payload: bytes) -> Reply:
         replica = session.replica
         replica.applied, replica.lost = requests.number(message, "n", least=-1), requests.lost(message)
+        replica.lacks = tuple(requests.lacks(message))
         self._progressed(replica)
         return {}, b""
 

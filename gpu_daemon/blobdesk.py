@@ -70,6 +70,9 @@ class BlobDesk:
         """Which of them are there; they stay for `keep` seconds at least. Raises BlobError."""
         fence = self._fences.get(folder_of(owner))
         there = await self._call("blobs could not be looked up", self.store.have, owner, digests)
+        folder = folder_of(owner)
+        for digest in set(digests) - there:
+            self._seen.pop((folder, digest), None)
         if fence is not None and not fence.locked:
             self._saw(owner, there, fence)
         return there

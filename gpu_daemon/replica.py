@@ -60,6 +60,7 @@ class LocalReplica:
     """Memory shared with its process, once that has asked for it."""
     python: str = ""
     lost: dict[str, str] = field(default_factory=dict)
+    lacks: tuple[str, ...] = ()
     death_reason: str = ""
     """Why the daemon itself ended it (memory limit, …): told instead of the signal."""
 
@@ -82,6 +83,7 @@ class LocalReplica:
             lost={name: self.lost[name][:LOST_TEXT] for name in names},
             reason=self.reason,
             memory=memory.host.available(),
+            lacks=self.lacks,
         )
 
     def push(self, message: Message) -> None:
@@ -100,7 +102,7 @@ class LocalReplica:
     def begin(self) -> None:
         """A new process starts: what the old one knew and held is gone."""
         self.held, self.appended, self.appending = None, (-1, 0), None
-        self.applied, self.lost, self.python, self.death_reason = -1, {}, "", ""
+        self.applied, self.lost, self.lacks, self.python, self.death_reason = -1, {}, (), "", ""
         self.drop_arena()
 
     def drop_arena(self) -> None:

@@ -11,6 +11,8 @@ from nbos_cluster.wire import Message
 MAX_NUMBER = 10**12
 MAX_TEXT = 4096
 MAX_LOST = 10_000
+MAX_LACKS = 200
+MAX_LACKS_TEXT = 300
 
 
 class RequestError(ValueError):
@@ -126,3 +128,9 @@ def lost(message: Message) -> dict[str, str]:
     if not isinstance(raw, dict) or len(raw) > MAX_LOST:
         raise RequestError(f"lost must be an object of at most {MAX_LOST} names")
     return {str(name)[:MAX_TEXT]: text(raw, name) for name in raw}
+
+
+def lacks(message: Message) -> list[str]:
+    """Names that can stand in the replica's record; a longer one is no name that helps anybody there."""
+    raw = texts(message, "lacks", most=MAX_LACKS) if "lacks" in message else []
+    return [text({"lacks": name}, "lacks") for name in raw if len(name) <= MAX_LACKS_TEXT]

@@ -275,6 +275,8 @@ def members_message(view: KernelView) -> Message:
         else:
             names = ("index", "host", "state", "ip", "ports", "applied", "pid")
             fields = {name: plain(getattr(record, name)) for name in names}
+            if record.lacks:
+                fields["lacks"] = list(record.lacks)
         members.append(fields)
     epoch = view.epoch.epoch if view.epoch is not None else 0
     return {"epoch": epoch, "revision": view.members_rev, "members": members}

@@ -131,7 +131,8 @@ class Ports(Record, frozen=True):
 
 class ReplicaRecord(Record, frozen=True, tag="replica"):
     """A replica that runs (or is being started) on a host; under the daemon's lease. memory: bytes that its host had
-    left when this was written, roughly; 0: not told."""
+    left when this was written, roughly; 0: not told. lacks: variables that it has lost because the store no longer has
+    what the log names for them; the executor, which may still have them, writes them again."""
 
     index: int
     host: str
@@ -146,6 +147,7 @@ class ReplicaRecord(Record, frozen=True, tag="replica"):
     lost: dict[str, str] = {}
     reason: str = ""
     memory: int = 0
+    lacks: tuple[str, ...] = ()
 
 
 class ClaimRecord(Record, frozen=True, tag="claim"):

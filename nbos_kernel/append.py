@@ -12,7 +12,7 @@ import asyncio
 import concurrent.futures
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from .blobchannel import BlobChannel
 from .capture.changes import Changes, Packed
 from .effects import names_of
 from .entries import Layout
+from .fitting import Wanted, fitting, why
 from .link import Link, Reply, Request
 from .replica import Replica
 from .reports.reporter import Reporter
@@ -85,11 +86,15 @@ class Appender:
 
     def applied(self, n: int, lost: dict[str, str]) -> None:
         self._reported = (self._link.away_since, lost)
-        self._link.tell({"type": "applied", "n": n, "lost": oversize.summary(lost)})
+        lacks = self._replica.lacking.here(lost)
+        more = {"lacks": lacks} if lacks else {}
+        self._link.tell({"type": "applied", "n": n, "lost": oversize.summary(lost), **more})
 
     def start(self, entry: Entry, running: Any, finished: Callable[[Any], None]) -> None:
         """Put the blobs, safe from later changes, and append behind."""
         layout = Layout(entry.changes.components)
+        for digest in _lacked(layout.blobs(entry.changes.components)):
+            self._stored.pop(digest, None)
         puts = self._put(layout, entry.changes.components)
         request = self._append(entry, layout, running) if not puts else None
         self._task = asyncio.get_running_loop().create_task(
@@ -99,25 +104,31 @@ class Appender:
     def _put(self, layout: Layout, components: list[Packed]) -> list[Put]:
         """Give the blobs that are not known to be stored to the daemon; their memory may change afterwards."""
         wanted = [each for each in layout.blobs(components) if each[1] not in self._stored]
+        refused: list[Put] = []
         if len(wanted) > FEW:
-            self._ask_for(list(dict.fromkeys(digest for _, digest, _ in wanted)))
-        chunks = {digest: chunk for _, digest, chunk in wanted if digest not in self._stored}
+            room = self._ask_for(list(dict.fromkeys(digest for _, digest, _ in wanted)), _lacked(wanted))
+            wanted = [each for each in wanted if each[1] not in self._stored]
+            wanted, refused = _that_fit(wanted, room)
+        chunks = {digest: chunk for _, digest, chunk in wanted}
         if chunks:
             self._reporter.sends(memoryview(chunk).nbytes for chunk in chunks.values())
         puts: dict[str, concurrent.futures.Future[Message]] = {}
         for digest, chunk in chunks.items():
             puts[digest] = self._blobs.put(digest, chunk)
             self._reporter.follow(puts[digest], memoryview(chunk).nbytes)
-        return [(component, digest, puts[digest]) for component, digest, _ in wanted if digest in puts]
+        return refused + [(component, digest, puts[digest]) for component, digest, _ in wanted]
 
-    def _ask_for(self, digests: list[str]) -> None:
-        """Which of them are in the store already, by another variable or an earlier replica."""
+    def _ask_for(self, digests: list[str], lacked: set[str]) -> Message:
+        """Which of them are in the store already, by another variable or an earlier replica; the last answer, for the
+        room that is left. lacked: to be put whatever the answer is."""
+        reply: Message = {}
         for at in range(0, len(digests), MOST_ASKED):
             try:
                 reply = self._blobs.have(digests[at : at + MOST_ASKED]).result(timeout=BLOB_WAIT)
             except (TimeoutError, ConnectionError):
-                return  # then they are sent
-            self._stored.update(dict.fromkeys(reply.get("have") or ()))
+                return {}  # then they are sent
+            self._stored.update(dict.fromkeys(digest for digest in reply.get("have") or () if digest not in lacked))
+        return reply
 
     def _append(self, entry: Entry, layout: Layout, running: Any) -> Request:
         components, payload = layout.encode(entry.changes.components)
@@ -225,6 +236,26 @@ class Appender:
             self._replica.capture.lose(lost)
             for name in component.names:
                 self.tell_user(f"NBOS: {name!r} is not replicated and would be gone after a failover: {reason}")
+
+
+def _lacked(wanted: Iterable[Wanted]) -> set[str]:
+    """The blobs of components that the store has lost blobs of: nobody knows which others."""
+    return {digest for component, digest, _ in wanted if component.anew}
+
+
+def _that_fit(wanted: list[Wanted], room: Message) -> tuple[list[Wanted], list[Put]]:
+    """What finds room in the store; and a refusal for each component that does not."""
+    free = room.get("free")
+    if not isinstance(free, int):
+        return wanted, []
+    kept, left = fitting(wanted, free)
+    refused = []
+    for (component, digest, _), needs in left:
+        answer: concurrent.futures.Future[Message] = concurrent.futures.Future()
+        reason = why(str(room.get("where") or "the blob store"), needs, free)
+        answer.set_result({"ok": False, "error": "full", "reason": reason})
+        refused.append((component, digest, answer))
+    return kept, refused
 
 
 async def _answer(request: Request) -> Reply:

@@ -139,7 +139,7 @@ class Execution:
         asked = parent["metadata"]["nbos_execution"]
         await self._appender.settled()
         self._disturb()
-        if not self._replica.capture.changes():
+        if not self._replica.changes():
             self._channel.reply("nbos_committed", {"n": asked["n"], "nothing": True}, parent, ident)
             return
         running = await self._claim(asked, "sync", dict(resources.NONE), ident, parent)

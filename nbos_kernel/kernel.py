@@ -162,7 +162,9 @@ class NBOSKernel(LoadingKernel):
 
     def _publish_members(self, content: Message) -> None:
         members = content.get("members")
-        self.reporter.members(members if isinstance(members, list) else [])
+        members = members if isinstance(members, list) else []
+        self.reporter.members(members)
+        self.replica.lacking.heard(members)
         self.session.send(self.iopub_socket, "nbos_members", content, parent={}, ident=MEMBERS_TOPIC)
 
     def _leave(self, reason: str) -> None:

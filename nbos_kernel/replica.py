@@ -26,6 +26,7 @@ from .capture.quiet import quiet
 from .capture.unloaded import OFF, Unloaded
 from .entries import Memory, Read, frames_of
 from .history import History
+from .lacking import Lacking
 from .lazy import shell as lazyshell
 from .lazy.loading import BlobMissing, Lazy
 from .replay import records as replay
@@ -67,6 +68,7 @@ class Replica:
         self.history = History(shell)
         self.lazy = Lazy(shell, self.roots, self.capture, self.history, read_now or read)
         self.ledger = Ledger()
+        self.lacking = Lacking(self.ledger.entry_of)
         self.records = Records(self._of_user, shell.transform_cell)
         self.rerun = Rerun(shell, self.records, self.capture, self.lazy, self._guarded, self.hidden, self.watcher)
         self.applied = -1
@@ -101,7 +103,7 @@ class Replica:
         capture.forget(marked.changed & self._shell.user_ns.keys())  # so that it is said again what happens to them
         capture.note_source(source)
         self.lazy.reconcile()
-        found = capture.changes()
+        found = self.changes()
         notices = oversize.fit(found, capture.lost)
         done = watcher.changes()
         left = {name: why for name, why in watcher.left.items() if capture.lost.get(name) != why}
@@ -117,6 +119,11 @@ class Replica:
             found = oversize.listed(found, capture, before)
         self._guard()
         return Taken(found, done, notices)
+
+    def changes(self) -> Changes:
+        """What is not in the log, or is and was lost by the store."""
+        self.capture.anew = self.lacking.due()
+        return self.capture.changes()
 
     def leave_unloaded(self, threshold: int) -> None:
         """What the daemon's greeting says, before it pushes anything: components from so many bytes stay unloaded."""
@@ -224,6 +231,7 @@ class Replica:
     def _missing(self, component: Mapping[str, Any], error: BaseException) -> dict[str, str]:
         reason = "cannot be loaded on this replica: " + why_not(error, error)
         self._log.warning("NBOS: %s %s", ", ".join(component["names"]), reason)
+        self.lacking.note(component["names"], reason, error)
         if isinstance(error, BlobMissing) and error.again:
             self.rerun.stored.update(component["names"])
         return dict.fromkeys(component["names"], reason)

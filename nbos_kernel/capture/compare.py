@@ -64,7 +64,7 @@ class Comparison:
         objects: dict[str, Any] = {}
         known = self._known
         for name, value in current.items():
-            held = known.atoms.get(name, _ABSENT) is value and name in known.digests
+            held = known.atoms.get(name, _ABSENT) is value and name in known.digests and name not in known.anew
             if held and not _grew(value, self._roots):
                 self._found.atoms[name] = value
             elif names.is_atom(value):
@@ -147,6 +147,7 @@ class Comparison:
             name
             for name, value in objects.items()
             if name in reached
+            or name in self._known.anew
             or (unit := self._known.units.get(name)) is None
             or unit.identities.get(name) != identity_of(name, value)
         ]
@@ -216,7 +217,8 @@ class Comparison:
 
     def _compare_settings(self) -> None:
         for name, value in self._found.settings.items():
-            if name not in self._known.settings or self._known.settings[name] != value:
+            known = name in self._known.settings and name not in self._known.anew
+            if not known or self._known.settings[name] != value:
                 pickled = self._attempt({name: value}, arrays.Storages())
                 if isinstance(pickled, str):
                     self._note_lost((name,), pickled)
@@ -246,8 +248,10 @@ class Comparison:
             digest.update("".join(frame.hashes).encode())
         unit.mentions, unit.functions = pickled.mentions, pickled.functions
         unit.digest, unit.marks = digest.hexdigest(), tuple(frame.marks for frame in frames)
-        if any(self._known.digests.get(name) != unit.digest for name in unit.names):
-            self._found.components.append(Packed(unit.names, unit.digest, frames))
+        known_as, anew = self._known.digests, self._known.anew
+        again = not anew.isdisjoint(unit.names)
+        if again or any(known_as.get(name) != unit.digest for name in unit.names):
+            self._found.components.append(Packed(unit.names, unit.digest, frames, again))
 
 
 def identity_of(name: str, value: Any) -> int:

@@ -20,6 +20,8 @@ class Packed:
     names: tuple[str, ...]
     digest: str
     frames: tuple[FrameData, ...]
+    anew: bool = False
+    """The log has it, and the store has lost blobs of it: all of them have to be put."""
 
     @property
     def size(self) -> int:

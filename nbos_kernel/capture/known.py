@@ -31,6 +31,8 @@ class Known:
         self.absent: set[str] = set()  # names this replica never had: not being there is no deletion
         self.words: set[str] = set()  # named by code that ran since
         self.everything = False
+        self.anew: set[str] = set()
+        """Names that the next entry writes again, changed or not: the store has lost what the log names for them."""
         self.lost: dict[str, str] = {}
         self.written: dict[str, int] = {}
         """What the last accepted changes wrote: bytes by component."""
@@ -55,7 +57,7 @@ class Known:
             self.units.update(dict.fromkeys(unit.names, unit))
         self.atoms, self.settings = found.atoms, found.settings
         self._trust_no_more(found.again)
-        self.words, self.everything = set(), False
+        self.words, self.everything, self.anew = set(), False, set()
         self.latest = {name: id(self._user.get(name)) for name in names.LATEST}
         self.written = {", ".join(packed.names): packed.fresh for packed in found.components}
 

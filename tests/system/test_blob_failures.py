@@ -106,6 +106,12 @@ def chunks(disk: Path) -> list[Path]:
     return [path for path in (disk / folder_of("ada")).glob("*") if "." not in path.name]
 
 
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[777] ^= 8
+    path.write_bytes(content)
+
+
 async def test_a_full_file_system_costs_the_value_that_found_no_room_until_there_is_some(
     notebook: Notebook, disk: Path
 ) -> None:
@@ -114,14 +120,16 @@ async def test_a_full_file_system_costs_the_value_that_found_no_room_until_there
     assert result.status == "ok"
     await eventually(lambda: _tells(notebook, "big", "is full"), "the store is full", 30)
     await told(notebook, "big", "is full")
-    await notebook.run("small.append(3)")
+    await notebook.run("small.append(3); after = os.urandom(9_000_000); end = after[-4:]")
+    await replicated(notebook, "after")  # what found no room took none
+    assert await _tells(notebook, "big", "is full")
     await enlarge(disk, 4)
     await notebook.run("digest = hashlib.sha256(big).hexdigest()", 60)
     await replicated(notebook, "big")
     await fails_over(notebook)
     assert await notebook.run("(small, hashlib.sha256(big).hexdigest() == digest)", 60) == "([1, 2, 3], True)"
-    assert await notebook.run("hashlib.sha256(other).hexdigest() == at") == "True"
-    await notebook.run("del big")
+    assert await notebook.run("(hashlib.sha256(other).hexdigest() == at, after[-4:] == end)") == "(True, True)"
+    await notebook.run("del big, after")
 
 
 async def test_after_a_failover_the_name_says_that_the_store_was_full(notebook: Notebook, disk: Path) -> None:
@@ -165,15 +173,25 @@ async def test_a_chunk_that_is_gone_costs_its_variable_only_and_running_the_cell
     assert await notebook.run("len(wide)") == "20480000"
 
 
-async def test_a_chunk_that_is_gone_is_told_as_soon_as_a_standby_lacks_it(notebook: Notebook, disk: Path) -> None:
+@pytest.mark.parametrize(("hurt", "word"), [("unlink", "not in the blob store"), ("flip", "damaged")])
+async def test_what_a_standby_lacks_is_told_and_stored_again_by_the_executor(
+    notebook: Notebook, disk: Path, hurt: str, word: str
+) -> None:
     kept = set(chunks(disk))
-    await notebook.run("wide = bytes(range(255)) * 80_000")
+    await notebook.run(f"wide = bytes(range(255)) * 80_000 + b'{hurt}'; same = [wide]; other = bytes(50_000)")
     standby = next(replica for replica in await notebook.settled() if replica.role != "executor")
+    executor = await notebook.executor()
     for path in set(chunks(disk)) - kept:
-        path.unlink()
+        path.unlink() if hurt == "unlink" else flip(path)
     os.kill(standby.pid, signal.SIGKILL)
-    await eventually(lambda: _tells(notebook, "wide", "not in the blob store"), "a standby lacks it", 20)
-    assert await notebook.run("len(wide), small") == "(20400000, [1])"
+    await eventually(lambda: _tells(notebook, "wide", word), "a standby lacks it", 20)
+    assert await notebook.run("len(other)") == "50000"  # names nothing that is lacked
+    for name in ("wide", "same", "other"):
+        await replicated(notebook, name)
+    assert (await notebook.executor()).pid == executor.pid
+    await from_the_log(notebook)
+    assert await notebook.run("len(wide), same[0] is wide, len(other)") == f"({20_400_000 + len(hurt)}, True, 50000)"
+    assert await notebook.run("small") == "[1]"
 
 
 async def test_a_flipped_bit_is_found_and_costs_its_variable_only(notebook: Notebook, disk: Path) -> None:
@@ -182,9 +200,7 @@ async def test_a_flipped_bit_is_found_and_costs_its_variable_only(notebook: Note
     await notebook.run(make)
     await notebook.settled()
     path = max(set(chunks(disk)) - kept, key=lambda path: path.stat().st_size)
-    content = bytearray(path.read_bytes())
-    content[777] ^= 8
-    path.write_bytes(content)
+    flip(path)
     await from_the_log(notebook)
     gone(await notebook.channels.execute("len(wide)"), "wide", "damaged")
     assert await notebook.run("small") == "[1]"

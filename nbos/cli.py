@@ -70,6 +70,13 @@ def _up_arguments(up: argparse.ArgumentParser) -> None:
     up.add_argument(
         "--memory-limit", type=_size, metavar="SIZE", help="memory that one replica of a kernel may take (no limit)"
     )
+    up.add_argument(
+        "--runtime",
+        choices=("process", "docker"),
+        default="process",
+        help="how replicas run: as processes (default), or each in a container of this machine's Docker Engine",
+    )
+    up.add_argument("--image", default="nbos/kernel", help="their image with --runtime docker (nbos/kernel)")
     up.add_argument("--admin", type=_name, default="admin", help="name of the administrator (admin)")
 
 

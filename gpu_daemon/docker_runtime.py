@@ -1,0 +1,286 @@
+"""Replicas in Docker, one container each.
+
+They outlive the daemon; a restarted one finds them by name and labels, and removes what it does not find a use for.
+Ends are heard from the Engine's events, out-of-memory kills told apart. A container that ended is removed once its exit
+and the end of its output (kept in the replica's log) were read. What a container is made of: `container_spec`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pwd
+import shutil
+import signal
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from docker.errors import APIError, NotFound
+
+from gpu_daemon import container_check
+from gpu_daemon.container_spec import LABEL, DockerOptions, Site, container
+from gpu_daemon.docker_engine import Engine, Trouble, no_image, words
+from gpu_daemon.docker_network import make_network
+from gpu_daemon.rundir import write
+from gpu_daemon.runtime import Exit, Handle, Launch, ReplicaRuntime, RuntimeFailed
+from gpu_daemon.site import log
+from nbos_cluster.records import Device
+
+PATIENCE = 30.0
+"""Seconds that the Engine has to answer when the daemon starts."""
+TAIL = 200
+"""Lines of a container's output that are kept."""
+LOG_LIMIT = 4 * 1024 * 1024
+GIB = 1 << 30
+
+
+class ContainerHandle(Handle):
+    """A container; `pid` is its first process (an init, whose one child is the replica)."""
+
+    def __init__(self, runtime: DockerRuntime, container: str, folder: Path, image: str) -> None:
+        self.pid, self.container = 0, container
+        self.folder, self.image = folder, image
+        self.killed = False
+        self.over = asyncio.Event()
+        """Set when the Engine said that it ended."""
+        self._runtime = runtime
+        self._exit: Exit | None = None
+
+    async def wait(self) -> Exit:
+        if self._exit is None:
+            await self.over.wait()
+            self._exit = await self._runtime.exit_of(self)
+        return self._exit
+
+    def kill(self) -> None:
+        if self._exit is None:
+            self.killed = True
+            self._runtime.engine.begin(lambda api: api.kill(self.container, "SIGKILL"))
+
+    def owns(self, pid: int) -> bool:
+        # 0: in a pid namespace that this daemon does not see into (it is in a container, too). Only that container has
+        # the socket. Where the pid can be seen: the replica itself, not what user code forked.
+        return pid in (0, self.pid) or _parent(pid) == self.pid
+
+    def memory(self) -> int:
+        return 0  # the container's cgroup keeps the limit
+
+
+class DockerRuntime(ReplicaRuntime):
+    """devices: of this host; real ones are given to every container."""
+
+    socket_mode = 0o666
+    """Whatever user the container has. Nobody else can reach it: the folders above are the daemon's alone (0700)."""
+
+    def __init__(self, options: DockerOptions, site: Site, devices: Sequence[Device], etcd: Sequence[str] = ()) -> None:
+        self._options, self._site, self._devices, self._etcd = options, site, devices, tuple(etcd)
+        self.engine = Engine(options.engine)
+        self._handles: dict[str, ContainerHandle] = {}
+        self._network = options.network
+
+    async def open(self) -> None:
+        await self.engine.connect(PATIENCE)
+        self._network = await make_network(self.engine, self._options, self._site, self._etcd)
+        self.engine.listen(self._site.labels, self._happened, self._look_again)
+        log.info("replicas run in Docker %s, on the network %s", self.engine.version, self._network)
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self.engine.close)
+
+    def socket(self, folder: Path) -> Path:
+        own = folder / "d"
+        own.mkdir(exist_ok=True)
+        own.chmod(0o755)
+        return own / "s"
+
+    # -- starting and finding -----------------------------------------------------------------------------------------
+
+    async def start(self, launch: Launch) -> ContainerHandle:
+        image = launch.image or self._options.image
+        await self._get_image(image, launch)
+        try:
+            _prepare(launch)
+            user = self._user(launch.owner)
+            body = container(launch, self._options, self._site, user, self._network, self._devices)
+            name = self._site.name(launch.folder.name)
+            handle = ContainerHandle(self, await self._create(body, name), launch.folder, image)
+        except Trouble as err:
+            raise RuntimeFailed(_explained(err, image)) from err
+        # Before it runs: an end that comes at once must find it.
+        self._handles[handle.container] = handle
+        try:
+            await self.engine.call(lambda api: api.start(handle.container))
+            found = await self.engine.call(lambda api: api.inspect_container(handle.container))
+        except Trouble as err:
+            self._handles.pop(handle.container, None)
+            self._remove(handle.container)
+            raise RuntimeFailed(_explained(err, image)) from err
+        handle.pid = int(found["State"]["Pid"])
+        return handle
+
+    async def _create(self, body: dict[str, Any], name: str) -> str:
+        def create(api: Any) -> str:
+            try:
+                return str(api.create_container_from_config(body, name)["Id"])
+            except APIError as err:
+                if err.status_code != 409:
+                    raise
+            # One of before that ended unseen: the daemon starts a replica only when none runs in its folder.
+            api.remove_container(name, force=True)
+            return str(api.create_container_from_config(body, name)["Id"])
+
+        return await self.engine.call(create)
+
+    async def _get_image(self, image: str, launch: Launch) -> None:
+        policy = self._options.pull
+        try:
+            there = await self.engine.has_image(image)
+        except Trouble as err:
+            raise RuntimeFailed(f"the Docker Engine does not answer: {words(err)}; look at its log") from err
+        if policy == "never" and not there:
+            raise RuntimeFailed(no_image(image, "this host pulls no images"))
+        if policy == "always" or not there:
+            try:
+                await self.engine.pull(image, launch.tell)
+            except RuntimeFailed as err:
+                if not there:
+                    raise
+                log.warning("%s; the one that is there is used", err)
+
+    def _user(self, owner: str) -> str:
+        if self._options.user != "owner":
+            return self._options.user
+        try:
+            entry = pwd.getpwnam(owner)
+        except KeyError:
+            raise RuntimeFailed(
+                f"this host knows no Unix user {owner!r}, and the option Docker.user says that replicas run as their "
+                "owner; add the user here (or to the directory service), or set Docker.user to fixed ids"
+            ) from None
+        return f"{entry.pw_uid}:{entry.pw_gid}"
+
+    async def find(self, folder: Path) -> ContainerHandle | None:
+        try:
+            found = await self.engine.call(lambda api: api.inspect_container(self._site.name(folder.name)))
+        except NotFound:
+            return None
+        labels = found["Config"]["Labels"] or {}
+        if not found["State"]["Running"] or labels.get(f"{LABEL}run-dir") != self._site.run_dir:
+            return None
+        handle = ContainerHandle(self, found["Id"], folder, found["Config"]["Image"])
+        handle.pid = int(found["State"]["Pid"])
+        self._handles[handle.container] = handle
+        # It may have ended between the two.
+        self._look_at(handle)
+        return handle
+
+    async def clear(self, kept: Collection[Path]) -> None:
+        filters = {"label": [f"{k}={v}" for k, v in self._site.labels.items()]}
+        for found in await self.engine.call(lambda api: api.containers(all=True, filters=filters)):
+            if found["Id"] not in self._handles:
+                log.warning("container %s is of no kernel any more; it is removed", found["Names"][0].lstrip("/"))
+                self._remove(found["Id"])
+
+    # -- ends ---------------------------------------------------------------------------------------------------------
+
+    def _happened(self, container: str, what: str) -> None:
+        handle = self._handles.get(container)
+        if handle is not None and what == "die":
+            handle.over.set()
+
+    def _look_again(self) -> None:
+        """The Engine was away, or is heard for the first time: ask what became of each container."""
+        for handle in self._handles.values():
+            self._look_at(handle)
+            if handle.killed:
+                handle.kill()
+
+    def _look_at(self, handle: ContainerHandle) -> None:
+        loop = asyncio.get_running_loop()
+
+        def look(api: Any) -> None:
+            try:
+                state = api.inspect_container(handle.container)["State"]
+                # `created`: the start is on its way.
+                ended = not state["Running"] and state["Status"] != "created"
+            except NotFound:
+                ended = True
+            if ended:
+                loop.call_soon_threadsafe(handle.over.set)
+
+        self.engine.begin(look)
+
+    async def exit_of(self, handle: ContainerHandle) -> Exit:
+        """How it ended; what is left of it is removed."""
+        try:
+            exit, lines = await self.engine.call(lambda api: _read_exit(api, handle))
+            await asyncio.to_thread(_keep, handle.folder / "log", lines)
+        except Trouble as err:
+            log.warning("how container %s ended cannot be read: %s", handle.container[:12], words(err))
+            exit = Exit()
+        self._handles.pop(handle.container, None)
+        self._remove(handle.container)
+        return exit
+
+    def _remove(self, container: str) -> None:
+        self.engine.begin(lambda api: api.remove_container(container, v=True, force=True))
+
+
+def _prepare(launch: Launch) -> None:
+    """What the container sees of the replica's folder. Any user of it may read that; nobody else gets there."""
+    own = launch.folder / "d"
+    # Every address of its own network namespace: the Engine passes on what comes to the published one.
+    write(own / "connection.json", json.dumps(launch.connection_file("0.0.0.0")).encode())
+    shutil.copyfile(container_check.__file__, own / "start.py")
+    for name in ("connection.json", "start.py"):
+        (own / name).chmod(0o644)
+
+
+def _read_exit(api: Any, handle: ContainerHandle) -> tuple[Exit, list[str]]:
+    found = api.inspect_container(handle.container)
+    state, code = found["State"], int(found["State"]["ExitCode"])
+    lines = api.logs(handle.container, tail=TAIL).decode(errors="replace").splitlines()
+    told = [line.removeprefix(container_check.MARK) for line in lines if line.startswith(container_check.MARK)]
+    if code == container_check.UNFIT and told:
+        return Exit(code, detail=f"the image {handle.image} cannot run a kernel: {told[-1]}"), lines
+    if state.get("OOMKilled") and code in (128 + signal.SIGKILL, 0, 1):
+        limit = found["HostConfig"]["Memory"]
+        most = f"all of its {limit / GIB:.2f} GiB" if limit else "more than the host has"
+        return Exit(signal=9, detail=f"killed: it used {most} memory; use less, or ask for a larger limit"), lines
+    if 128 < code < 128 + signal.NSIG:
+        return Exit(signal=code - 128), lines
+    words_of_it = lines[-1].strip()[:200] if code and lines else ""
+    return Exit(code, detail=f"ended with exit status {code}: {words_of_it}" if words_of_it else ""), lines
+
+
+def _keep(path: Path, lines: list[str]) -> None:
+    """The end of the container's output, for who looks for the reason later."""
+    mode = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if path.exists() and path.stat().st_size > LOG_LIMIT else os.O_APPEND)
+    with open(os.open(path, mode, 0o600), "w", errors="replace") as file:
+        file.write("".join(f"{line}\n" for line in lines))
+
+
+def _explained(err: BaseException, image: str) -> str:
+    """Why the Engine did not start a container, for the user or the administrator."""
+    text = words(err)
+    if "executable file not found" in text or ("no such file or directory" in text and "exec" in text):
+        return (
+            f"the image {image} cannot run a kernel: it has no Python on its PATH (python3, or what the option "
+            "Docker.python names); use a base with Python 3.11 or later and pip install 'nbos[kernel]'"
+        )
+    if "could not select device driver" in text or "unresolvable CDI devices" in text:
+        return (
+            f"Docker cannot give this host's GPUs to containers: {text}; install and configure nvidia-container-toolkit"
+        )
+    if "bind source path does not exist" in text:
+        return f"{text}; the folder must be on this host (the option Docker.volumes names it)"
+    return f"Docker could not start the container: {text}"
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError):
+        return -1

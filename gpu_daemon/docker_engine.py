@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import docker
@@ -44,6 +44,7 @@ class Engine:
         self._local = threading.local()
         self._pulls: dict[str, asyncio.Task[None]] = {}
         self._watchers: dict[str, set[Callable[[str], None]]] = {}
+        self._begun: set[Future[None]] = set()
         self._events: Any = None
         self._closed = False
         self.version = ""
@@ -85,7 +86,12 @@ class Engine:
                 log.warning("the Docker Engine does not answer: %s", words(err))
 
         if not self._closed:
-            self._pool.submit(carry_out)
+            self._begun.add(future := self._pool.submit(carry_out))
+            future.add_done_callback(self._begun.discard)
+
+    def finish(self) -> None:
+        """Wait until what was begun is done. Blocking."""
+        wait(tuple(self._begun), TIMEOUT)
 
     def _client(self) -> Any:
         if not hasattr(self._local, "client"):
@@ -178,7 +184,7 @@ class Engine:
         threading.Thread(target=work, name="docker events", daemon=True).start()
 
     def close(self) -> None:
-        """Finish what was begun; hear no more."""
+        """Hear no more. Blocking; finishes what was begun."""
         self._closed = True
         self._pool.shutdown(wait=True)
         stream, self._events = self._events, None

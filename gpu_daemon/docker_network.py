@@ -17,7 +17,7 @@ from gpu_daemon.container_spec import LABEL, DockerOptions, Site
 from gpu_daemon.docker_engine import Engine, Trouble, words
 from gpu_daemon.runtime import RuntimeFailed
 from gpu_daemon.site import log
-from gpu_daemon.walls import WallsFailed, raise_walls
+from gpu_daemon.walls import WallsFailed, raise_walls, remove_walls
 
 
 async def make_network(engine: Engine, options: DockerOptions, site: Site, etcd: Sequence[str]) -> str:
@@ -34,6 +34,18 @@ async def make_network(engine: Engine, options: DockerOptions, site: Site, etcd:
         raise RuntimeFailed(f"the network {site.network} cannot be made: {words(err)}") from err
     await _fence(options, site, etcd)
     return site.network
+
+
+async def remove_network(engine: Engine, options: DockerOptions, site: Site) -> None:
+    """Take away what `make_network` made, unless containers are still on it."""
+    if options.network:
+        return
+    try:
+        await engine.call(lambda api: api.remove_network(site.network))
+    except Trouble as err:
+        log.info("the network %s stays: %s", site.network, words(err))
+    else:
+        await asyncio.to_thread(remove_walls, site.interface)
 
 
 async def _must_exist(engine: Engine, network: str) -> None:

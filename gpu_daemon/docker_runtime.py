@@ -22,7 +22,7 @@ from docker.errors import APIError, NotFound
 from gpu_daemon import container_check
 from gpu_daemon.container_spec import LABEL, DockerOptions, Site, container
 from gpu_daemon.docker_engine import Engine, Trouble, no_image, words
-from gpu_daemon.docker_network import make_network
+from gpu_daemon.docker_network import make_network, remove_network
 from gpu_daemon.rundir import write
 from gpu_daemon.runtime import Exit, Handle, Launch, ReplicaRuntime, RuntimeFailed
 from gpu_daemon.site import log
@@ -87,6 +87,10 @@ class DockerRuntime(ReplicaRuntime):
         log.info("replicas run in Docker %s, on the network %s", self.engine.version, self._network)
 
     async def close(self) -> None:
+        # What was begun (containers being removed) first.
+        await asyncio.to_thread(self.engine.finish)
+        if not self._handles:
+            await remove_network(self.engine, self._options, self._site)
         await asyncio.to_thread(self.engine.close)
 
     def socket(self, folder: Path) -> Path:
@@ -245,6 +249,8 @@ def _read_exit(api: Any, handle: ContainerHandle) -> tuple[Exit, list[str]]:
     told = [line.removeprefix(container_check.MARK) for line in lines if line.startswith(container_check.MARK)]
     if code == container_check.UNFIT and told:
         return Exit(code, detail=f"the image {handle.image} cannot run a kernel: {told[-1]}"), lines
+    if code in (126, 127) and any("tini" in line and "exec" in line for line in lines):
+        return Exit(code, detail=no_python(handle.image)), lines
     if state.get("OOMKilled") and code in (128 + signal.SIGKILL, 0, 1):
         limit = found["HostConfig"]["Memory"]
         most = f"all of its {limit / GIB:.2f} GiB" if limit else "more than the host has"
@@ -266,10 +272,7 @@ def _explained(err: BaseException, image: str) -> str:
     """Why the Engine did not start a container, for the user or the administrator."""
     text = words(err)
     if "executable file not found" in text or ("no such file or directory" in text and "exec" in text):
-        return (
-            f"the image {image} cannot run a kernel: it has no Python on its PATH (python3, or what the option "
-            "Docker.python names); use a base with Python 3.11 or later and pip install 'nbos[kernel]'"
-        )
+        return no_python(image)
     if "could not select device driver" in text or "unresolvable CDI devices" in text:
         return (
             f"Docker cannot give this host's GPUs to containers: {text}; install and configure nvidia-container-toolkit"
@@ -277,6 +280,13 @@ def _explained(err: BaseException, image: str) -> str:
     if "bind source path does not exist" in text:
         return f"{text}; the folder must be on this host (the option Docker.volumes names it)"
     return f"Docker could not start the container: {text}"
+
+
+def no_python(image: str) -> str:
+    return (
+        f"the image {image} cannot run a kernel: it has no Python on its PATH (python3, or what the option "
+        "Docker.python names); use a base with Python 3.11 or later and pip install 'nbos[kernel]'"
+    )
 
 
 def _parent(pid: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Collection
 from typing import Any
 
 from .execution import Execution
@@ -46,11 +47,14 @@ class Notices:
             text += f", about {content['estimate']:.0f} s"
         self._show(execution, f"NBOS: {text}; interrupt the cell to leave the queue")
 
-    def nobody(self, execution: Execution, reachable: bool, now: float) -> None:
+    def nobody(self, execution: Execution, reachable: bool, reasons: Collection[str], now: float) -> None:
+        """reasons: what the members say of themselves (an image on its way, or missing, …)."""
         if not execution.cell or execution.led:
             return
-        if not reachable and now >= execution.started + NOBODY and not execution.display:
-            self._show(execution, "NBOS: waiting: no replica of this kernel can be reached; interrupt to give up")
+        if reachable or now < execution.started + NOBODY or (execution.display and not reasons):
+            return
+        why = f" ({'; '.join(reasons)})" if reasons else ""
+        self._show(execution, f"NBOS: waiting: no replica of this kernel can be reached{why}; interrupt to give up")
 
     def runs(self, execution: Execution, name: str, now: float) -> None:
         if execution.display:

@@ -69,7 +69,8 @@ class Runner:
             self.finish(execution)
 
     def _step_election(self, execution: Execution, now: float) -> None:
-        self.notices.nobody(execution, bool(self.fleet.up) and self.next_n is not None, now)
+        reachable = bool(self.fleet.up) and self.next_n is not None
+        self.notices.nobody(execution, reachable, () if reachable else self.fleet.reasons(), now)
         if self.next_n is None or (self.settling.current is not None and self.settling.about() is self.unsettled):
             return
         if execution.n != self.next_n:

@@ -4,7 +4,6 @@ user code in a replica reaches nothing but its own.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
@@ -15,16 +14,18 @@ import pytest
 
 from tests.system.cluster import Cluster, Notebook
 from tests.system.containers.engine import IMAGE, containers, docker, inspect
-from tests.system.hubclient import eventually
 from tests.system.nbosenv import nbos_status
 
 pytestmark = pytest.mark.timeout(300)
+NOT_THERE = "localhost:9/lab/none:1"
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, image: None) -> Iterator[Cluster]:
     state = tmp_path_factory.mktemp("containers") / "state"
-    cluster = Cluster(state, "--runtime", "docker", "--image", IMAGE, "--memory-limit", "400M")
+    limits = state.parent / "limits.json"
+    limits.write_text(json.dumps({"default": {"replica_memory": "400M", "images": [NOT_THERE]}}))
+    cluster = Cluster(state, "--runtime", "docker", "--image", IMAGE, "--limits", str(limits))
     cluster.start()
     yield cluster
     assert cluster.stop() == []
@@ -88,7 +89,7 @@ NOTHING = "refused, or nowhere"
 async def reach(notebook: Notebook, address: str, port: int) -> str:
     """What a connection from the replica to there ends with."""
     code = f"""
-s = socket.socket(); s.settimeout(5)
+s = socket.socket(); s.settimeout(1.5)
 try:
     s.connect(({address!r}, {port})); print("open")
 except OSError as err:
@@ -188,17 +189,9 @@ async def test_its_processes_are_counted(notebook: Notebook) -> None:
     assert await notebook.run(f"print(*(open(p).read() for p in {places} if os.path.exists(p)))") == "4096\n\n"
 
 
-async def test_the_user_sees_why_a_kernel_does_not_start(cluster: Cluster) -> None:
-    """The reason stands where the dashboard and `nbos status` look."""
-    notebook = await Notebook.open(cluster, "ada")
-    await notebook.settled()
-    replica = await notebook.executor()
-    docker("kill", container_of(notebook, replica.index))
-
-    async def told() -> bool:
-        member = (await notebook.model())["members"][replica.index]
-        return "SIGKILL" in member["reason"] or member["state"] == "ready"
-
-    await eventually(told, "the member's reason says how it ended", 20)
-    await asyncio.wait_for(notebook.settled(), 30)
+async def test_a_waiting_cell_says_which_image_is_missing(cluster: Cluster) -> None:
+    notebook = await Notebook.open(cluster, "carl", {"image": NOT_THERE, "replicas": 1})
+    cell = await notebook.channels.submit("1")
+    await cell.text(f"the image {NOT_THERE} is not on this host and cannot be got")
+    assert "docker pull" in cell.written()
     await notebook.close()

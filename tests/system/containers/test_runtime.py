@@ -5,17 +5,23 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import docker as docker_sdk
 import pytest
 
+from nbos.strays import daemon_lives, find_strays
 from nbos_cluster.etcd import Etcd
 from tests.system.containers.conftest import MakeHost
 from tests.system.containers.engine import IMAGE, containers, docker, inspect, variant
 from tests.system.containers.host import attach, begin, docker_kernel, reason_of, record_of
 from tests.system.daemon.site import create
 from tests.system.etcdserver import eventually
+from tests.system.nbosenv import environment
 
 pytestmark = pytest.mark.timeout(300)
 run = asyncio.to_thread
@@ -194,3 +200,29 @@ async def test_a_named_volume_keeps_the_home(client: Etcd, host: MakeHost, tmp_p
             docker("rm", "--force", container)
         for name in docker("volume", "ls", "--quiet", f"--filter=name={volume}").split():
             docker("volume", "rm", name)
+
+
+async def test_the_doctor_finds_what_a_dead_daemon_left_and_removes_only_that(
+    client: Etcd, host: MakeHost, tmp_path: Path
+) -> None:
+    a, b = host("a"), host("b")
+    kernel = await begin(client, tmp_path, "a", "b")
+    other = await attach(client, tmp_path, 1)
+    a.kill()
+    assert set(strays()) == {*a.containers(), f"nbos-{a.cluster}-a"}
+    done = await run(subprocess.run, [sys.executable, "-m", "nbos.cli", "doctor", "--clean"], **nbos_command())
+    assert f"network nbos-{a.cluster}-a" in done.stdout
+    assert a.containers() == []
+    assert len(b.containers()) == 1
+    assert strays() == []
+    for one in (kernel, other):
+        one.close()
+
+
+def strays() -> list[str]:
+    found = find_strays(docker_sdk.from_env().api, daemon_lives)
+    return [stray.id if stray.kind == "container" else stray.name for stray in found if "test-" in stray.name]
+
+
+def nbos_command() -> dict[str, Any]:
+    return {"capture_output": True, "text": True, "env": environment(), "timeout": 60}

@@ -156,14 +156,14 @@ class Engine:
     # -- events -------------------------------------------------------------------------------------------------------
 
     def listen(
-        self, labels: Mapping[str, str], happened: Callable[[str, str], None], restarted: Callable[[], None]
+        self, labels: Mapping[str, str], died: Callable[[str, int], None], restarted: Callable[[], None]
     ) -> None:
-        """From now on call, in the loop, `happened` with a container's id and what it did ('die', 'oom'), and
+        """From now on call, in the loop, `died` with the id of a container that ended and its exit status, and
         `restarted` whenever the line to the Engine is there (again): what happened before was not heard."""
         loop = asyncio.get_running_loop()
-        filters = {"type": "container", "event": ["die", "oom"], "label": [f"{k}={v}" for k, v in labels.items()]}
+        filters = {"type": "container", "event": "die", "label": [f"{k}={v}" for k, v in labels.items()]}
 
-        def tell(work: Callable[..., None], *args: str) -> None:
+        def tell(work: Callable[..., None], *args: object) -> None:
             if not self._closed:
                 loop.call_soon_threadsafe(work, *args)
 
@@ -175,7 +175,8 @@ class Engine:
                     self._events = client.events(filters=filters, decode=True)
                     tell(restarted)
                     for event in self._events:
-                        tell(happened, event["Actor"]["ID"], event["Action"])
+                        actor = event["Actor"]
+                        tell(died, actor["ID"], int(actor["Attributes"]["exitCode"]))
                 except (*Trouble, ValueError, AttributeError) as err:
                     # The last two: urllib3, when the stream is closed under it.
                     log.debug("the Engine's events: %s", err)

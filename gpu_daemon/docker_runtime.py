@@ -8,18 +8,20 @@ and the end of its output (kept in the replica's log) were read. What a containe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import pwd
 import shutil
-import signal
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from docker.errors import APIError, NotFound
 
 from gpu_daemon import container_check
+from gpu_daemon.container_end import KILLED, failed_start, memory_end, plain_end, told_end
 from gpu_daemon.container_spec import LABEL, DockerOptions, Site, container
 from gpu_daemon.docker_engine import Engine, Trouble, no_image, words
 from gpu_daemon.docker_network import make_network, remove_network
@@ -30,10 +32,11 @@ from nbos_cluster.records import Device
 
 PATIENCE = 30.0
 """Seconds that the Engine has to answer when the daemon starts."""
+NAME_FREE_WITHIN = 10.0
+"""Seconds that the container before has to be gone."""
 TAIL = 200
 """Lines of a container's output that are kept."""
 LOG_LIMIT = 4 * 1024 * 1024
-GIB = 1 << 30
 
 
 class ContainerHandle(Handle):
@@ -45,6 +48,10 @@ class ContainerHandle(Handle):
         self.killed = False
         self.over = asyncio.Event()
         """Set when the Engine said that it ended."""
+        self.code: int | None = None
+        """Its exit status, when the Engine said that as well."""
+        self.limited = False
+        """Whether its memory has a bound, so that SIGKILL may be the system's."""
         self._runtime = runtime
         self._exit: Exit | None = None
 
@@ -83,7 +90,7 @@ class DockerRuntime(ReplicaRuntime):
     async def open(self) -> None:
         await self.engine.connect(PATIENCE)
         self._network = await make_network(self.engine, self._options, self._site, self._etcd)
-        self.engine.listen(self._site.labels, self._happened, self._look_again)
+        self.engine.listen(self._site.labels, self._died, self._look_again)
         log.info("replicas run in Docker %s, on the network %s", self.engine.version, self._network)
 
     async def close(self) -> None:
@@ -111,7 +118,7 @@ class DockerRuntime(ReplicaRuntime):
             name = self._site.name(launch.folder.name)
             handle = ContainerHandle(self, await self._create(body, name), launch.folder, image)
         except Trouble as err:
-            raise RuntimeFailed(_explained(err, image)) from err
+            raise RuntimeFailed(failed_start(words(err), image)) from err
         # Before it runs: an end that comes at once must find it.
         self._handles[handle.container] = handle
         try:
@@ -120,20 +127,24 @@ class DockerRuntime(ReplicaRuntime):
         except Trouble as err:
             self._handles.pop(handle.container, None)
             self._remove(handle.container)
-            raise RuntimeFailed(_explained(err, image)) from err
-        handle.pid = int(found["State"]["Pid"])
+            raise RuntimeFailed(failed_start(words(err), image)) from err
+        _note(handle, found)
         return handle
 
     async def _create(self, body: dict[str, Any], name: str) -> str:
         def create(api: Any) -> str:
-            try:
-                return str(api.create_container_from_config(body, name)["Id"])
-            except APIError as err:
-                if err.status_code != 409:
-                    raise
-            # One of before that ended unseen: the daemon starts a replica only when none runs in its folder.
-            api.remove_container(name, force=True)
-            return str(api.create_container_from_config(body, name)["Id"])
+            deadline = time.monotonic() + NAME_FREE_WITHIN
+            while True:
+                try:
+                    return str(api.create_container_from_config(body, name)["Id"])
+                except APIError as err:
+                    if err.status_code != 409 or time.monotonic() > deadline:
+                        raise
+                # One of before, which ended: the daemon starts a replica only when none runs in its folder. Its removal
+                # may be under way; the Engine then says 409 as well, or 404 when it is just over.
+                with contextlib.suppress(APIError):
+                    api.remove_container(name, force=True)
+                time.sleep(0.02)
 
         return await self.engine.call(create)
 
@@ -174,7 +185,7 @@ class DockerRuntime(ReplicaRuntime):
         if not found["State"]["Running"] or labels.get(f"{LABEL}run-dir") != self._site.run_dir:
             return None
         handle = ContainerHandle(self, found["Id"], folder, found["Config"]["Image"])
-        handle.pid = int(found["State"]["Pid"])
+        _note(handle, found)
         self._handles[handle.container] = handle
         # It may have ended between the two.
         self._look_at(handle)
@@ -189,9 +200,10 @@ class DockerRuntime(ReplicaRuntime):
 
     # -- ends ---------------------------------------------------------------------------------------------------------
 
-    def _happened(self, container: str, what: str) -> None:
+    def _died(self, container: str, code: int) -> None:
         handle = self._handles.get(container)
-        if handle is not None and what == "die":
+        if handle is not None:
+            handle.code = code
             handle.over.set()
 
     def _look_again(self) -> None:
@@ -217,15 +229,22 @@ class DockerRuntime(ReplicaRuntime):
         self.engine.begin(look)
 
     async def exit_of(self, handle: ContainerHandle) -> Exit:
-        """How it ended; what is left of it is removed."""
-        try:
-            exit, lines = await self.engine.call(lambda api: _read_exit(api, handle))
-            await asyncio.to_thread(_keep, handle.folder / "log", lines)
-        except Trouble as err:
-            log.warning("how container %s ended cannot be read: %s", handle.container[:12], words(err))
-            exit = Exit()
+        """How it ended; what is left of it is removed, in the background.
+
+        For a third of a second after an end the Engine answers no question about the container: what the event told
+        is enough for most ends.
+        """
+        exit = None
+        if handle.code is not None and (handle.code != KILLED or handle.killed or not handle.limited):
+            exit = plain_end(handle.code)
+        if exit is None:
+            try:
+                exit = await self.engine.call(lambda api: _read_exit(api, handle))
+            except Trouble as err:
+                log.warning("how container %s ended cannot be read: %s", handle.container[:12], words(err))
+                exit = Exit()
         self._handles.pop(handle.container, None)
-        self._remove(handle.container)
+        self.engine.begin(lambda api: _bury(api, handle))
         return exit
 
     def _remove(self, container: str) -> None:
@@ -242,23 +261,31 @@ def _prepare(launch: Launch) -> None:
         (own / name).chmod(0o644)
 
 
-def _read_exit(api: Any, handle: ContainerHandle) -> tuple[Exit, list[str]]:
+def _note(handle: ContainerHandle, found: Mapping[str, Any]) -> None:
+    """What is needed of the Engine's description while it runs."""
+    handle.pid = int(found["State"]["Pid"])
+    handle.limited = bool(found["HostConfig"]["Memory"])
+
+
+def _read_exit(api: Any, handle: ContainerHandle) -> Exit:
+    """By all that the Engine can tell."""
     found = api.inspect_container(handle.container)
-    state, code = found["State"], int(found["State"]["ExitCode"])
-    lines = api.logs(handle.container, tail=TAIL).decode(errors="replace").splitlines()
-    told = [line.removeprefix(container_check.MARK) for line in lines if line.startswith(container_check.MARK)]
-    if code == container_check.UNFIT and told:
-        return Exit(code, detail=f"the image {handle.image} cannot run a kernel: {told[-1]}"), lines
-    if code in (126, 127) and any("tini" in line and "exec" in line for line in lines):
-        return Exit(code, detail=no_python(handle.image)), lines
-    if state.get("OOMKilled") and code in (128 + signal.SIGKILL, 0, 1):
-        limit = found["HostConfig"]["Memory"]
-        most = f"all of its {limit / GIB:.2f} GiB" if limit else "more than the host has"
-        return Exit(signal=9, detail=f"killed: it used {most} memory; use less, or ask for a larger limit"), lines
-    if 128 < code < 128 + signal.NSIG:
-        return Exit(signal=code - 128), lines
-    words_of_it = lines[-1].strip()[:200] if code and lines else ""
-    return Exit(code, detail=f"ended with exit status {code}: {words_of_it}" if words_of_it else ""), lines
+    code = int(found["State"]["ExitCode"])
+    return memory_end(found) or plain_end(code) or told_end(code, _output(api, handle), handle.image)
+
+
+def _output(api: Any, handle: ContainerHandle) -> list[str]:
+    lines: list[str] = api.logs(handle.container, tail=TAIL).decode(errors="replace").splitlines()
+    return lines
+
+
+def _bury(api: Any, handle: ContainerHandle) -> None:
+    """Keep the end of its output, and remove it."""
+    try:
+        _keep(handle.folder / "log", _output(api, handle))
+    except FileNotFoundError:
+        log.debug("the replica of container %s is forgotten already, with its log", handle.container[:12])
+    api.remove_container(handle.container, v=True, force=True)
 
 
 def _keep(path: Path, lines: list[str]) -> None:
@@ -266,27 +293,6 @@ def _keep(path: Path, lines: list[str]) -> None:
     mode = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if path.exists() and path.stat().st_size > LOG_LIMIT else os.O_APPEND)
     with open(os.open(path, mode, 0o600), "w", errors="replace") as file:
         file.write("".join(f"{line}\n" for line in lines))
-
-
-def _explained(err: BaseException, image: str) -> str:
-    """Why the Engine did not start a container, for the user or the administrator."""
-    text = words(err)
-    if "executable file not found" in text or ("no such file or directory" in text and "exec" in text):
-        return no_python(image)
-    if "could not select device driver" in text or "unresolvable CDI devices" in text:
-        return (
-            f"Docker cannot give this host's GPUs to containers: {text}; install and configure nvidia-container-toolkit"
-        )
-    if "bind source path does not exist" in text:
-        return f"{text}; the folder must be on this host (the option Docker.volumes names it)"
-    return f"Docker could not start the container: {text}"
-
-
-def no_python(image: str) -> str:
-    return (
-        f"the image {image} cannot run a kernel: it has no Python on its PATH (python3, or what the option "
-        "Docker.python names); use a base with Python 3.11 or later and pip install 'nbos[kernel]'"
-    )
 
 
 def _parent(pid: int) -> int:

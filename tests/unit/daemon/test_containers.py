@@ -15,10 +15,11 @@ from traitlets.config import Config
 
 from gpu_daemon import container_check, walls
 from gpu_daemon.answers import other_python
+from gpu_daemon.container_end import failed_start, memory_end, plain_end, told_end
 from gpu_daemon.container_spec import DockerOptions, Site, container, device_requests, fill, safe_name
 from gpu_daemon.docker_config import Docker
 from gpu_daemon.pulling import PullProgress
-from gpu_daemon.runtime import Launch, RuntimeFailed
+from gpu_daemon.runtime import Exit, Launch, RuntimeFailed
 from gpu_daemon.simulated import simulated
 from nbos_cluster.kernelview import KernelView
 from nbos_cluster.records import Device, Ports, ReplicaRecord
@@ -246,3 +247,43 @@ def test_a_replica_with_another_minor_version_of_python_is_found_out(
     if differ:
         assert "3.12.1" in said
         assert "host b has Python 3.11.9" in said
+
+
+# -- ends -------------------------------------------------------------------------------------------------------------
+
+
+def ended(code: int, oom: bool, limit: int = 0) -> dict[str, Any]:
+    return {"State": {"ExitCode": code, "OOMKilled": oom}, "HostConfig": {"Memory": limit}}
+
+
+def test_an_exit_status_tells_the_signal() -> None:
+    assert plain_end(139) == Exit(signal=11)
+    assert plain_end(0) == Exit(0)
+    assert plain_end(3) is None
+    assert plain_end(255) is None
+
+
+def test_out_of_memory_is_told_with_the_limit_and_only_when_the_replica_ended_of_it() -> None:
+    assert "all of its 2.00 GiB memory; use less" in str(memory_end(ended(137, True, 2 << 30)))
+    assert memory_end(ended(137, False, 2 << 30)) is None
+    assert memory_end(ended(139, True, 2 << 30)) is None
+
+
+def test_the_last_line_of_a_failed_start_is_told() -> None:
+    assert str(told_end(1, ["a", "OSError: no room"], "lab:1")) == "ended with exit status 1: OSError: no room"
+    assert str(told_end(1, [], "lab:1")) == "ended with exit status 1"
+    assert "lab:1 cannot run a kernel: it lacks x" in str(told_end(78, ["NBOS: it lacks x"], "lab:1"))
+    assert "has no Python" in str(told_end(127, ["[FATAL tini (7)] exec python3 failed"], "lab:1"))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('exec: "python3": executable file not found in $PATH', "has no Python"),
+        ('could not select device driver "nvidia"', "nvidia-container-toolkit"),
+        ("invalid mount config: bind source path does not exist: /nfs/ann", "Docker.volumes"),
+        ("something else", "something else"),
+    ],
+)
+def test_a_start_that_docker_refused_names_the_way_out(text: str, told: str) -> None:
+    assert told in failed_start(text, "lab:1")

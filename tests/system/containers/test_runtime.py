@@ -19,6 +19,7 @@ from nbos_cluster.etcd import Etcd
 from tests.system.containers.conftest import MakeHost
 from tests.system.containers.engine import IMAGE, containers, docker, inspect, variant
 from tests.system.containers.host import attach, begin, docker_kernel, reason_of, record_of
+from tests.system.containers.registry import Registry
 from tests.system.daemon.site import create
 from tests.system.etcdserver import eventually
 from tests.system.nbosenv import environment
@@ -166,6 +167,19 @@ async def test_a_missing_image_is_named_with_the_way_out(client: Etcd, host: Mak
     reason = await reason_of(client, "cannot be got")
     assert "localhost:9/lab/none:1" in reason
     assert "docker pull" in reason
+
+
+async def test_a_pull_is_told_as_it_goes_on(client: Etcd, host: MakeHost) -> None:
+    registry = Registry(40_000_000)
+    try:
+        host(pull="missing")
+        await create(client, docker_kernel("a", image=registry.image))
+        assert f"getting the image {registry.image}: " in await reason_of(client, "of 40 MB so far")
+        registry.go_on.set()
+        # It is there, and holds no Python.
+        await reason_of(client, f"the image {registry.image} cannot run a kernel: it has no Python")
+    finally:
+        registry.close()
 
 
 async def test_a_home_that_belongs_to_somebody_else_is_told(client: Etcd, host: MakeHost, tmp_path: Path) -> None:

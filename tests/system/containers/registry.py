@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import tarfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,7 +20,7 @@ class Registry:
 
     def __init__(self, size: int) -> None:
         self.go_on = threading.Event()
-        layer = _tar("filling", bytes(size // 2) + bytes(range(256)) * (size // 512))
+        layer = _tar("filling", os.urandom(size))  # new bytes: the Engine must not know it already
         config = json.dumps(
             {
                 "architecture": docker("version", "--format", "{{.Server.Arch}}"),

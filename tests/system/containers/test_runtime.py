@@ -169,17 +169,13 @@ async def test_a_missing_image_is_named_with_the_way_out(client: Etcd, host: Mak
     assert "docker pull" in reason
 
 
-async def test_a_pull_is_told_as_it_goes_on(client: Etcd, host: MakeHost) -> None:
-    registry = Registry(40_000_000)
-    try:
-        host(pull="missing")
-        await create(client, docker_kernel("a", image=registry.image))
-        assert f"getting the image {registry.image}: " in await reason_of(client, "of 40 MB so far")
-        registry.go_on.set()
-        # It is there, and holds no Python.
-        await reason_of(client, f"the image {registry.image} cannot run a kernel: it has no Python")
-    finally:
-        registry.close()
+async def test_a_pull_is_told_as_it_goes_on(registry: Registry, client: Etcd, host: MakeHost) -> None:
+    host(pull="missing")
+    await create(client, docker_kernel("a", image=registry.image))
+    assert f"getting the image {registry.image}: " in await reason_of(client, "of 40 MB so far")
+    registry.go_on.set()
+    # It is there, and holds no Python.
+    await reason_of(client, f"the image {registry.image} cannot run a kernel: it has no Python")
 
 
 async def test_a_home_that_belongs_to_somebody_else_is_told(client: Etcd, host: MakeHost, tmp_path: Path) -> None:

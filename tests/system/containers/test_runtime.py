@@ -178,6 +178,15 @@ async def test_a_pull_is_told_as_it_goes_on(registry: Registry, client: Etcd, ho
     await reason_of(client, f"the image {registry.image} cannot run a kernel: it has no Python")
 
 
+async def test_a_daemon_that_is_told_to_stop_does_not_wait_for_a_pull(
+    registry: Registry, client: Etcd, host: MakeHost
+) -> None:
+    a = host(pull="missing")
+    await create(client, docker_kernel("a", image=registry.image))
+    await reason_of(client, "of 40 MB so far")
+    assert a.kill(signal.SIGTERM) == 0
+
+
 async def test_a_home_that_belongs_to_somebody_else_is_told(client: Etcd, host: MakeHost, tmp_path: Path) -> None:
     homes = tmp_path / "homes"
     (homes / "ann").mkdir(parents=True)

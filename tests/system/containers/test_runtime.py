@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -219,6 +220,38 @@ async def test_a_named_volume_keeps_the_home(client: Etcd, host: MakeHost, tmp_p
             docker("rm", "--force", container)
         for name in docker("volume", "ls", "--quiet", f"--filter=name={volume}").split():
             docker("volume", "rm", name)
+
+
+CONNECT = """
+import socket, sys
+try:
+    socket.create_connection((sys.argv[1], int(sys.argv[2])), 5)
+    print("open")
+except OSError as err:
+    print(err)
+"""
+
+
+def connect_from(container: str, address: str, port: int) -> str:
+    return docker("exec", container, "python3", "-c", CONNECT, address, str(port))
+
+
+async def test_it_is_the_walls_that_keep_replicas_off_this_host(client: Etcd, host: MakeHost, tmp_path: Path) -> None:
+    a, b = host("a", walls="off"), host("b")
+    one = await begin(client, tmp_path, "a", "b")
+    other = await attach(client, tmp_path, 1)
+    said = {}
+    with socket.create_server(("0.0.0.0", 0)) as service:
+        for daemon in (a, b):
+            (container,) = daemon.containers()
+            (network,) = inspect(container)["NetworkSettings"]["Networks"].values()
+            said[daemon.name] = connect_from(container, network["Gateway"], service.getsockname()[1])
+    assert said["a"] == "open"
+    assert "No route to host" in said["b"]
+    (container,) = b.containers()
+    assert "No route to host" in connect_from(container, "169.254.169.254", 80)
+    for line in (one, other):
+        line.close()
 
 
 async def test_the_doctor_finds_what_a_dead_daemon_left_and_removes_only_that(

@@ -35,6 +35,9 @@ if os.environ.get("NBOS_LIMITS"):
 # Started as processes on the hub's machine, as the hub's own user: for one machine and for trying out.
 c.JupyterHub.spawner_class = "nbos_spawner.spawner.NBOSSpawner"
 c.NBOSSpawner.limits = limits
+# Whether standbys leave large variables in the store until a cell uses them (docs/state.md): off, on (from 64M), or
+# the size from which. A user may choose otherwise in the form.
+c.NBOSSpawner.lazy = os.environ.get("NBOS_LAZY", "off")
 
 # --- The gateway: a service that JupyterHub starts and watches
 # Where it listens. Single-user servers must be able to reach it.

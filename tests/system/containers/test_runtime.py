@@ -16,6 +16,7 @@ import docker as docker_sdk
 import pytest
 
 from nbos.strays import daemon_lives, find_strays
+from nbos_cluster import membership
 from nbos_cluster.etcd import Etcd
 from tests.system.containers.conftest import MakeHost
 from tests.system.containers.engine import IMAGE, containers, docker, inspect, variant
@@ -129,6 +130,14 @@ async def test_a_new_daemon_removes_containers_of_no_kernel(client: Etcd, host: 
     await eventually(lambda: stray not in a.containers(), "the stray is removed")
     assert len(a.containers()) == 1
     kernel.close()
+
+
+async def test_a_kernel_that_is_deleted_while_its_container_is_made_leaves_none(client: Etcd, host: MakeHost) -> None:
+    a = host()
+    await create(client, docker_kernel("a"))
+    await eventually(lambda: len(a.containers()) == 1, "the container is being made")
+    assert (await client.commit(membership.delete("k"))).succeeded
+    await eventually(lambda: a.containers() == [], "it is gone")
 
 
 async def test_a_daemon_that_is_told_to_stop_leaves_nothing(client: Etcd, host: MakeHost, tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ class Answers:
         said, replica = requests.hello(message), session.replica
         self._check_peer(session)
         spec = await self._spec(replica)
+        self._check_python(replica, said.python)
         if replica.session is not None and replica.session is not session:
             replica.session.close()
         replica.session = session
@@ -107,6 +108,13 @@ class Answers:
             raise Refused(
                 "refused", f"process {session.peer_pid} is not {replica.name}; only the replica may use its socket"
             )
+
+    def _check_python(self, replica: LocalReplica, python: str) -> None:
+        """Functions travel as bytecode, which only the same minor version of Python runs."""
+        trouble = other_python(self._view(replica), replica.id.index, python)
+        if trouble:
+            replica.end(trouble)
+            raise Refused("refused", trouble)
 
     async def _bid(self, session: Session, message: Message, payload: bytes) -> Reply:
         bid, replica = requests.bid(message), session.replica
@@ -318,6 +326,27 @@ def _blob_errors() -> Iterator[None]:
     except BlobError as err:
         log.warning("%s", err)
         raise Refused(err.code, str(err)) from err
+
+
+def other_python(view: KernelView, index: int, python: str) -> str:
+    """Why a replica with this Python cannot be one of the kernel's, or ''."""
+    incarnation = view.epoch.incarnation if view.epoch is not None else 1
+    for other in view.replicas.values():
+        there = (other.index, other.state, other.incarnation)
+        if there[0] == index or there[1:] != ("ready", incarnation) or not _differ(python, other.python):
+            continue
+        return (
+            f"replica {index} has Python {python}, replica {other.index} on host {other.host} has Python "
+            f"{other.python}: functions do not travel between minor versions; use the same image (or the same Python) "
+            "on every host"
+        )
+    return ""
+
+
+def _differ(one: str, other: str) -> bool:
+    """Whether both are versions, of different minor numbers."""
+    a, b = (version.split(".")[:2] for version in (one, other))
+    return len(a) == len(b) == 2 and a != b
 
 
 LOST_EXECUTOR = "the host that ran it was lost"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import re
 import signal
 import socket
 import sys
@@ -20,16 +19,17 @@ from traitlets.config import Application
 from gpu_daemon import inventory
 from gpu_daemon.blobs import open_store
 from gpu_daemon.daemon import Daemon
+from gpu_daemon.docker_config import Docker
 from gpu_daemon.health import NVMLHealth, Reasons
 from gpu_daemon.process_runtime import ProcessRuntime
 from gpu_daemon.rundir import RunDirError
+from gpu_daemon.runtime import ReplicaRuntime, RuntimeFailed
 from gpu_daemon.simulated import simulated
 from gpu_daemon.site import Settings
+from gpu_daemon.sizes import parse_bytes
 from nbos_cluster import keys
 from nbos_cluster.etcd import Etcd, TLSFiles
 from nbos_cluster.records import Device
-
-_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?\s*$", re.IGNORECASE)
 
 
 class GPUDaemon(Application):
@@ -81,6 +81,14 @@ class GPUDaemon(Application):
     lease_ttl = Float(3.0, help="Seconds without a sign of this daemon after which its host counts as lost.").tag(
         config=True
     )
+    runtime = Enum(
+        ["process", "docker"],
+        "process",
+        help="Replicas as local processes, or in containers of this host's Docker Engine (options: c.Docker.…).",
+    ).tag(config=True)
+    cluster = Unicode(
+        "nbos", help="Name of the cluster; tells containers of several ones on one Docker Engine apart."
+    ).tag(config=True)
     max_replicas = Integer(64, min=0, help="Replicas that this host takes.").tag(config=True)
     stop_replicas_on_exit = Bool(
         True,
@@ -91,6 +99,7 @@ class GPUDaemon(Application):
         config=True
     )
 
+    classes: Any = [Docker]  # noqa: RUF012  as traitlets wants it
     aliases: Any = {  # noqa: RUF012  as traitlets wants it
         **Application.aliases,
         "config": "GPUDaemon.config_file",
@@ -102,10 +111,10 @@ class GPUDaemon(Application):
     def _default_log_level(self) -> int:
         return logging.INFO
 
-    @validate("host")
+    @validate("host", "cluster")
     def _valid_host(self, proposal: Any) -> str:
         try:
-            return keys.checked(proposal["value"], "host name")
+            return keys.checked(proposal["value"], f"{proposal['trait'].name} name")
         except ValueError as err:
             raise TraitError(str(err)) from err
 
@@ -139,7 +148,7 @@ class GPUDaemon(Application):
             self.simulated_devices,
             self.simulated_model,
             self.simulated_tpcs,
-            _bytes(self.simulated_memory),
+            parse_bytes(self.simulated_memory),
         )
         if self.devices == "simulated":
             return played
@@ -167,14 +176,28 @@ class GPUDaemon(Application):
             collect_every=self.collect_every,
         )
         devices, blobs = self.find_devices(), open_store(self.blob_store, self.blob_store_options)
-        return Daemon(settings, Etcd(endpoints, tls), devices, blobs, ProcessRuntime(), _health_of(devices))
+        runtime = self.make_runtime(host, devices, endpoints)
+        return Daemon(settings, Etcd(endpoints, tls), devices, blobs, runtime, _health_of(devices))
+
+    def make_runtime(self, host: str, devices: tuple[Device, ...], etcd: list[str]) -> ReplicaRuntime:
+        if self.runtime == "process":
+            return ProcessRuntime()
+        try:
+            import docker as _  # noqa: F401
+        except ImportError as err:
+            raise RuntimeFailed(f"runtime docker needs the package docker: pip install 'nbos[docker]' ({err})") from err
+        from gpu_daemon.container_spec import Site
+        from gpu_daemon.docker_runtime import DockerRuntime
+
+        site = Site(self.cluster, host, str(Path(self.run_dir).absolute()))
+        return DockerRuntime(Docker(parent=self).options(), site, devices, etcd)
 
     def start(self) -> None:
         level: Any = self.log_level
         logging.basicConfig(level=level, format="%(asctime)s %(levelname).1s %(name)s: %(message)s", stream=sys.stderr)
         try:
             asyncio.run(self._serve())
-        except (RunDirError, ValueError, OSError) as err:
+        except (RunDirError, RuntimeFailed, ValueError, OSError) as err:
             self.exit_with(str(err))
 
     async def _serve(self) -> None:
@@ -195,13 +218,6 @@ def _health_of(devices: tuple[Device, ...]) -> Callable[[], Reasons] | None:
     import pynvml
 
     return NVMLHealth(pynvml, real).read
-
-
-def _bytes(text: str) -> int:
-    match = _SIZE.match(text)
-    if match is None:
-        raise ValueError(f"{text!r} is no size; write for example 80G or 512M")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
 def main() -> None:

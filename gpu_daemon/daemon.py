@@ -58,6 +58,7 @@ class Daemon:
         self._publisher = Publisher(self._site)
         self._bidding = Bidding(self._site, self._publisher)
         self._commits = Commits(self._site, self._bidding)
+        self._runtime = runtime
         self._replicas = Replicas(self._site, runtime, self._commits, self._publisher)
         self._replicas.answer = Answers(
             self._site, self._bidding, self._commits, self._replicas.heard, self._replicas.progressed
@@ -73,9 +74,11 @@ class Daemon:
         self._stop.set()
 
     async def run(self) -> None:
-        """Until `stop`. Raises RunDirError when the run directory cannot be used."""
+        """Until `stop`. Raises RunDirError when the run directory cannot be used, RuntimeFailed when no replica can
+        be run here."""
         site = self._site
         site.rundir.open()
+        await self._runtime.open()
         await site.etcd.connect()
         log.info("host %s: %s", site.host, ", ".join(f"{d.model} ({d.kind})" for d in self._devices) or "no GPU")
         try:
@@ -107,6 +110,7 @@ class Daemon:
         if stop_replicas:
             await self._replicas.stop_all(STOP_WITHIN)
         await site.cancel_tasks()
+        await self._runtime.close()
         site.blobs.close()
         if site.lease is not None:
             try:

@@ -12,11 +12,13 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from gpu_daemon.rundir import read_json, write_json
 from gpu_daemon.runtime import Exit, Handle, Launch, ReplicaRuntime, RuntimeFailed
+from gpu_daemon.site import log
 
 PASSED_ON = frozenset({"PATH", "HOME", "LANG", "TZ", "VIRTUAL_ENV", "LD_LIBRARY_PATH"})
 PASSED_ON_PREFIXES = ("LC_", "PYTHON")
@@ -95,11 +97,10 @@ def _settle(future: asyncio.Future[None]) -> None:
 
 class ProcessRuntime(ReplicaRuntime):
     async def start(self, launch: Launch) -> ProcessHandle:
-        cwd = launch.cwd or str(launch.folder)
         try:
-            return await asyncio.to_thread(_spawn, launch, cwd)
+            return await asyncio.to_thread(_spawn, launch)
         except OSError as err:
-            raise RuntimeFailed(f"its process could not be started in {cwd}: {err}") from err
+            raise RuntimeFailed(f"its process could not be started in {launch.cwd or launch.folder}: {err}") from err
 
     async def find(self, folder: Path) -> ProcessHandle | None:
         saved = read_json(folder / "process.json") or {}
@@ -117,14 +118,22 @@ class ProcessRuntime(ReplicaRuntime):
         return handle
 
 
-def _spawn(launch: Launch, cwd: str) -> ProcessHandle:
-    log = launch.folder / "log"
+def _spawn(launch: Launch) -> ProcessHandle:
+    cwd = launch.cwd or str(launch.folder)
+    if not Path(cwd).is_dir():
+        # A folder that was deleted must not make the kernel unusable.
+        log.warning("kernel %s: its folder %s is not there, it starts in the home folder", launch.kernel, cwd)
+        cwd = str(Path.home())
+    output_file = launch.folder / "log"
     with contextlib.suppress(FileNotFoundError):
-        if log.stat().st_size > LOG_LIMIT:
-            log.unlink()
-    with open(log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as output:
+        if output_file.stat().st_size > LOG_LIMIT:
+            output_file.unlink()
+    connection = launch.folder / "connection.json"
+    write_json(connection, launch.connection_file(launch.ip))
+    argv = launch.argv(sys.executable, str(launch.folder / "s"), str(connection))
+    with open(output_file, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as output:
         process = subprocess.Popen(
-            list(launch.argv),
+            list(argv),
             cwd=cwd,
             env=clean_environment(os.environ, launch.env),
             stdin=subprocess.DEVNULL,

@@ -75,6 +75,7 @@ class LocalReplica:
             host=host,
             state=self.state,
             pid=self.handle.pid if self.handle is not None else 0,
+            container=self.handle.container if self.handle is not None else "",
             ip=self.ip,
             ports=self.ports,
             applied=self.applied,

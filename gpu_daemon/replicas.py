@@ -10,15 +10,12 @@ import asyncio
 import contextlib
 import random
 import socket
-import sys
-from pathlib import Path
 
 from gpu_daemon import fleet
 from gpu_daemon.commits import Commits
 from gpu_daemon.fleet import Fleet, ReplicaId
 from gpu_daemon.publishing import Publisher, placed_here
 from gpu_daemon.replica import EXIT_GRACE, LocalReplica
-from gpu_daemon.rundir import write_json
 from gpu_daemon.runtime import Handle, Launch, ReplicaRuntime, RuntimeFailed
 from gpu_daemon.sessions import Answer, Session, listen
 from gpu_daemon.site import Site, log
@@ -147,7 +144,9 @@ class Replicas:
     async def _start(self, id: ReplicaId, incarnation: int) -> None:
         replica = self._site.replicas[id]
         view = self._site.view(id.kernel)
-        if view is None or view.spec is None:
+        # As it was when the start began: the kernel may be deleted while a container is made.
+        spec = view.spec if view is not None else None
+        if spec is None:
             self._handle(fleet.Died(id, "the kernel is gone", self._site.now()))
             return
         try:
@@ -156,15 +155,16 @@ class Replicas:
             replica.incarnation = incarnation
             if not bindable(replica.ip, replica.ports):
                 replica.ports = free_ports(replica.ip)
-            handle = await self._runtime.start(self._launch(replica, view.spec))
+            handle = await self._runtime.start(self._launch(replica, spec))
         except (RuntimeFailed, OSError) as err:
             log.error("%s: %s", replica.name, err)
             self._handle(fleet.Died(id, str(err), self._site.now()))
             return
         self._site.rundir.save_replica(
-            id, incarnation=incarnation, ports=_ports(replica.ports), memory_limit=view.spec.memory_limit
+            id, incarnation=incarnation, ports=_ports(replica.ports), memory_limit=spec.memory_limit
         )
         log.info("%s started as process %d", replica.name, handle.pid)
+        replica.reason = ""
         self._run(replica, handle)
         self._write_record(replica)
 
@@ -188,43 +188,50 @@ class Replicas:
         self._handle(fleet.Died(replica.id, reason, self._site.now()))
 
     def _launch(self, replica: LocalReplica, spec: KernelSpec) -> Launch:
-        connection = replica.folder / "connection.json"
-        ports = {f"{name}_port": port for name, port in _ports(replica.ports).items()}
-        write_json(
-            connection,
-            {
-                "ip": replica.ip,
-                "transport": "tcp",
-                **ports,
-                "key": spec.key,
-                "signature_scheme": "hmac-sha256",
-                "curve_publickey": spec.curve_publickey,
-                "curve_secretkey": spec.curve_secretkey,
-                "kernel_name": "nbos",
-            },
+        connection = {
+            "key": spec.key,
+            "signature_scheme": "hmac-sha256",
+            "curve_publickey": spec.curve_publickey,
+            "curve_secretkey": spec.curve_secretkey,
+            "kernel_name": "nbos",
+        }
+        return Launch(
+            kernel=spec.kernel,
+            index=replica.id.index,
+            incarnation=replica.incarnation,
+            owner=spec.owner,
+            folder=replica.folder,
+            connection=connection,
+            ip=replica.ip,
+            ports=replica.ports,
+            command=self._site.settings.replica_command,
+            cwd=spec.cwd,
+            env=spec.env,
+            image=spec.image,
+            memory=spec.memory_limit,
+            tell=lambda text: self._tell(replica, text),
         )
-        command = self._site.settings.replica_command or (sys.executable, "-m", "nbos_kernel")
-        socket_path = str(self._site.rundir.socket(replica.id))
-        argv = (*command, "--nbos-socket", socket_path, "-f", str(connection))
-        cwd = spec.cwd
-        if cwd and not Path(cwd).is_dir():
-            # A folder that was deleted must not make the kernel unusable.
-            log.warning("%s: its folder %s is not there, it starts in the home folder", replica.name, cwd)
-            cwd = str(Path.home())
-        return Launch(replica.folder, argv, cwd, spec.env)
+
+    def _tell(self, replica: LocalReplica, text: str) -> None:
+        """What a start waits for stands in the replica's record, where its user sees it."""
+        if replica.handle is None and replica.state == "starting" and self._site.replicas.get(replica.id) is replica:
+            replica.reason = text
+            self._write_record(replica, urgent=False)
 
     async def _open(self, replica: LocalReplica) -> None:
         """Its socket listens."""
         if replica.server is None:
             self._site.rundir.make_folder(replica.id)
-            path = self._site.rundir.socket(replica.id)
-            replica.server = await listen(path, lambda reader, writer: self._connected(replica, reader, writer))
+            path, mode = self._runtime.socket(replica.folder), self._runtime.socket_mode
+            replica.server = await listen(path, lambda reader, writer: self._connected(replica, reader, writer), mode)
 
     async def _connected(
         self, replica: LocalReplica, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         assert self.answer is not None
-        await Session(self._site, replica, reader, writer, self.answer).run()
+        # Cancelled when the daemon ends; asyncio's streams (3.11) would print that as an error.
+        with contextlib.suppress(asyncio.CancelledError):
+            await Session(self._site, replica, reader, writer, self.answer).run()
 
     def _forget(self, id: ReplicaId) -> None:
         replica = self._site.replicas.pop(id, None)
@@ -277,6 +284,7 @@ class Replicas:
             log.info("%s found again as process %d", replica.name, handle.pid)
             await self._open(replica)
             self._run(replica, handle)
+        await self._runtime.clear([replica.folder for replica in self._site.replicas.values()])
 
     async def stop_all(self, seconds: float) -> None:
         """End every replica, and wait until they are gone."""

@@ -1,7 +1,8 @@
 """What a daemon keeps on its own disk, so that after a crash it finds its lease, its replicas and their grants again.
 
     <run>/lease.json                the lease's id
-    <run>/r/<12 digits>-<index>/    one replica: replica.json, grant, connection.json, process.json, log, s (socket)
+    <run>/r/<12 digits>-<index>/    one replica: replica.json, grant, log; the runtime's own: connection.json,
+                                    process.json and s (the socket), or a folder d with what its container sees
 
 Everything is for this user alone (folders 0700, files 0600). Names are short because the path of a Unix socket may have
 107 bytes only.
@@ -38,7 +39,7 @@ class RunDir:
 
     def open(self) -> None:
         """Make the folders and take the lock. Raises RunDirError when another daemon has it or its path is too long."""
-        longest = self.socket(ReplicaId("k", 99))
+        longest = self.folder(ReplicaId("k", 99)) / "d" / "s"
         size = len(os.fsencode(longest))
         if size > SOCKET_PATH_LIMIT:
             raise RunDirError(
@@ -67,9 +68,6 @@ class RunDir:
         folder = self.folder(id)
         folder.mkdir(mode=0o700, exist_ok=True)
         return folder
-
-    def socket(self, id: ReplicaId) -> Path:
-        return self.folder(id) / "s"
 
     def forget(self, id: ReplicaId) -> None:
         shutil.rmtree(self.folder(id), ignore_errors=True)

@@ -1,4 +1,4 @@
-"""How replicas are run: the interface. `process_runtime` runs them as local processes; other forms come beside it.
+"""How replicas are run: the interface. `process_runtime` runs them as local processes, `docker_runtime` in containers.
 
 A runtime knows nothing of kernels, claims or grants. It starts what it is told to start, finds it again after the
 daemon's restart, ends it with everything it started, and says how it ended.
@@ -8,32 +8,67 @@ from __future__ import annotations
 
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from nbos_cluster.records import Ports
+
+
+def _nobody(text: str) -> None:
+    """Nobody wants to know."""
 
 
 @dataclass(frozen=True)
 class Launch:
     """One replica to start. folder: its own folder in the run directory (0700), for the runtime's files and its log.
 
-    argv: the command. cwd: '' means the folder. env: the kernel's own additions to the cleaned environment.
+    connection: what its connection file says, but for the address. ip, ports: where routers must reach it.
+    command: instead of `python -m nbos_kernel`, () for that. cwd: '' means a folder of the runtime's choice.
+    env: the kernel's own additions to the cleaned environment. image: '' means the host's own. memory: bytes that it
+    may use, 0 = as much as the host has. tell: what the start waits for, for the user; to be called from the loop.
     """
 
+    kernel: str
+    index: int
+    incarnation: int
+    owner: str
     folder: Path
-    argv: Sequence[str]
-    cwd: str
-    env: Mapping[str, str]
+    connection: Mapping[str, Any]
+    ip: str
+    ports: Ports
+    command: Sequence[str] = ()
+    cwd: str = ""
+    env: Mapping[str, str] = field(default_factory=dict)
+    image: str = ""
+    memory: int = 0
+    tell: Callable[[str], None] = _nobody
+
+    def connection_file(self, ip: str) -> dict[str, Any]:
+        """The content of its connection file, for a replica that binds to `ip`."""
+        ports = {f"{name}_port": getattr(self.ports, name) for name in Ports.__struct_fields__}
+        return {"ip": ip, "transport": "tcp", **ports, **self.connection}
+
+    def argv(self, python: str, socket: str, connection: str) -> tuple[str, ...]:
+        """The command line, with the paths as the replica sees them."""
+        return (*(self.command or (python, "-m", "nbos_kernel")), "--nbos-socket", socket, "-f", connection)
 
 
 @dataclass(frozen=True)
 class Exit:
-    """How a replica ended. code: exit status; signal: number of the signal that ended it; both None: not known."""
+    """How a replica ended. code: exit status; signal: number of the signal that ended it; both None: not known.
+
+    detail: what the runtime knows better than these tell.
+    """
 
     code: int | None = None
     signal: int | None = None
+    detail: str = ""
 
     def __str__(self) -> str:
+        if self.detail:
+            return self.detail
         if self.signal is not None:
             return _signal_text(self.signal)
         if self.code is None:
@@ -63,9 +98,10 @@ class RuntimeFailed(RuntimeError):
 
 
 class Handle(ABC):
-    """One running replica."""
+    """One running replica. pid: as this host counts. container: its id, '' for a process."""
 
     pid: int
+    container: str = ""
 
     @abstractmethod
     async def wait(self) -> Exit:
@@ -81,11 +117,30 @@ class Handle(ABC):
 
     @abstractmethod
     def memory(self) -> int:
-        """Bytes of resident memory; 0 when it is gone. Called about twice a second for kernels with a limit."""
+        """Bytes of resident memory, 0 when it is gone or something else keeps its limit. Called about twice a second
+        for kernels with a limit."""
 
 
 class ReplicaRuntime(ABC):
     """Starts and finds replicas. Called from the daemon's event loop."""
+
+    socket_mode = 0o600
+    """Of a replica's socket: whoever may reach its path may connect."""
+
+    async def open(self) -> None:  # noqa: B027  doing nothing is fine
+        """Called once, before anything else. Raises RuntimeFailed when no replica can be run here."""
+
+    async def clear(self, kept: Collection[Path]) -> None:  # noqa: B027  doing nothing is fine
+        """End what earlier daemons of this host left and nobody found. kept: the folders of those that were found.
+        Called once, after the last `find`."""
+
+    async def close(self) -> None:  # noqa: B027  doing nothing is fine
+        """Called last. Replicas that still run go on."""
+
+    def socket(self, folder: Path) -> Path:
+        """Where the daemon listens for the replica in this folder. Called before it starts or is found; the folder is
+        there."""
+        return folder / "s"
 
     @abstractmethod
     async def start(self, launch: Launch) -> Handle:

@@ -289,9 +289,9 @@ def lost_of(members: Message | None) -> set[int]:
 Connected = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
-async def listen(path: Path, connected: Connected) -> asyncio.Server:
-    """A server on a new socket at `path`, for this user alone (0600)."""
-    sock = _bind(path)
+async def listen(path: Path, connected: Connected, mode: int = 0o600) -> asyncio.Server:
+    """A server on a new socket at `path`, which has this mode from the start."""
+    sock = _bind(path, mode)
     try:
         return await asyncio.start_unix_server(connected, sock=sock, limit=1 << 20)
     except BaseException:
@@ -299,10 +299,10 @@ async def listen(path: Path, connected: Connected) -> asyncio.Server:
         raise
 
 
-def _bind(path: Path) -> socket.socket:
+def _bind(path: Path, mode: int) -> socket.socket:
     path.unlink(missing_ok=True)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
+    before = os.umask(0o777 & ~mode)
     try:
         sock.bind(str(path))
     except BaseException:

@@ -36,6 +36,9 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="for programs")
     doctor = commands.add_parser("doctor", help="check what this machine has and lacks")
     doctor.add_argument("--port", type=_port, default=8000, help="the port to check (8000)")
+    doctor.add_argument(
+        "--clean", action="store_true", help="remove replicas' containers and networks whose daemon does not run"
+    )
     for command in (status, doctor):
         _state_argument(command)
     return top
@@ -70,6 +73,13 @@ def _up_arguments(up: argparse.ArgumentParser) -> None:
     up.add_argument(
         "--memory-limit", type=_size, metavar="SIZE", help="memory that one replica of a kernel may take (no limit)"
     )
+    up.add_argument(
+        "--runtime",
+        choices=("process", "docker"),
+        default="process",
+        help="how replicas run: as processes (default), or each in a container of this machine's Docker Engine",
+    )
+    up.add_argument("--image", default="nbos/kernel", help="their image with --runtime docker (nbos/kernel)")
     up.add_argument("--admin", type=_name, default="admin", help="name of the administrator (admin)")
 
 
@@ -148,7 +158,7 @@ def _doctor(options: argparse.Namespace) -> int:
     from .doctor import doctor
     from .state import StateDir
 
-    return doctor(StateDir.at(options.state_dir), options.port)
+    return doctor(StateDir.at(options.state_dir), options.port, options.clean)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import psutil
 from .etcdserver import NoEtcd, find_etcd
 from .ports import holder, is_free
 from .state import SOCKET_ROOM, StateDir
+from .strays import daemon_lives, find_strays, remove_strays
 
 Level = Literal["good", "note", "bad"]
 _MARKS: dict[Level, str] = {"good": "ok  ", "note": "note", "bad": "BAD "}
@@ -54,9 +55,9 @@ class Finding:
     text: str
 
 
-def doctor(state: StateDir, port: int) -> int:
-    """Print all findings; the exit status: 1 when something is bad."""
-    findings = examine(state, port)
+def doctor(state: StateDir, port: int, clean: bool = False) -> int:
+    """Print all findings; the exit status: 1 when something is bad. clean: remove stray containers as well."""
+    findings = [*examine(state, port), *check_strays(clean)]
     for finding in findings:
         print(f"[{_MARKS[finding.level]}] {finding.text}")
     bad = sum(finding.level == "bad" for finding in findings)
@@ -214,3 +215,26 @@ def _docker_trouble(path: Path) -> str:
     except OSError as err:
         return f"its daemon does not answer on {path} ({err}); look at its log"
     return "" if b" 200 " in answer else f"what listens on {path} does not answer like Docker; look at its log"
+
+
+def check_strays(clean: bool) -> list[Finding]:
+    """Replicas' containers that no daemon owns. Nothing to say where Docker or its Python package is not there."""
+    try:
+        import docker
+        from docker.errors import DockerException
+    except ImportError:
+        return [Finding("note", "--clean needs the package docker: pip install 'nbos[docker]'")] if clean else []
+    try:
+        api = docker.from_env(version="auto").api
+        strays = find_strays(api, daemon_lives)
+        if clean:
+            remove_strays(api, strays)
+    except (DockerException, OSError) as err:
+        return [Finding("note", f"stray containers cannot be looked for or removed: {err}")] if clean else []
+    if not strays:
+        return []
+    names = "".join(f"\n         {stray.kind} {stray.name} ({stray.about})" for stray in strays)
+    if clean:
+        return [Finding("good", f"removed what daemons that do not run any more left in Docker:{names}")]
+    way_out = "if they will not be started again, run: nbos doctor --clean"
+    return [Finding("note", f"daemons that do not run have left in Docker ({way_out}):{names}")]

@@ -4,6 +4,7 @@ nothing."""
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +35,9 @@ class UpOptions:
     gpu_model: str = "Simulated H100"
     admin: str = "admin"
     simulate: bool = False
+    runtime: str = "process"
+    image: str = "nbos/kernel"
+    """Of kernels whose users chose none; runtime docker only."""
     limits: dict[str, Any] = field(default_factory=dict)
     """What users may ask for: the table of configs/jupyterhub_config.py; empty: as it stands there."""
 
@@ -123,7 +127,24 @@ class Layout:
                 "simulated_memory": str(options.gpu_memory),
                 "simulated_model": options.gpu_model,
             }
-        return {"GPUDaemon": app}
+        return {"GPUDaemon": app, **self.docker_config(app)}
+
+    def docker_config(self, app: dict[str, Any]) -> dict[str, Any]:
+        """With replicas in Docker, what stands besides; `app` is told as well. The notebooks' folders are mounted
+        where the Jupyter Servers, which are processes of this machine, have them."""
+        if self.options.runtime != "docker":
+            return {}
+        homes = str(self.state.homes / "{owner}")
+        app |= {"runtime": "docker", "cluster": f"up-{self.state.mark}"}
+        return {
+            "Docker": {
+                "image": self.options.image,
+                "user": f"{os.getuid()}:{os.getgid()}",
+                "home": homes,
+                "volumes": {homes: homes},
+                "walls": "auto",
+            }
+        }
 
     def info(self, pid: int) -> dict[str, Any]:
         """What `nbos status` and programs need to know, for nbos.json. No secret: paths of their files

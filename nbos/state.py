@@ -92,8 +92,12 @@ class StateDir:
         near = self.host(host) / "run"
         if len(os.fsencode(near)) <= SOCKET_ROOM:
             return near
-        mark = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:12]
-        return Path(tempfile.gettempdir()) / f"nbos-{os.getuid()}-{mark}" / host
+        return Path(tempfile.gettempdir()) / f"nbos-{os.getuid()}-{self.mark}" / host
+
+    @property
+    def mark(self) -> str:
+        """Tells this state directory from any other, in few characters."""
+        return hashlib.sha256(os.fsencode(self.path)).hexdigest()[:12]
 
     def create(self) -> None:
         """Make the directory and what is in it. Raises StateError when it belongs to somebody else."""

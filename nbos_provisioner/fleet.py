@@ -99,6 +99,14 @@ class Fleet:
         self._held.clear()
         return held
 
+    def reasons(self) -> list[str]:
+        """Why members are not there yet, in their daemons' words; said once where several say the same."""
+        said: dict[str, list[str]] = {}
+        for member in self.members.values():
+            if member.reason:
+                said.setdefault(member.reason, []).append(member.host)
+        return [f"{', '.join(hosts)}: {reason}" for reason, hosts in said.items()]
+
     def update(
         self, epoch: int, members: tuple[Member, ...], revision: int = 0
     ) -> tuple[list[Instruction], list[tuple[int, str]]]:

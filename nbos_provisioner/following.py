@@ -31,6 +31,8 @@ class Follower:
         self.reader, self._writer = os.pipe()
         self._found: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._wanted = threading.Event()
+        self._seen = 0
+        """Revision of the newest model."""
         threading.Thread(target=self._run, name="membership", daemon=True).start()
 
     def ask(self) -> None:
@@ -66,7 +68,9 @@ class Follower:
         kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
         connection = kind(self._url.hostname or "", self._url.port, timeout=PATIENCE)
         try:
-            connection.request("GET", f"{self._url.path}?wait=ready", headers={"Authorization": f"token {self._token}"})
+            # After a model that says why no replica is ready yet, the next one that says something else.
+            query = f"?wait=ready&after={self._seen}"
+            connection.request("GET", self._url.path + query, headers={"Authorization": f"token {self._token}"})
             answer = connection.getresponse()
             body = answer.read()
         finally:
@@ -76,4 +80,6 @@ class Follower:
         model = json.loads(body)
         if not isinstance(model, dict):
             raise ValueError(f"{self._url.geturl()} answered with no kernel")
+        revision = model.get("revision")
+        self._seen = revision if isinstance(revision, int) else 0
         return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Collection
 from typing import Any
 
 from .execution import Execution
@@ -46,13 +47,17 @@ class Notices:
             text += f", about {content['estimate']:.0f} s"
         self._show(execution, f"NBOS: {text}; interrupt the cell to leave the queue")
 
-    def nobody(self, execution: Execution, reachable: bool, unsettled: bool, now: float) -> None:
-        """Say what a cell waits for when no replica has said it. unsettled: the cell before is not in the log yet."""
-        if not execution.cell or execution.led or now < execution.started + NOBODY or execution.display:
+    def nobody(
+        self, execution: Execution, reachable: bool, reasons: Collection[str], unsettled: bool, now: float
+    ) -> None:
+        """Say what a cell waits for when no replica has said it. reasons: what the members' daemons say where none is
+        reachable (an image on its way, or missing, …). unsettled: the cell before is not in the log yet."""
+        if not execution.cell or execution.led or now < execution.started + NOBODY:
             return
-        if not reachable:
-            self._show(execution, "NBOS: waiting: no replica of this kernel can be reached; interrupt to give up")
-        elif unsettled:
+        if not reachable and (reasons or not execution.display):
+            why = f" ({'; '.join(reasons)})" if reasons else ""
+            self._show(execution, f"NBOS: waiting: no replica of this kernel can be reached{why}; interrupt to give up")
+        elif reachable and unsettled and not execution.display:
             self.waits(execution, {"reason": "what the cell before has changed is being captured and stored"})
 
     def runs(self, execution: Execution, name: str, now: float) -> None:

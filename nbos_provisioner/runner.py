@@ -71,7 +71,9 @@ class Runner:
             self.finish(execution)
 
     def _step_election(self, execution: Execution, now: float) -> None:
-        self.notices.nobody(execution, bool(self.fleet.up) and self.next_n is not None, self._storing(), now)
+        reachable = bool(self.fleet.up) and self.next_n is not None
+        reasons = () if self.fleet.up else self.fleet.reasons()
+        self.notices.nobody(execution, reachable, reasons, self._storing(), now)
         if self.next_n is None or (self.settling.current is not None and self.settling.about() is self.unsettled):
             return
         if execution.n != self.next_n:

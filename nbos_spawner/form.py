@@ -27,6 +27,13 @@ _TEXT = """
   <small class="form-text text-muted" id="nbos-{name}-help">{help}</small>
 </div>"""
 
+_CHOICE = """
+<div class="form-group mb-3">
+  <label class="form-label" for="nbos-{name}">{label}</label>
+  <select class="form-control" id="nbos-{name}" name="{name}" aria-describedby="nbos-{name}-help">{options}</select>
+  <small class="form-text text-muted" id="nbos-{name}-help">{help}</small>
+</div>"""
+
 
 def options_form(limits: Limits, chosen: KernelOptions) -> str:
     """The form's inner HTML for a user with `limits`; `chosen` fills it in (the last choice)."""
@@ -76,7 +83,20 @@ def options_form(limits: Limits, chosen: KernelOptions) -> str:
         )
     }
 {_text("model", "GPU model", chosen.model, limits.gpus == 0 and limits.tpcs == 0, "Empty: any model.")}
+{_images(limits.images, chosen.image)}
 </fieldset>"""
+
+
+def _images(images: tuple[str, ...], chosen: str) -> str:
+    """Nothing where there is nothing to choose."""
+    if not images:
+        return ""
+    options = "".join(
+        f'<option value="{escape(image, quote=True)}"{" selected" if image == chosen else ""}>{escape(text)}</option>'
+        for image, text in [("", "the hosts' own"), *((image, image) for image in images)]
+    )
+    text = "The software that kernels find. A host that does not have it yet gets it at the kernel's first start."
+    return _CHOICE.format(name="image", label="Image", options=options, help=escape(text))
 
 
 def _bound(one: str, many: str, limit: int) -> str:

@@ -7,6 +7,7 @@ what neither names comes from the default.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -26,8 +27,8 @@ class Limits:
     """Bounds for one user. Sizes are bytes. 0 means: none of it at all; for `memory` and `replica_memory`: no bound.
 
     gpus, tpcs, memory: what one cell may hold (whole devices, or a slice's TPCs; device memory on each
-    device). replica_memory: resident memory of one replica process. kernels: how many the user may have at a
-    time.
+    device). replica_memory: resident memory of one replica. kernels: how many the user may have at a time. images:
+    those that a kernel may run in besides the hosts' own (replicas in Docker only).
     """
 
     replicas: int = MAX_REPLICAS
@@ -36,10 +37,15 @@ class Limits:
     memory: int = 192 << 30
     replica_memory: int = 0
     kernels: int = 10
+    images: tuple[str, ...] = ()
 
 
 _SIZES = ("memory", "replica_memory")
 _NAMES = tuple(f.name for f in fields(Limits))
+
+
+Entry = Mapping[str, "int | tuple[str, ...]"]
+"""What a user or group has instead of the default."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +53,22 @@ class LimitTable:
     """All of a site's limits: a default, and what users and groups have instead."""
 
     default: Limits = field(default_factory=Limits)
-    users: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    groups: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    users: Mapping[str, Entry] = field(default_factory=dict)
+    groups: Mapping[str, Entry] = field(default_factory=dict)
 
     def of(self, user: str, groups: Iterable[str] = ()) -> Limits:
         """The bounds of `user`, who is in `groups`."""
-        chosen: dict[str, int] = {}
+        chosen: dict[str, Any] = {}
         for group in groups:
             for name, value in self.groups.get(group, {}).items():
-                chosen[name] = max(value, chosen.get(name, value))
+                chosen[name] = _more(value, chosen[name]) if name in chosen else value
         chosen.update(self.users.get(user, {}))
         return replace(self.default, **chosen)
+
+
+def _more(one: Any, other: Any) -> Any:
+    """The more generous of two bounds; of images, both lists."""
+    return tuple(dict.fromkeys((*other, *one))) if isinstance(one, tuple) else max(one, other)
 
 
 def read_limits(config: Mapping[str, Any]) -> LimitTable:
@@ -69,7 +80,7 @@ def read_limits(config: Mapping[str, Any]) -> LimitTable:
     if unknown:
         raise LimitsError(f"limits: unknown part {sorted(unknown)[0]!r}; there are 'default', 'users' and 'groups'")
     return LimitTable(
-        default=replace(Limits(), **_entry("default", config.get("default", {}))),
+        default=replace(Limits(), **dict[str, Any](_entry("default", config.get("default", {})))),
         users={name: _entry(f"users.{name}", one) for name, one in _mapping(config, "users").items()},
         groups={name: _entry(f"groups.{name}", one) for name, one in _mapping(config, "groups").items()},
     )
@@ -82,15 +93,17 @@ def _mapping(config: Mapping[str, Any], part: str) -> Mapping[str, Any]:
     return value
 
 
-def _entry(where: str, entry: Any) -> dict[str, int]:
+def _entry(where: str, entry: Any) -> Entry:
     if not isinstance(entry, Mapping):
         raise LimitsError(f"limits: {where!r} must be a dict with some of {', '.join(_NAMES)}")
     return {name: _value(where, name, value) for name, value in entry.items()}
 
 
-def _value(where: str, name: str, value: Any) -> int:
+def _value(where: str, name: str, value: Any) -> int | tuple[str, ...]:
     if name not in _NAMES:
         raise LimitsError(f"limits: {where}.{name} is unknown; there are {', '.join(_NAMES)}")
+    if name == "images":
+        return _images(where, value)
     try:
         number = parse_size(value) if name in _SIZES else value
     except ValueError as err:
@@ -100,3 +113,14 @@ def _value(where: str, name: str, value: Any) -> int:
     if name == "replicas" and not 1 <= number <= MAX_REPLICAS:
         raise LimitsError(f"limits: {where}.replicas is {number}; a kernel has 1 to {MAX_REPLICAS} replicas")
     return number
+
+
+def _images(where: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(v, str) and is_image(v) for v in value):
+        raise LimitsError(f"limits: {where}.images must be a list of image names such as 'lab/kernel:1', not {value!r}")
+    return tuple(value)
+
+
+def is_image(name: str) -> bool:
+    """Whether `name` may be an image's name. Which images there are, the hosts' Engines know."""
+    return re.fullmatch(r"[a-z0-9][A-Za-z0-9._/:@-]{0,254}", name) is not None

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .limits import Limits
+from .limits import Limits, is_image
 from .sizes import parse_size, show_size
 
 
@@ -31,7 +31,8 @@ class OptionError(ValueError):
 @dataclass(frozen=True)
 class KernelOptions:
     """What a new kernel gets when the notebook asks for nothing else. memory is bytes on each device. lazy: bytes from
-    which standbys leave variables in the store until they are looked up, 0 = they hold everything."""
+    which standbys leave variables in the store until they are looked up, 0 = they hold everything. image: '' is the
+    hosts' own."""
 
     replicas: int = 3
     lazy: int = 0
@@ -39,13 +40,14 @@ class KernelOptions:
     tpcs: int = 0
     memory: int = 0
     model: str = ""
+    image: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def resources(self) -> dict[str, Any]:
         """The part that a record's `Resources` holds."""
-        return {k: v for k, v in asdict(self).items() if k not in ("replicas", "lazy")}
+        return {k: v for k, v in asdict(self).items() if k not in ("replicas", "lazy", "image")}
 
 
 FIELDS = tuple(KernelOptions.__dataclass_fields__)
@@ -69,6 +71,7 @@ def parse_options(data: Mapping[str, Any], limits: Limits, lazy: int = 0) -> Ker
         tpcs=_whole(data, "tpcs", 0),
         memory=_memory(data),
         model=_model(data),
+        image=_image(data),
     )
     check_options(options, limits)
     return options
@@ -90,6 +93,13 @@ def check_options(options: KernelOptions, limits: Limits) -> None:
             "memory",
             f"{show_size(options.memory)} of GPU memory asked for, your limit is {bound_text}; ask for at most "
             f"{bound_text}",
+            limit=True,
+        )
+    if options.image and options.image not in limits.images:
+        choice = ", ".join(limits.images) or "none"
+        raise OptionError(
+            "image",
+            f"image {options.image!r} is not one you may use; there are: {choice}; leave it empty for the hosts' own",
             limit=True,
         )
     if options.gpus and options.tpcs:
@@ -144,4 +154,11 @@ def _model(data: Mapping[str, Any]) -> str:
     value = data.get("model", "")
     if not isinstance(value, str) or len(value) > 64 or not value.isprintable():
         raise OptionError("model", "model must be a GPU's name, at most 64 printable characters, or empty for any")
+    return value
+
+
+def _image(data: Mapping[str, Any]) -> str:
+    value = data.get("image", "")
+    if not isinstance(value, str) or (value and not is_image(value)):
+        raise OptionError("image", "image must be the name of an image, such as 'lab/kernel:1', or empty")
     return value

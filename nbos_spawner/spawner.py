@@ -45,7 +45,7 @@ class NBOSSpawnerMixin(HasTraits):
 
     limits = Dict(
         help="What users may ask for: {'default': {...}, 'groups': {name: {...}}, 'users': {name: {...}}}; each may "
-        "set replicas, gpus, tpcs, memory, replica_memory and kernels. The gateway needs the same."
+        "set replicas, gpus, tpcs, memory, replica_memory, kernels and images. The gateway needs the same."
     ).tag(config=True)
 
     lazy = Unicode(
@@ -119,6 +119,7 @@ class NBOSSpawnerMixin(HasTraits):
             "NBOS_REPLICAS": str(options.replicas),
             "NBOS_LAZY": str(options.lazy),
             "NBOS_RESOURCES": json.dumps(options.resources()),
+            "NBOS_IMAGE": options.image,
         }
 
     def get_env(self) -> dict[str, str]:
@@ -149,7 +150,8 @@ def _describe(options: KernelOptions) -> str:
     memory = f" with {show_size(options.memory)} of memory" if options.memory else ""
     model = f" of model {options.model}" if options.model else ""
     count = f"{options.replicas} replica{'s' if options.replicas > 1 else ''}"
-    return f"Your kernels will have {count}; a cell gets {asked}{memory}{model} unless it asks otherwise"
+    image = f" in the image {options.image}" if options.image else ""
+    return f"Your kernels will have {count}{image}; a cell gets {asked}{memory}{model} unless it asks otherwise"
 
 
 class NBOSSpawner(NBOSSpawnerMixin, SimpleLocalProcessSpawner):

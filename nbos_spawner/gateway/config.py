@@ -3,7 +3,6 @@
 NBOS_ETCD_ENDPOINTS  host:port, separated by commas
 NBOS_ETCD_CA, NBOS_ETCD_CERT, NBOS_ETCD_KEY  PEM files; all three, or none for an etcd without TLS
 NBOS_LIMITS          the same table as the spawner's `limits`, as JSON
-NBOS_IMAGES          images a kernel may run in, separated by commas; empty: only the hosts' own
 NBOS_HOST_GRACE      seconds a host may be away before its replicas are placed elsewhere (10)
 NBOS_DIE_WITH_PARENT set: end when the hub does (a hub that was killed starts a new gateway)
 """
@@ -34,7 +33,6 @@ class GatewayConfig:
     port: int
     prefix: str
     limits: LimitTable = field(default_factory=LimitTable)
-    images: frozenset[str] = frozenset()
     host_grace: float = 10.0
     die_with_parent: bool = False
 
@@ -52,7 +50,6 @@ def read_config(env: Mapping[str, str] = os.environ) -> GatewayConfig:
         port=where.port or 80,
         prefix=env.get("JUPYTERHUB_SERVICE_PREFIX", "/services/nbos/"),
         limits=_limits(env.get("NBOS_LIMITS", "")),
-        images=frozenset(_words(env.get("NBOS_IMAGES", ""))),
         host_grace=_seconds(env.get("NBOS_HOST_GRACE", "10")),
         die_with_parent=bool(env.get("NBOS_DIE_WITH_PARENT")),
     )

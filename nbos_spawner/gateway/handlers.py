@@ -137,14 +137,19 @@ class KernelHandler(AuthenticatedHandler):
         wait = self.get_query_argument("wait", "")
         if wait not in ("", "ready"):
             raise ApiError(400, "malformed", f"wait={wait[:40]!r} is unknown; use wait=ready")
+        after = self.get_query_argument("after", "")
+        if after and not (after.isascii() and after.isdigit() and len(after) < 20):
+            raise ApiError(400, "malformed", f"after={after[:40]!r} must be the revision of a model")
         self.kernels.find(self.caller, kernel_id)
         if wait:
-            await self.watch.until(lambda: self._ready_or_gone(kernel_id), LONGEST_WAIT)
+            seen = int(after) if after else None
+            await self.watch.until(lambda: self._worth_telling(kernel_id, seen), LONGEST_WAIT)
         self.answer(self.model(kernel_id))
 
-    def _ready_or_gone(self, kernel_id: str) -> bool:
+    def _worth_telling(self, kernel_id: str, seen: int | None) -> bool:
+        """Ready, or gone, or its members say something new since the revision `seen`."""
         view = self.kernels.copy.kernel(kernel_id)
-        return view is None or is_ready(view)
+        return view is None or is_ready(view) or (seen is not None and view.members_rev > seen)
 
     async def delete(self, kernel_id: str) -> None:
         await self.kernels.delete(self.caller, kernel_id)

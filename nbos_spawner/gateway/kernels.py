@@ -29,7 +29,7 @@ from .config import GatewayConfig
 from .copy import ClusterCopy
 from .errors import ApiError, no_such_kernel, unavailable
 from .models import may_see
-from .requests import KernelWanted, check_count, check_image, options_of
+from .requests import KernelWanted, check_count, options_of
 from .secrets import new_secrets
 from .watching import ClusterWatch
 
@@ -62,7 +62,6 @@ class Kernels:
             raise ApiError(403, "not_a_user", f"{caller.name} is a Hub service; only users have kernels")
         limits = self.config.limits.of(caller.name, caller.groups)
         options = options_of(wanted, limits)
-        check_image(wanted.image, self.config.images)
         # One at a time per user, so that a burst of requests cannot pass the count of kernels together.
         async with self._making.setdefault(caller.name, asyncio.Lock()):
             return await self._make(caller, wanted, options, limits)
@@ -100,7 +99,7 @@ class Kernels:
             key=secrets.key,
             curve_publickey=secrets.curve_publickey,
             curve_secretkey=secrets.curve_secretkey,
-            image=wanted.image,
+            image=options.image,
             resources=Resources(**options.resources()),
             max_resources=Resources(gpus=limits.gpus, tpcs=limits.tpcs, memory=limits.memory),
             memory_limit=limits.replica_memory,

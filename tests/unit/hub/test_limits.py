@@ -25,6 +25,12 @@ def test_a_group_may_lower_the_default() -> None:
     assert table.of("eve", ["students"]).gpus == 0
 
 
+def test_images_of_several_groups_come_together() -> None:
+    table = read_limits({"groups": {"a": {"images": ["x:1"]}, "b": {"images": ["y:1", "x:1"]}}})
+    assert table.of("ada", ["a", "b"]).images == ("x:1", "y:1")
+    assert table.of("bob").images == ()
+
+
 def test_sizes_are_written_as_people_write_them() -> None:
     assert read_limits({"default": {"memory": "20G"}}).of("ada").memory == 20 << 30
 
@@ -40,6 +46,8 @@ def test_sizes_are_written_as_people_write_them() -> None:
         ({"groups": {"lab": {"memory": "much"}}}, "20G"),
         ({"groups": {"lab": 3}}, "groups.lab"),
         ({"groups": []}, "groups"),
+        ({"users": {"ada": {"images": "lab:1"}}}, "users.ada.images"),
+        ({"default": {"images": ["no name"]}}, "lab/kernel:1"),
     ],
 )
 def test_a_wrong_entry_is_named(config: dict[str, object], words: str) -> None:

@@ -126,3 +126,11 @@ def test_sizes_are_read(text: str, size: int) -> None:
 
 def test_sizes_are_shown_as_they_are_read() -> None:
     assert [show_size(s) for s in (80 << 30, 3 << 29, 100, 0)] == ["80G", "1.5G", "100", "0"]
+
+
+def test_the_form_offers_the_users_images_and_shows_the_last_choice() -> None:
+    assert "<select" not in options_form(LIMITS, KernelOptions())
+    page = options_form(Limits(images=("lab:1", "lab:2")), KernelOptions(image="lab:2"))
+    assert '<option value="lab:2" selected>' in page
+    assert '<option value="lab:1">' in page
+    assert options_from_form({"image": ["lab:1"]}, Limits(images=("lab:1",)))["image"] == "lab:1"

@@ -8,7 +8,7 @@ import zmq
 from zmq.utils import z85 as reference
 
 from nbos_spawner.gateway.errors import ApiError
-from nbos_spawner.gateway.requests import check_count, check_image, options_of, read_kernel_wanted
+from nbos_spawner.gateway.requests import check_count, options_of, read_kernel_wanted
 from nbos_spawner.gateway.secrets import new_secrets, z85
 from nbos_spawner.limits import Limits
 
@@ -87,11 +87,16 @@ def test_the_last_kernel_of_the_quota_is_given_and_no_more() -> None:
     assert caught.value.status == 403
 
 
-def test_only_allowed_images_run() -> None:
-    check_image("", frozenset())
-    check_image("lab:1", frozenset({"lab:1"}))
-    with pytest.raises(ApiError, match="allowed: lab:1"):
-        check_image("evil", frozenset({"lab:1"}))
+def test_only_the_callers_images_run() -> None:
+    limits = Limits(images=("lab:1", "lab:2"))
+    assert options_of(read(), limits).image == ""
+    assert options_of(read(image="lab:2"), limits).image == "lab:2"
+    with pytest.raises(ApiError, match="there are: lab:1, lab:2") as caught:
+        options_of(read(image="evil"), limits)
+    assert caught.value.status == 403
+    with pytest.raises(ApiError, match="name of an image") as caught:
+        options_of(read(image="a b"), limits)
+    assert caught.value.status == 400
 
 
 def test_curve_keys_are_what_libzmq_takes_for_a_pair() -> None:

@@ -1,0 +1,219 @@
+"""What a replica's container is made of: a launch and the site's options in, the Engine API's own JSON out. No IO.
+
+Guarantees, whatever the options: no capability, no new privileges, no process more than `pids`; of the host's files
+only the folder with the replica's own socket and connection file (read-only), and the volumes that the site named; of
+the daemon's environment nothing. The name is made from host and replica, so that the Engine itself refuses a second
+one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from gpu_daemon.runtime import Launch, RuntimeFailed
+from nbos_cluster.records import Device, Ports
+
+INSIDE = "/run/nbos"
+"""Where the replica's own folder is mounted."""
+
+LABEL = "nbos."
+LOG = {"Type": "json-file", "Config": {"max-size": "10m", "max-file": "2"}}
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
+_OWNER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,127}")
+
+
+@dataclass(frozen=True)
+class DockerOptions:
+    """The site's choices; `gpu_daemon.docker_config` describes each. Sizes are bytes, 0 = no bound."""
+
+    image: str = "nbos/kernel"
+    pull: Literal["missing", "always", "never"] = "missing"
+    python: str = "python3"
+    user: str = "1000:1000"
+    home: str = "/home/jovyan"
+    volumes: Mapping[str, str | Mapping[str, str]] = field(default_factory=lambda: {"nbos-home-{username}": "{home}"})
+    environment: Mapping[str, str] = field(default_factory=dict)
+    read_only: bool = True
+    tmp: int = 1 << 30
+    shm: int = 1 << 30
+    memory: int = 0
+    cpus: float = 0.0
+    pids: int = 4096
+    gpus: Literal["auto", "nvidia", "cdi", "none"] = "auto"
+    network: str = ""
+    internet: bool = True
+    allow: tuple[str, ...] = ()
+    deny: tuple[str, ...] = ("169.254.0.0/16",)
+    walls: Literal["required", "auto", "off"] = "required"
+    engine: str = ""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Whose containers these are. run_dir: of the daemon; tells whether it still lives."""
+
+    cluster: str
+    host: str
+    run_dir: str
+
+    @property
+    def labels(self) -> dict[str, str]:
+        return {f"{LABEL}cluster": self.cluster, f"{LABEL}host": self.host}
+
+    @property
+    def network(self) -> str:
+        return f"nbos-{self.cluster}-{self.host}"
+
+    @property
+    def interface(self) -> str:
+        """Name of the network's bridge: Linux takes 15 characters."""
+        return f"nb{hashlib.sha256(self.network.encode()).hexdigest()[:12]}"
+
+    def name(self, folder: str) -> str:
+        """Of the container of the replica with this folder."""
+        return f"nbos-{self.cluster}-{self.host}-{folder}"
+
+
+def container(
+    launch: Launch, options: DockerOptions, site: Site, user: str, network: str, devices: Iterable[Device]
+) -> dict[str, Any]:
+    """The body of `POST /containers/create`. user: 'uid:gid'. Raises RuntimeFailed for an owner that fits no path."""
+    home = fill(options.home, launch.owner)
+    mounts = [*_volumes(options, launch.owner, home), _own(launch)]
+    exposed: dict[str, Any] = {f"{port}/tcp": {} for port in _numbers(launch.ports)}
+    start = launch.argv(options.python, f"{INSIDE}/s", "/tmp/nbos-connection.json")
+    return {
+        "Image": launch.image or options.image,
+        "Entrypoint": [options.python, f"{INSIDE}/start.py", launch.cwd or home],
+        "Cmd": list(start),
+        "User": user,
+        "WorkingDir": "/",
+        "Hostname": f"{launch.kernel[:8]}-{launch.index}",
+        "Env": [f"{k}={v}" for k, v in _environment(launch, options, home).items()],
+        "Labels": _labels(launch, site),
+        "ExposedPorts": exposed,
+        "HostConfig": {
+            **_limits(launch, options),
+            **_walls(options, home, mounts, user),
+            "Mounts": mounts,
+            "NetworkMode": network,
+            "PortBindings": {name: [{"HostIp": launch.ip, "HostPort": name.partition("/")[0]}] for name in exposed},
+            "DeviceRequests": device_requests(options.gpus, devices),
+            "Init": True,
+            "LogConfig": LOG,
+            "RestartPolicy": {"Name": "no"},
+        },
+    }
+
+
+def _limits(launch: Launch, options: DockerOptions) -> dict[str, Any]:
+    memory = launch.memory or options.memory
+    return {
+        "Memory": memory,
+        # As much as Memory: no swap on top of it.
+        "MemorySwap": memory,
+        "NanoCpus": int(options.cpus * 1e9),
+        "PidsLimit": options.pids,
+        "ShmSize": options.shm,
+        "Ulimits": [{"Name": "core", "Soft": 0, "Hard": 0}],
+        # When the host's memory runs out, the replica goes before the daemon that would start it again.
+        "OomScoreAdj": 500,
+    }
+
+
+def _walls(options: DockerOptions, home: str, mounts: list[dict[str, Any]], user: str) -> dict[str, Any]:
+    tmpfs = {"/tmp": f"rw,exec,nosuid,nodev,mode=1777,size={options.tmp or '50%'}"}
+    kept = any(home == m["Target"] or home.startswith(m["Target"].rstrip("/") + "/") for m in mounts)
+    if options.read_only and not kept:
+        uid, _, gid = user.partition(":")
+        tmpfs[home] = f"rw,exec,nosuid,nodev,mode=0700,uid={uid},gid={gid or uid},size={options.tmp or '50%'}"
+    return {
+        "CapDrop": ["ALL"],
+        "SecurityOpt": ["no-new-privileges"],
+        "Privileged": False,
+        "ReadonlyRootfs": options.read_only,
+        "IpcMode": "private",
+        "Tmpfs": tmpfs,
+    }
+
+
+def _environment(launch: Launch, options: DockerOptions, home: str) -> dict[str, str]:
+    return {"HOME": home, **options.environment, **launch.env}
+
+
+def _labels(launch: Launch, site: Site) -> dict[str, str]:
+    said = {
+        "kernel": launch.kernel,
+        "replica": launch.index,
+        "incarnation": launch.incarnation,
+        "owner": launch.owner,
+        "run-dir": site.run_dir,
+        "folder": launch.folder.name,
+    }
+    return {**site.labels, **{LABEL + name: str(value) for name, value in said.items()}}
+
+
+def _own(launch: Launch) -> dict[str, Any]:
+    return {"Type": "bind", "Source": str(launch.folder / "d"), "Target": INSIDE, "ReadOnly": True}
+
+
+def _volumes(options: DockerOptions, owner: str, home: str) -> list[dict[str, Any]]:
+    mounts = []
+    for source, place in options.volumes.items():
+        target, mode = (place, "rw") if isinstance(place, str) else (place["bind"], place.get("mode", "rw"))
+        filled = fill(source, owner)
+        mounts.append(
+            {
+                "Type": "bind" if filled.startswith("/") else "volume",
+                "Source": filled,
+                "Target": fill(target.replace("{home}", home), owner),
+                "ReadOnly": mode == "ro",
+            }
+        )
+    return mounts
+
+
+def fill(template: str, owner: str) -> str:
+    """`template` with {username} (made safe, still different for different owners) and {owner} (as it is).
+
+    Raises RuntimeFailed when {owner} is asked for and could lead to another place.
+    """
+    if "{owner}" in template and (not _OWNER.fullmatch(owner) or ".." in owner):
+        raise RuntimeFailed(
+            f"the user name {owner!r} cannot stand in the path {template!r}; the administrator may use {{username}} "
+            "there instead of {owner}"
+        )
+    return template.replace("{owner}", owner).replace("{username}", safe_name(owner))
+
+
+def safe_name(owner: str) -> str:
+    """`owner` when it may name a volume, else what is left of it with a hash: two owners never share a name."""
+    if _NAME.fullmatch(owner) and "---" not in owner:
+        return owner
+    plain = re.sub(r"[^a-z0-9]+", "-", owner.lower()).strip("-")[:32] or "user"
+    return f"{plain}---{hashlib.sha256(owner.encode()).hexdigest()[:12]}"
+
+
+def device_requests(gpus: str, devices: Iterable[Device]) -> list[dict[str, Any]]:
+    """All of this host's real GPUs: which of them a cell may use, its grant says (a kernel lives longer)."""
+    real = [device for device in devices if device.kind == "nvml"]
+    if not real or gpus == "none":
+        return []
+    if gpus == "cdi":
+        return [{"Driver": "cdi", "DeviceIDs": [f"nvidia.com/gpu={device.index}" for device in real]}]
+    return [
+        {
+            "Driver": "nvidia",
+            "DeviceIDs": [device.uuid for device in real],
+            "Capabilities": [["gpu", "compute", "utility"]],
+        }
+    ]
+
+
+def _numbers(ports: Ports) -> list[int]:
+    return [getattr(ports, name) for name in Ports.__struct_fields__]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .trustarguments import certs_arguments, etcd_arguments
 
 if TYPE_CHECKING:
     from .layout import UpOptions
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status."""
     options = parser().parse_args(argv)
-    run = {"up": _up, "status": _status, "doctor": _doctor}[options.command]
+    run = {"up": _up, "status": _status, "doctor": _doctor, "certs": _certs, "etcd-setup": _etcd_setup}[options.command]
     return run(options)
 
 
@@ -36,8 +37,11 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="for programs")
     doctor = commands.add_parser("doctor", help="check what this machine has and lacks")
     doctor.add_argument("--port", type=_port, default=8000, help="the port to check (8000)")
+    doctor.add_argument("--certs", metavar="DIR", help="also look at the certificates in DIR (see `nbos certs`)")
     for command in (status, doctor):
         _state_argument(command)
+    certs_arguments(commands)
+    etcd_arguments(commands)
     return top
 
 
@@ -148,7 +152,19 @@ def _doctor(options: argparse.Namespace) -> int:
     from .doctor import doctor
     from .state import StateDir
 
-    return doctor(StateDir.at(options.state_dir), options.port)
+    return doctor(StateDir.at(options.state_dir), options.port, Path(options.certs) if options.certs else None)
+
+
+def _certs(options: argparse.Namespace) -> int:
+    from .certcommand import run
+
+    return run(options)
+
+
+def _etcd_setup(options: argparse.Namespace) -> int:
+    from .etcdcommand import run
+
+    return run(options)
 
 
 if __name__ == "__main__":

@@ -108,6 +108,8 @@ _AWAY = {
 # A member without its quorum passes on its own deadline, and gRPC a stream that broke, as UNKNOWN.
 _AWAY_DETAILS = ("context deadline exceeded", "context canceled", "Stream removed")
 _PAUSE = 0.05
+# Users or roles were changed between etcd's looking at a request and carrying it out: it was not carried out.
+_AUTH_MOVED = ("revision of auth store is old", "revision in header is old")
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +311,8 @@ class Etcd:
 
     def failed(self, member: Member, err: Any) -> None:
         """Note that `member` did not answer, and use the next one. Raises EtcdError for a refusal."""
+        if _auth_moved(err):
+            return
         if not _is_away(err):
             raise _refusal(err) from err
         if self._away_since is None:
@@ -336,6 +340,10 @@ class Etcd:
 def _is_away(err: Any) -> bool:
     unknown = err.code() is grpc.StatusCode.UNKNOWN
     return err.code() in _AWAY or (unknown and any(text in (err.details() or "") for text in _AWAY_DETAILS))
+
+
+def _auth_moved(err: Any) -> bool:
+    return any(text in (err.details() or "") for text in _AUTH_MOVED)
 
 
 def _refusal(err: Any) -> EtcdError:

@@ -65,7 +65,7 @@ class DashboardHandler(HubOAuthenticated, SafeHeaders):
     @authenticated
     async def get(self) -> None:
         try:
-            caller = await self.users.of_model(self._model)
+            caller = await self.users.of_model(self._model, browser=True)
         except ApiError as err:
             raise HTTPError(err.status, "%s", err.message) from err
         problem = ""

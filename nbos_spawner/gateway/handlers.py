@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 from tornado.web import HTTPError, RequestHandler, stream_request_body
 
 from nbos_cluster.etcd import EtcdUnavailable
 
-from .auth import Caller, HubUsers
+from .auth import Caller, HubUsers, check_may_change
 from .errors import ApiError, unavailable
 from .kernels import Kernels
 from .models import is_ready, kernel_model, may_see, status_model
@@ -22,6 +23,8 @@ from .requests import MAX_BODY, read_kernel_wanted
 from .watching import ClusterWatch
 
 log = logging.getLogger("nbos.gateway")
+
+_DESCRIPTION = (Path(__file__).parent / "openapi.json").read_bytes()
 
 LONGEST_WAIT = 25.0
 """Seconds that `wait=ready` holds a request open; below the usual time-outs of proxies."""
@@ -88,6 +91,13 @@ class HealthHandler(JsonHandler):
         )
 
 
+class DescriptionHandler(JsonHandler):
+    """GET api/openapi.json: this API, for programs. No token; it holds no secret."""
+
+    def get(self) -> None:
+        self.finish(_DESCRIPTION)
+
+
 @stream_request_body
 class AuthenticatedHandler(JsonHandler):
     """Checks the token when the headers are in, then takes the body, up to its bound."""
@@ -98,6 +108,8 @@ class AuthenticatedHandler(JsonHandler):
         self._body = bytearray()
         self._too_long = False
         self.caller = await self.users.caller(self)
+        if self.request.method not in ("GET", "HEAD"):
+            check_may_change(self.caller)
         if not self.watch.ready.is_set() and not await self.watch.until(self.watch.ready.is_set, 3.0):
             raise unavailable("the gateway has not read the cluster's records yet; is etcd running?")
 
@@ -117,8 +129,9 @@ class AuthenticatedHandler(JsonHandler):
 
     def model(self, kernel_id: str) -> dict[str, Any]:
         view = self.kernels.find(self.caller, kernel_id)
-        owner = view.spec is not None and view.spec.owner == self.caller.name and self.caller.kind == "user"
-        return kernel_model(view, secrets=owner)
+        caller = self.caller
+        owner = view.spec is not None and view.spec.owner == caller.name and caller.kind == "user"
+        return kernel_model(view, secrets=owner and caller.kernels)
 
 
 class KernelsHandler(AuthenticatedHandler):

@@ -2,7 +2,8 @@
 
 Only the Authorization header counts for the API, never a cookie, so another site's page can do nothing in a
 user's name. What a caller may do follows from the token's scopes, not from who its user is: the token in an
-administrator's notebook is no administrator's. Answers of the hub are kept for some seconds: a revoked or ended token ends then.
+administrator's notebook is no administrator's. Answers of the hub are kept for some seconds: a token that
+ended or was revoked stops working then.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Looking at a ZeroMQ port from outside: what it offers before any secret is known, and what a stranger gets from it."""
+"""A ZeroMQ port seen from outside: what it offers before any secret is known, and what a stranger gets from it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 _SIGNATURE = b"\xff" + b"\0" * 7 + b"\x01\x7f"
-_FAILED = (
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-)
+_FAILED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 _ENDED = _FAILED | zmq.EVENT_DISCONNECTED
 
 

@@ -423,7 +423,7 @@ async def test_no_client_becomes_a_member(embedded: tuple[Path, int, int]) -> No
 async def test_without_a_certificate_nobody_gets_a_word(guarded: Guarded) -> None:
     host, port = guarded.server.endpoint.split(":")
     context = ssl.create_default_context(cafile=str(guarded.server.directory / "tls" / "ca.pem"))
-    reader, writer = await asyncio.open_connection(host, int(port), ssl=context)
-    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
     with pytest.raises(ssl.SSLError, match=r"(?i)certificate"):
+        reader, writer = await asyncio.open_connection(host, int(port), ssl=context)
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
         await reader.read(1)

@@ -84,7 +84,7 @@ async def lab(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> AsyncIterat
                     return False
                 return True
 
-            await eventually(quorum, "the members found one another")
+            await eventually(quorum, "the members found one another", 60)
         yield it
     finally:
         for member in members:

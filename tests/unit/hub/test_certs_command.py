@@ -198,3 +198,12 @@ def test_a_certificate_of_an_older_nbos_up_becomes_its_user_in_etcd(tmp_path: Pa
     Layout(state, UpOptions(hosts=1), {}, GOOD).make_certificates()
     found = {path.stem: certs.read(path).common for path in state.tls.glob("*.pem") if path.stem != "ca"}
     assert found == {"up": "root", "gateway": "gateway", "etcd": "etcd-member", "host-1": "daemon-host-1"}
+
+
+def test_the_doctor_tells_whether_messages_can_be_encrypted() -> None:
+    def missing() -> bool:
+        raise ImportError("zmq")
+
+    assert doctor.check_curve(lambda: True).level == "good"
+    assert doctor.check_curve(lambda: False).level == "bad"
+    assert "pip install" in doctor.check_curve(missing).text

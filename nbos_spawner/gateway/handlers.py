@@ -13,7 +13,8 @@ from typing import Any
 
 from tornado.web import HTTPError, RequestHandler, stream_request_body
 
-from nbos_cluster.etcd import EtcdUnavailable
+from nbos_cluster import keys
+from nbos_cluster.etcd import EtcdError, EtcdUnavailable
 
 from .auth import Caller, HubUsers, check_may_change
 from .errors import ApiError, unavailable
@@ -82,9 +83,12 @@ class HealthHandler(JsonHandler):
             reason = "the gateway has not read the cluster's records yet"
         if not reason:
             try:
-                await self.kernels.etcd.status()
+                # A read as all others are: it needs the quorum, and our role.
+                await self.kernels.etcd.get(keys.KERNELS)
             except EtcdUnavailable:
                 reason = "etcd does not answer"
+            except EtcdError as err:
+                reason = f"etcd refuses: {err}"
         self.answer(
             {"status": "unavailable", "reason": reason} if reason else {"status": "ok"},
             503 if reason else 200,

@@ -37,9 +37,9 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="for programs")
     doctor = commands.add_parser("doctor", help="check what this machine has and lacks")
     doctor.add_argument("--port", type=_port, default=8000, help="the port to check (8000)")
-    doctor.add_argument("--certs", metavar="DIR", help="also look at the certificates in DIR (see `nbos certs`)")
     for command in (status, doctor):
         _state_argument(command)
+    doctor.add_argument("--certs", metavar="DIR", help="look at a cluster's certificates in DIR instead")
     certs_arguments(commands)
     etcd_arguments(commands)
     return top
@@ -149,10 +149,14 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    if options.certs:
+        from .certdoctor import doctor_of_certs
+
+        return doctor_of_certs(Path(options.certs))
     from .doctor import doctor
     from .state import StateDir
 
-    return doctor(StateDir.at(options.state_dir), options.port, Path(options.certs) if options.certs else None)
+    return doctor(StateDir.at(options.state_dir), options.port)
 
 
 def _certs(options: argparse.Namespace) -> int:

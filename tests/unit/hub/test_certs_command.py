@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nbos import cli, doctor
+from nbos import certdoctor, cli, doctor
 from nbos.layout import Layout, UpOptions
 from nbos.state import StateDir
 from nbos_cluster import access, certs
@@ -156,14 +156,16 @@ def test_a_passphrase_guards_the_authoritys_key(tmp_path: Path, capsys: pytest.C
 
 
 def levels(path: Path) -> dict[str, str]:
-    return {finding.text: finding.level for finding in doctor.check_cert_book(path)}
+    return {finding.text: finding.level for finding in certdoctor.check_cert_book(path)}
 
 
 def test_the_doctor_looks_at_names_keys_and_ends(book: Book) -> None:
     for words in (("etcd", "one"), ("gateway",), ("admin",), ("daemon", "a", "b")):
         book("issue", *words)
     assert list(levels(book.path).values()) == ["good"]
+    assert cli.main(["doctor", "--certs", str(book.path)]) == 0
     (book.path / "gateway" / "key.pem").chmod(0o644)
+    assert cli.main(["doctor", "--certs", str(book.path)]) == 1
     assert "chmod 600" in next(iter(levels(book.path)))
     (book.path / "gateway" / "key.pem").write_bytes((book.path / "admin" / "key.pem").read_bytes())
     assert "is not the key of" in next(iter(levels(book.path)))

@@ -13,7 +13,7 @@ import shutil
 import socket
 import stat
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -57,15 +57,11 @@ class Finding:
 def doctor(state: StateDir, port: int) -> int:
     """Print all findings; the exit status: 1 when something is bad."""
     findings = examine(state, port)
-    show(findings)
+    for finding in findings:
+        print(f"[{_MARKS[finding.level]}] {finding.text}")
     bad = sum(finding.level == "bad" for finding in findings)
     print(f"\n{bad} problem{'s' * (bad != 1)} to solve before `nbos up` works" if bad else "\n`nbos up` can run here")
     return 1 if bad else 0
-
-
-def show(findings: Iterable[Finding]) -> None:
-    for finding in findings:
-        print(f"[{_MARKS[finding.level]}] {finding.text}")
 
 
 def examine(state: StateDir, port: int) -> list[Finding]:

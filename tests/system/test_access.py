@@ -351,6 +351,15 @@ async def test_changing_roles_disturbs_nobody_at_work(guarded: Guarded) -> None:
         assert all(count > 0 for count in await asyncio.gather(*workers))
 
 
+async def test_nobody_logs_in_with_a_password(guarded: Guarded) -> None:
+    """A certificate of the authority and a guess are not enough to become somebody else."""
+    async with guarded.client("nobody") as etcd:
+        for name in (access.ROOT, access.GATEWAY):
+            for password in ("", name):
+                with pytest.raises(rpc.AioRpcError, match="authentication"):
+                    await auth("Authenticate", rpc.AuthenticateRequest(name=name, password=password))(etcd)
+
+
 async def test_the_admin_looks_after_the_database(guarded: Guarded) -> None:
     async with guarded.client(access.ROOT) as root, guarded.daemon("a") as (etcd, lease):
         await root.compact(await root.put("/x", b""))

@@ -3,15 +3,20 @@
 The router passes on only what carries the current claim's token, so an executor that was cut off cannot speak
 for its cell any more. The prefix is put on in the IOPub thread, when a message leaves: a token that the daemon
 renewed in the middle of a cell holds for everything from then on. Messages of forked children pass the parent
-once and are prefixed there.
+once and are prefixed there. The port on which they reach the parent is encrypted as all others: whoever connects
+to it needs a key that only the parent and what it forked have.
 """
 
 from __future__ import annotations
 
+import os
+import warnings
 from typing import Any
 
+import zmq
 from ipykernel.iostream import IOPubThread, OutStream
 from jupyter_client.session import DELIM
+from zmq.eventloop.zmqstream import ZMQStream
 
 MEMBERS_TOPIC = b"nbos.members"
 _MASTER = 0
@@ -24,6 +29,34 @@ class FencedIOPubThread(IOPubThread):
 
     def fence(self, token: int) -> None:
         self.prefix = b"nbos.%d." % token
+
+    def _setup_pipe_in(self) -> None:
+        """As ipykernel's, with keys: its own port takes and shows messages in clear."""
+        self._pipe_uuid = os.urandom(16)
+        self._pipe_keys = zmq.curve_keypair()
+        pipe_in = self.socket.context.socket(zmq.PULL)
+        pipe_in.linger = 0
+        pipe_in.curve_publickey, pipe_in.curve_secretkey = self._pipe_keys
+        pipe_in.curve_server = True
+        try:
+            self._pipe_port = pipe_in.bind_to_random_port("tcp://127.0.0.1")
+        except zmq.ZMQError as err:
+            warnings.warn(f"no port for the output of forked processes, it will be missing: {err}", stacklevel=2)
+            self._pipe_flag = False
+            pipe_in.close()
+            return
+        self._pipe_in = ZMQStream(pipe_in, self.io_loop)
+        self._pipe_in.on_recv(self._handle_pipe_msg)
+
+    def _setup_pipe_out(self) -> tuple[Any, Any]:
+        """In a forked child, for each of its messages."""
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        pipe_out = context.socket(zmq.PUSH)
+        pipe_out.linger = 3000
+        pipe_out.curve_publickey, pipe_out.curve_secretkey = self._pipe_keys
+        pipe_out.curve_serverkey = self._pipe_keys[0]
+        pipe_out.connect(f"tcp://127.0.0.1:{self._pipe_port}")
+        return context, pipe_out
 
     def _really_send(self, msg: Any, *args: Any, **kwargs: Any) -> None:
         if self._check_mp_mode() == _MASTER:

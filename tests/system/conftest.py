@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from .etcdserver import EtcdServer
+from .guarded import Guarded
 
 
 @pytest.fixture
@@ -51,3 +52,11 @@ async def three_etcds(tmp_path: Path) -> AsyncIterator[list[EtcdServer]]:
     finally:
         for server in servers:
             server.stop()
+
+
+@pytest.fixture
+async def guarded(tls_etcd: EtcdServer) -> Guarded:
+    """The same with access control on, the roles of hosts a and b, and a kernel."""
+    found = Guarded(tls_etcd)
+    await found.set_up()
+    return found

@@ -106,9 +106,10 @@ class Appender:
         wanted = [each for each in layout.blobs(components) if each[1] not in self._stored]
         refused: list[Put] = []
         if len(wanted) > FEW:
-            room = self._ask_for(list(dict.fromkeys(digest for _, digest, _ in wanted)), _lacked(wanted))
+            there, room = self._ask_for(list(dict.fromkeys(digest for _, digest, _ in wanted)))
+            self._stored.update(dict.fromkeys(there - _lacked(wanted)))
             wanted = [each for each in wanted if each[1] not in self._stored]
-            wanted, refused = _that_fit(wanted, room)
+            wanted, refused = _that_fit(wanted, there, room)
         chunks = {digest: chunk for _, digest, chunk in wanted}
         if chunks:
             self._reporter.sends(memoryview(chunk).nbytes for chunk in chunks.values())
@@ -118,17 +119,18 @@ class Appender:
             self._reporter.follow(puts[digest], memoryview(chunk).nbytes)
         return refused + [(component, digest, puts[digest]) for component, digest, _ in wanted]
 
-    def _ask_for(self, digests: list[str], lacked: set[str]) -> Message:
-        """Which of them are in the store already, by another variable or an earlier replica; the last answer, for the
-        room that is left. lacked: to be put whatever the answer is."""
+    def _ask_for(self, digests: list[str]) -> tuple[set[str], Message]:
+        """Which of them are in the store already, by another variable or an earlier replica; and the last answer, for
+        the room that is left."""
+        there: set[str] = set()
         reply: Message = {}
         for at in range(0, len(digests), MOST_ASKED):
             try:
                 reply = self._blobs.have(digests[at : at + MOST_ASKED]).result(timeout=BLOB_WAIT)
             except (TimeoutError, ConnectionError):
-                return {}  # then they are sent
-            self._stored.update(dict.fromkeys(digest for digest in reply.get("have") or () if digest not in lacked))
-        return reply
+                return there, {}  # then the others are sent
+            there.update(reply.get("have") or ())
+        return there, reply
 
     def _append(self, entry: Entry, layout: Layout, running: Any) -> Request:
         components, payload = layout.encode(entry.changes.components)
@@ -231,6 +233,8 @@ class Appender:
     def _lose(self, entry: Entry, component: Packed, reason: str) -> None:
         if component in entry.changes.components:
             entry.changes.components.remove(component)
+            if component.known:
+                return  # the log has it, and whoever has loaded it from there keeps it; the next entry tries again
             lost = dict.fromkeys(component.names, reason)
             entry.changes.lost.update(lost)
             self._replica.capture.lose(lost)
@@ -243,12 +247,12 @@ def _lacked(wanted: Iterable[Wanted]) -> set[str]:
     return {digest for component, digest, _ in wanted if component.anew}
 
 
-def _that_fit(wanted: list[Wanted], room: Message) -> tuple[list[Wanted], list[Put]]:
+def _that_fit(wanted: list[Wanted], there: set[str], room: Message) -> tuple[list[Wanted], list[Put]]:
     """What finds room in the store; and a refusal for each component that does not."""
     free = room.get("free")
     if not isinstance(free, int):
         return wanted, []
-    kept, left = fitting(wanted, free)
+    kept, left = fitting(wanted, there, free)
     refused = []
     for (component, digest, _), needs in left:
         answer: concurrent.futures.Future[Message] = concurrent.futures.Future()

@@ -6,7 +6,7 @@ entry and the next; what others store at the same time is not foreseen (then the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from .capture.changes import Packed
 from .reports.progress import size
@@ -18,10 +18,12 @@ BLOCK = 4096
 """File systems give whole blocks."""
 
 
-def fitting(wanted: Sequence[Wanted], free: int) -> tuple[list[Wanted], list[tuple[Wanted, int]]]:
+def fitting(
+    wanted: Sequence[Wanted], there: Collection[str], free: int
+) -> tuple[list[Wanted], list[tuple[Wanted, int]]]:
     """What to send of `wanted` (the chunks of each component together) while `free` bytes are left; and the first
-    chunk of each component that does not fit, with the bytes it needs."""
-    sent: set[str] = set()
+    chunk of each component that does not fit, with the bytes it needs. there: chunks that take room already."""
+    sent = set(there)
     kept: list[Wanted] = []
     refused: list[tuple[Wanted, int]] = []
     for chunks in _by_component(wanted):

@@ -248,10 +248,10 @@ class Comparison:
             digest.update("".join(frame.hashes).encode())
         unit.mentions, unit.functions = pickled.mentions, pickled.functions
         unit.digest, unit.marks = digest.hexdigest(), tuple(frame.marks for frame in frames)
-        known_as, anew = self._known.digests, self._known.anew
-        again = not anew.isdisjoint(unit.names)
-        if again or any(known_as.get(name) != unit.digest for name in unit.names):
-            self._found.components.append(Packed(unit.names, unit.digest, frames, again))
+        anew = not self._known.anew.isdisjoint(unit.names)
+        same = all(self._known.digests.get(name) == unit.digest for name in unit.names)
+        if anew or not same:
+            self._found.components.append(Packed(unit.names, unit.digest, frames, anew, known=same))
 
 
 def identity_of(name: str, value: Any) -> int:

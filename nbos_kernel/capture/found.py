@@ -21,7 +21,9 @@ class Packed:
     digest: str
     frames: tuple[FrameData, ...]
     anew: bool = False
-    """The log has it, and the store has lost blobs of it: all of them have to be put."""
+    """The store has lost blobs of it, nobody knows which: all of them have to be put."""
+    known: bool = False
+    """The log has it as it is."""
 
     @property
     def size(self) -> int:

@@ -63,9 +63,9 @@ def test_the_next_entry_has_the_component_with_all_its_blobs_though_nothing_chan
     replica.ledger.wrote(pair.n, [(["wide", "same", "plain", "alone"], 0)], ())
     pair.blobs.clear()
     replica.lacking.heard([{"applied": pair.n, "lacks": ["same", "plain", "never"]}])
-    assert [(each.names, each.anew) for each in replica.changes().components] == [
-        (("plain",), True),
-        (("same", "wide"), True),
+    assert [(each.names, each.anew, each.known) for each in replica.changes().components] == [
+        (("plain",), True, True),
+        (("same", "wide"), True, True),
     ]
     entry = pair.cell("1")
     assert {"same", "wide", "plain"} <= set(names_in(entry))
@@ -93,11 +93,12 @@ def test_a_component_that_does_not_fit_sends_nothing_and_leaves_the_room_to_othe
     large, small, shared = b"l" * 3 * BLOCK, b"s" * (BLOCK + 1), b"t" * BLOCK
     components = [packed("large", large, shared), packed("small", small, shared), packed("again", shared)]
     wanted = [(each, digest, chunk) for each in components for frame in each.frames for digest, chunk in frame.chunks()]
-    kept, refused = fitting(wanted, 3 * BLOCK)
+    kept, refused = fitting(wanted, (), 3 * BLOCK)
     assert [(each.names, digest) for each, digest, _ in kept] == [
         (("small",), address(small)),
         (("small",), address(shared)),
         (("again",), address(shared)),
     ]
     assert [(each[0].names, needs) for each, needs in refused] == [(("large",), 4 * BLOCK)]
-    assert fitting(wanted, 6 * BLOCK) == (wanted, [])
+    assert fitting(wanted, (), 6 * BLOCK) == (wanted, [])
+    assert fitting(wanted, {address(large)}, 3 * BLOCK) == (wanted, [])  # sent again, and takes no more room

@@ -96,6 +96,12 @@ async def enlarge(disk: Path, times: int) -> None:
     await asyncio.to_thread(subprocess.run, command, check=True)
 
 
+async def leave_no_room(disk: Path) -> None:
+    stat = os.statvfs(disk)
+    used = (stat.f_blocks - stat.f_bfree) * stat.f_frsize
+    await asyncio.to_thread(subprocess.run, ["mount", "-o", f"remount,size={used + 65536}", str(disk)], check=True)
+
+
 def gone(result: Result, *words: str) -> None:
     """The variable is not there after a failover, and the error says why."""
     assert result.error.startswith("NotReplicatedError"), (result.error, result.value)
@@ -185,7 +191,12 @@ async def test_what_a_standby_lacks_is_told_and_stored_again_by_the_executor(
         path.unlink() if hurt == "unlink" else flip(path)
     os.kill(standby.pid, signal.SIGKILL)
     await eventually(lambda: _tells(notebook, "wide", word), "a standby lacks it", 20)
-    assert await notebook.run("len(other)") == "50000"  # names nothing that is lacked
+    await leave_no_room(disk)
+    assert await notebook.run("len(small)") == "1"  # names nothing that is lacked
+    await notebook.settled()
+    assert await _tells(notebook, "wide", word)  # what cannot be stored again stays with those who have it
+    await enlarge(disk, 16)
+    assert await notebook.run("len(other)") == "50000"
     for name in ("wide", "same", "other"):
         await replicated(notebook, name)
     assert (await notebook.executor()).pid == executor.pid

@@ -56,9 +56,7 @@ async def test_live_objects_are_there_after_one_failover_and_after_two(notebook:
     await notebook.run("%%replay\nimport select\nepoll = select.epoll()")
     await notebook.run("%%replay\nstream = numbers()\nfour = await anext(stream)\nsend = (left.send(r) for r in rows)")
     await notebook.run("rows.append('c'); four = 'kept'")
-    use = (
-        "list(pool.map(left.send, [b'x'] * 2)), right.recv(9), await anext(stream), four, epoll.poll(0), os.getpid()"
-    )
+    use = "list(pool.map(left.send, [b'x'] * 2)), right.recv(9), await anext(stream), four, epoll.poll(0), os.getpid()"
     count = int(await notebook.run("len(In)"))
     for failover in (1, 2):
         result = await after_a_kill(notebook, use)

@@ -93,7 +93,8 @@ class KernelSpec(Record, frozen=True, tag="kernel"):
     placement: host name by replica index. incarnation rises on restart by the user: daemons replace the
     processes. key and the CurveZMQ pair (Z85) belong to this kernel alone and are given to its own replicas
     and router. memory_limit: bytes of resident memory per replica, 0 = none. lazy: bytes from which standbys leave
-    variables in the store until they are looked up, 0 = never.
+    variables in the store until they are looked up, 0 = never. server: which of its owner's Jupyter Servers takes it up
+    again; '' is the default one.
     """
 
     kernel: str
@@ -103,6 +104,7 @@ class KernelSpec(Record, frozen=True, tag="kernel"):
     key: str
     curve_publickey: str
     curve_secretkey: str
+    server: str = ""
     image: str = ""
     resources: Resources = Resources()
     max_resources: Resources = Resources()

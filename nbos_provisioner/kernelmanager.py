@@ -83,6 +83,6 @@ def _is_nbos(km: Any) -> bool:
 
 
 def _is_mine(model: dict[str, Any]) -> bool:
-    """A Hub admin sees everybody's kernels; only those of this server's user belong here."""
-    user = os.environ.get("JUPYTERHUB_USER", "")
-    return not user or model.get("owner") in (user, None)
+    """A Hub admin sees everybody's kernels, a user those of all their servers; only this server's belong here."""
+    user, server = os.environ.get("JUPYTERHUB_USER", ""), os.environ.get("JUPYTERHUB_SERVER_NAME", "")
+    return (not user or model.get("owner") in (user, None)) and model.get("server", "") == server

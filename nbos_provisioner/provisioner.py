@@ -183,6 +183,8 @@ class NBOSProvisioner(KernelProvisionerBase):
             request["resources"] = json.loads(os.environ["NBOS_RESOURCES"])
         if os.environ.get("NBOS_IMAGE"):
             request["image"] = os.environ["NBOS_IMAGE"]
+        if os.environ.get("JUPYTERHUB_SERVER_NAME"):
+            request["server"] = os.environ["JUPYTERHUB_SERVER_NAME"]
         if kwargs.get("cwd"):
             request["cwd"] = str(kwargs["cwd"])
         given = kwargs.get("env") or {}

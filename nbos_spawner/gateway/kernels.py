@@ -106,6 +106,7 @@ class Kernels:
             lazy=options.lazy,
             cwd=wanted.cwd,
             env=wanted.env,
+            server=wanted.server,
             created=time.time(),
         )
         try:

@@ -30,6 +30,7 @@ def kernel_model(view: KernelView, *, secrets: bool) -> dict[str, Any]:
     model: dict[str, Any] = {
         "kernel_id": spec.kernel,
         "owner": spec.owner,
+        "server": spec.server,
         "replicas": spec.replicas,
         "epoch": view.epoch.epoch if view.epoch else 0,
         "revision": view.members_rev,

@@ -38,6 +38,7 @@ class KernelWanted(msgspec.Struct, forbid_unknown_fields=True):
     lazy: int | str | bool | None = None
     image: str = ""
     cwd: str = ""
+    server: str = ""
     env: dict[str, str] = {}
 
 
@@ -64,6 +65,8 @@ def _check_id(kernel_id: str) -> None:
 def _check_place(wanted: KernelWanted) -> None:
     if wanted.cwd and (not wanted.cwd.startswith("/") or "\0" in wanted.cwd or len(wanted.cwd) > 4096):
         raise ApiError(400, "malformed", "cwd must be an absolute path of at most 4096 characters")
+    if len(wanted.server) > 255:
+        raise ApiError(400, "malformed", "server is the name of a JupyterHub server, of at most 255 characters")
     if len(wanted.env) > _MAX_ENV:
         raise ApiError(400, "malformed", f"env has {len(wanted.env)} variables; send at most {_MAX_ENV}")
     for name, value in wanted.env.items():

@@ -41,7 +41,8 @@ class FakeGateway:
                 "curve_publickey": public.decode(),
                 "curve_secretkey": secret.decode(),
             }
-            self.kernels[kernel_id] = {"kernel_id": kernel_id, "owner": "ada", "epoch": 0, "connection": connection}
+            owner = {"owner": "ada", "server": request.get("server", "")}
+            self.kernels[kernel_id] = {"kernel_id": kernel_id, **owner, "epoch": 0, "connection": connection}
             self.requests[kernel_id] = request
             self.start(kernel_id)
         return self.kernels[kernel_id]

@@ -106,6 +106,21 @@ async def test_a_kernel_outlives_the_server(gateway: FakeGateway, tmp_path: Path
     assert gateway.kernels == {}
 
 
+async def test_each_server_of_a_user_takes_up_its_own_kernels(
+    gateway: FakeGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUPYTERHUB_SERVER_NAME", "second")
+    first = manager(tmp_path)
+    await first.start_kernel(kernel_id=ID, kernel_name="nbos-python3")
+    await first.shutdown_all()
+    monkeypatch.delenv("JUPYTERHUB_SERVER_NAME")
+    assert await manager(tmp_path).adopt() == []
+    monkeypatch.setenv("JUPYTERHUB_SERVER_NAME", "second")
+    again = manager(tmp_path)
+    assert await again.adopt() == [ID]
+    await again.shutdown_kernel(ID, now=True)
+
+
 async def test_a_dead_router_is_started_again_with_its_ports(gateway: FakeGateway, tmp_path: Path) -> None:
     kernels = manager(tmp_path)
     await kernels.start_kernel(kernel_id=ID, kernel_name="nbos-python3")

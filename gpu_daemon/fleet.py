@@ -22,6 +22,9 @@ GIVE_UP_AFTER = 5
 HEAD_START = 4.0
 """Seconds that the first replica of a fresh kernel has the machine for itself."""
 
+RESTARTED = "the kernel is restarted"
+UNWANTED = "the replica is not wanted on this host any more"
+
 
 @dataclass(frozen=True, order=True)
 class ReplicaId:
@@ -152,6 +155,14 @@ class Fleet:
     def wants(self, replica: ReplicaId) -> bool:
         return replica in self._replicas and self._replicas[replica].wanted
 
+    def ends(self, replica: ReplicaId) -> str:
+        """Why its process should end, as far as it is not known to have; empty when it should not. Whoever has just
+        started one asks: a `Stop` that came meanwhile found no process."""
+        known = self._replicas.get(replica)
+        if known is None or not known.wanted:
+            return UNWANTED
+        return RESTARTED if known.phase == "stopping" else ""
+
     def count(self) -> int:
         return len(self._replicas)
 
@@ -190,7 +201,7 @@ class Fleet:
         replica.incarnation, replica.quick_deaths, replica.due = event.incarnation, 0, event.now
         if replica.phase == "running" and replica.running != event.incarnation:
             replica.phase = "stopping"
-            return [Stop(id, "the kernel is restarted")]
+            return [Stop(id, RESTARTED)]
         return []
 
     def _unwant(self, replica: _Replica) -> list[Instruction]:
@@ -200,7 +211,7 @@ class Fleet:
             return [Forget(replica.id)]
         if replica.phase == "running":
             replica.phase = "stopping"
-            return [Stop(replica.id, "the replica is not wanted on this host any more")]
+            return [Stop(replica.id, UNWANTED)]
         return []
 
     def _on_found(self, event: Found) -> None:

@@ -173,8 +173,8 @@ class Replicas:
         self._site.spawn(self._watch(replica, handle), f"watching {replica.name}")
         if self._memory_watch is None or self._memory_watch.done():
             self._memory_watch = self._site.spawn(self._watch_memory(), "watching memory")
-        if not self._fleet.wants(replica.id):
-            replica.end("the replica is not wanted on this host any more")
+        if why := self._fleet.ends(replica.id):
+            replica.end(why)
 
     async def _watch(self, replica: LocalReplica, handle: Handle) -> None:
         ended = await handle.wait()

@@ -77,7 +77,7 @@ class Describer:
     def _container(self, value: Any, depth: int) -> Any:
         parts: list[Any] = []
         if isinstance(value, dict):
-            parts.append([(self.of(k, depth), self.of(v, depth)) for k, v in list(value.items())])
+            parts.append([(self.of(k, depth), self._item(k, v, depth)) for k, v in list(value.items())])
         elif isinstance(value, set | frozenset):
             parts.append(sorted(repr(Describer(self._namespace).of(item, depth)) for item in value))
         elif isinstance(value, list | tuple):
@@ -90,6 +90,12 @@ class Describer:
         if not parts:
             parts.append(_ADDRESS.sub("0x", repr(value)))
         return parts
+
+    def _item(self, key: Any, value: Any, depth: int) -> Any:
+        """What `exec` puts into its dictionary are the builtins of the process: IPython's, or plain Python's."""
+        if key == "__builtins__" and isinstance(value, dict) and value.get("len") is len:
+            return "builtins"
+        return self.of(value, depth)
 
     def _function(self, value: types.FunctionType, depth: int) -> Any:
         code = value.__code__

@@ -130,6 +130,25 @@ async def test_a_restart_by_the_user_replaces_the_processes_and_a_deletion_ends_
     assert (await client.range("/nbos/v1/kernels/"))[0] == []
 
 
+async def test_a_restart_while_a_process_is_being_started_replaces_that_one_too(client: Etcd, host: MakeHost) -> None:
+    a = host("a")
+    await create(client, kernel_spec("k", "a"))
+    replica = a.replica("k", 0)
+    await replica.ready()
+    done = 0
+    # One after the other without a pause, so that some fall between the start of a process and its being there.
+    async with asyncio.timeout(30):
+        while a.log.read_text().count("started as process") < 4:
+            assert (await client.commit(membership.restart(await view_of(client, "k")))).succeeded
+            done += 1
+
+    async def replaced() -> bool:
+        state = await replica.order()
+        return bool(state) and state["hello"].get("incarnation") == done + 1
+
+    await eventually(replaced, "a process of the last incarnation", 10)
+
+
 async def test_the_log_is_folded_and_a_new_replica_starts_from_the_checkpoint(client: Etcd, host: MakeHost) -> None:
     a = host("a")
     await create(client, kernel_spec("k", "a"))

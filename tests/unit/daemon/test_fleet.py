@@ -89,6 +89,17 @@ def test_a_new_incarnation_starts_only_after_the_old_process_is_gone() -> None:
     assert Start(K0, 2) in fleet.handle(Died(K0, "left", 3))
 
 
+def test_whoever_has_started_a_process_learns_that_it_should_end_already() -> None:
+    fleet = running(0)
+    assert fleet.ends(K0) == ""
+    fleet.handle(wanted(0, incarnation=2, usable=True, now=2))
+    assert fleet.ends(K0) == "the kernel is restarted"
+    fleet.handle(Died(K0, "left", 3))
+    assert fleet.ends(K0) == ""
+    fleet.handle(wanted(now=4))
+    assert fleet.ends(K0) == fleet.ends(K1) == "the replica is not wanted on this host any more"
+
+
 def test_a_replica_that_is_not_wanted_any_more_is_ended_and_forgotten() -> None:
     fleet = running(0, 1)
     assert [type(i) for i in fleet.handle(wanted(0, now=2, usable=True))] == [Stop]

@@ -19,6 +19,10 @@ HIGH_WATER = 200_000
 WELCOME_PATIENCE = 0.5
 """Seconds to wait for the replica's iopub_welcome, which says that the subscription is in force."""
 
+MONITORED = ("shell", "iopub")
+RECONNECT_MAX = 500
+"""Milliseconds between two attempts to connect a channel, at most."""
+
 BEAT = 1.0
 SILENCE = 3.0
 """Seconds between heartbeats to the executor of a running cell, and of silence after which it counts as lost."""
@@ -39,7 +43,7 @@ class ReplicaLink:
         self.index = index
         self.ip, self.ports = ip, ports
         self.up = False
-        self._shaken: float | None = None
+        self._shaken: dict[str, float] = {}
         self._welcome = False
         self._beat_at = 0.0
         self._heard = 0.0
@@ -55,34 +59,41 @@ class ReplicaLink:
             "hb": zmq.DEALER,
         }
         self.sockets: dict[str, zmq.Socket[Any]] = {}
+        self.monitors: dict[str, zmq.Socket[Any]] = {}
         for channel, kind in kinds.items():
             socket = context.socket(kind)
             socket.linger = 0
             socket.set_hwm(HIGH_WATER)
-            socket.reconnect_ivl, socket.reconnect_ivl_max = 50, 2000
+            socket.reconnect_ivl, socket.reconnect_ivl_max = 50, RECONNECT_MAX
             socket.curve_publickey, socket.curve_secretkey, socket.curve_serverkey = keys
             if channel in ("shell", "control", "stdin"):
                 socket.identity = identity
             if channel == "iopub":
                 socket.subscribe(b"")
-            if channel == "shell":
-                self.monitor = socket.get_monitor_socket(_EVENTS)
+            if channel in MONITORED:
+                self.monitors[channel] = socket.get_monitor_socket(_EVENTS)
             socket.connect(f"tcp://{self.ip}:{self.ports[channel]}")
             self.sockets[channel] = socket
 
     def close(self) -> None:
-        shell = self.sockets["shell"]
-        shell.disable_monitor()
+        for channel in MONITORED:
+            self.sockets[channel].disable_monitor()
         for socket in self.sockets.values():
             socket.close(0)
 
-    def monitor_event(self, now: float) -> str:
-        """Read one event of the shell connection: 'disconnected' or ''."""
-        event = parse_monitor_message(self.monitor.recv_multipart(zmq.NOBLOCK))
+    def monitor_event(self, channel: str, now: float) -> str:
+        """Read one event of a monitored connection: 'disconnected' or ''."""
+        event = parse_monitor_message(self.monitors[channel].recv_multipart(zmq.NOBLOCK))
         if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            self._shaken = now
+            self._shaken[channel] = now
             return ""
+        self._shaken.pop(channel, None)
         return "disconnected" if event["event"] == zmq.EVENT_DISCONNECTED else ""
+
+    def _connected(self) -> float | None:
+        """Since when shell and iopub are both connected. Each of them tries again at times of its own, up to
+        RECONNECT_MAX apart: a replica that answers on one may not have the other's subscription for long."""
+        return max(self._shaken.values()) if len(self._shaken) == len(MONITORED) else None
 
     def is_welcome(self, frames: list[Any]) -> bool:
         """Whether this is the replica's iopub_welcome (it has no topic)."""
@@ -92,14 +103,16 @@ class ReplicaLink:
         return True
 
     def becomes_up(self, now: float) -> bool:
-        if self.up or self._shaken is None:
+        connected = self._connected()
+        if self.up or connected is None:
             return False
-        self.up = self._welcome or now >= self._shaken + WELCOME_PATIENCE
+        self.up = self._welcome or now >= connected + WELCOME_PATIENCE
         return self.up
 
     def wake(self) -> float | None:
         if not self.up:
-            return None if self._shaken is None else self._shaken + WELCOME_PATIENCE
+            connected = self._connected()
+            return None if connected is None else connected + WELCOME_PATIENCE
         return min(self._beat_at, self._heard + SILENCE) if self._watched else None
 
     def heard(self, now: float) -> None:

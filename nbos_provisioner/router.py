@@ -189,9 +189,9 @@ class Router:
         link.sockets["hb"].recv_multipart(zmq.NOBLOCK)
         link.heard(time.monotonic())
 
-    def _read_monitor(self, link: ReplicaLink) -> None:
+    def _read_monitor(self, link: ReplicaLink, channel: str) -> None:
         now = time.monotonic()
-        if link.monitor_event(now) == "disconnected" and link.up:
+        if link.monitor_event(channel, now) == "disconnected" and link.up:
             # The last words of the process are still in the sockets; they come before the news of its end.
             for channel in ("shell", "control", "stdin"):
                 self._read_replica(link, channel)
@@ -254,13 +254,14 @@ class Router:
             self._listen(link.sockets[channel], partial(self._read_replica, link, channel))
         self._listen(link.sockets["iopub"], partial(self._read_output, link))
         self._listen(link.sockets["hb"], partial(self._read_beat, link))
-        self._listen(link.monitor, partial(self._read_monitor, link))
+        for channel, monitor in link.monitors.items():
+            self._listen(monitor, partial(self._read_monitor, link, channel))
 
     def _disconnect(self, instruction: Disconnect) -> None:
         link = self.links.pop(instruction.replica, None)
         if link is None:
             return
-        for source in [*link.sockets.values(), link.monitor]:
+        for source in [*link.sockets.values(), *link.monitors.values()]:
             self._ignore(source)
         link.close()
 

@@ -50,8 +50,8 @@ class Capture(Known):
             return
         try:
             tree = ast.parse(code)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return  # the cell says so itself
+        except (SyntaxError, ValueError, RecursionError, MemoryError, SystemError):
+            return  # the cell says so itself; SystemError: Python before 3.11.5 where another thread parses (gh-106905)
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 self._roots.imported.update(alias.name for alias in node.names if "." in alias.name)

@@ -127,7 +127,9 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "Without a network name a downloaded ipykernel-*.tar.gz in NBOS_IPYKERNEL_SDIST."
         )
     with tarfile.open(found[0]) as archive:
-        archive.extractall(folder, filter="data")
+        # `filter="data"`, which Python has since 3.11.4
+        archive.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
+        archive.extractall(folder)
     # Only the tests: the package beside them would hide the installed one; renamed, they do not hide ours.
     home = folder / "upstream"
     home.mkdir()

@@ -40,6 +40,7 @@ class Fleet:
         """The replica that the debugger is attached to: breakpoints stand there and nowhere else."""
         self.banned: set[tuple[int, int]] = set()
         self._held: dict[int, list[list[Any]]] = {}
+        self._renewed: set[int] = set()
         self.prefix = b"nbos.-1."
 
     def name(self, index: int) -> str:
@@ -65,6 +66,13 @@ class Fleet:
     def _applied(self, index: int) -> int:
         member = self.members.get(index)
         return member.applied if member else -1
+
+    def lost(self, index: int) -> None:
+        """Its connection ended and is made anew, to the same address: what comes up there next is a successor, of
+        which the lists of members may tell later than its own messages."""
+        self.up.discard(index)
+        if index in self.connected_to:
+            self._renewed.add(index)
 
     def current(self) -> int | None:
         """The executor, after choosing one when there is none."""
@@ -115,6 +123,8 @@ class Fleet:
         """
         if epoch < self.epoch or (epoch == self.epoch and revision < self.revision):
             return [], []
+        if epoch > self.epoch:
+            self._renewed.clear()
         self.epoch, self.revision = epoch, revision
         old, self.members = self.members, {member.index: member for member in members}
         for index in old:
@@ -141,27 +151,40 @@ class Fleet:
         lost = []
         for index, (ip, ports, pid) in list(self.connected_to.items()):
             member = self.members.get(index)
-            same = member is not None and (member.ip, tuple(sorted(member.ports.items())), member.pid) == (
-                ip,
-                ports,
-                pid,
-            )
-            if member is not None and member.reachable and same:
+            if member is not None and self._stands(member, ip, ports, pid):
                 continue
             reason = "it is no longer a member" if member is None else member.reason or f"it is {member.state}"
             if index in old and member is not None and member.reachable:
                 reason = "it was started again"
             del self.connected_to[index]
+            self._renewed.discard(index)
             todo.append(Disconnect(index))
             if index in self.up:
                 lost.append((index, reason))
         return lost
+
+    def _stands(self, member: Member, ip: str, ports: tuple[tuple[str, int], ...], pid: int) -> bool:
+        """Whether the connection is one to this member, whose process may be the successor of the one it was made to.
+
+        Ending it for the new pid would lose outputs that are on their way.
+        """
+        renewed = member.index in self._renewed
+        if not member.reachable:
+            return renewed and member.index in self.up and member.state == "starting"
+        if (member.ip, tuple(sorted(member.ports.items()))) != (ip, ports):
+            return False
+        if member.pid != pid and renewed:
+            self._renewed.discard(member.index)
+            self.connected_to[member.index] = (ip, ports, member.pid)
+            return True
+        return member.pid == pid
 
     def reset(self) -> list[Instruction]:
         """Forget every process there is: the replicas that follow are new ones."""
         self.banned = {(index, target[2]) for index, target in self.connected_to.items() if target[2]}
         gone: list[Instruction] = [Disconnect(index) for index in self.connected_to]
         self.connected_to.clear()
+        self._renewed.clear()
         self.up.clear()
         self.members.clear()
         self._held.clear()

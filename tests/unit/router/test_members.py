@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nbos_provisioner.fleet import Fleet
-from nbos_provisioner.instructions import Member
+from nbos_provisioner.instructions import Connect, Disconnect, Member
 from nbos_provisioner.members import CHANNELS
 
 PORTS = {channel: 15000 + number for number, channel in enumerate(CHANNELS)}
@@ -27,6 +27,30 @@ def test_a_newer_list_ends_the_connection_of_a_replica_that_starts_again() -> No
     fleet.up.add(0)
     _, lost = fleet.update(1, listed("starting", pid=8), revision=13)
     assert [index for index, _ in lost] == [0]
+
+
+def test_a_successor_that_answers_already_is_not_disconnected_by_the_news_of_it() -> None:
+    """Its outputs would be lost with the connection."""
+    fleet = Fleet()
+    fleet.update(1, listed("ready"), revision=12)
+    fleet.up.add(0)
+    fleet.lost(0)
+    fleet.up.add(0)  # the process that was started in its place
+    assert fleet.update(1, listed("ready"), revision=13) == ([], [])  # late: still of the one that died
+    assert fleet.update(1, listed("starting", pid=8), revision=14) == ([], [])
+    assert fleet.update(1, listed("ready", pid=8), revision=15) == ([], [])
+    _, lost = fleet.update(1, listed("ready", pid=9), revision=16)
+    assert [index for index, _ in lost] == [0]
+
+
+def test_a_successor_at_another_address_is_connected_to() -> None:
+    fleet = Fleet()
+    fleet.update(1, listed("ready"), revision=12)
+    fleet.up.add(0)
+    fleet.lost(0)
+    moved = Member(0, "host-2", "ready", "127.0.0.2", PORTS, -1, 8, "")
+    todo, _ = fleet.update(1, (moved,), revision=13)
+    assert todo == [Disconnect(0), Connect(0, "127.0.0.2", PORTS)]
 
 
 def test_a_new_epoch_counts_whatever_its_revision() -> None:

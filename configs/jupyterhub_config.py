@@ -72,10 +72,15 @@ c.JupyterHub.load_roles.append(
     # The gateway looks up its callers' groups and who is an administrator. It may do nothing else on the hub.
     {"name": "nbos-gateway", "scopes": ["read:users"], "services": ["nbos"]}
 )
+# A scope of its own for having kernels, so that a token can be given nothing but that (a single-user server's has it),
+# or everything but that.
+c.JupyterHub.custom_scopes.update(
+    {"custom:nbos:kernels": {"description": "Make NBOS kernels, use them, restart and delete them"}}
+)
 c.JupyterHub.load_roles.append(
-    # Every user may use NBOS. If you define the role "user" yourself, add the second scope to yours and
+    # Every user may use NBOS. If you define the role "user" yourself, add the last two scopes to yours and
     # delete this.
-    {"name": "user", "scopes": ["self", "access:services!service=nbos"]}
+    {"name": "user", "scopes": ["self", "access:services!service=nbos", "custom:nbos:kernels!user"]}
 )
 
 # --- The proxy

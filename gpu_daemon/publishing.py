@@ -9,11 +9,12 @@ stands under this daemon's own lease.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 
 from gpu_daemon.site import Site, log
 from nbos_cluster import keys, records
-from nbos_cluster.etcd import EtcdError, EtcdUnavailable
+from nbos_cluster.etcd import EtcdError, EtcdUnavailable, LeaseGone
 from nbos_cluster.kv import Compare, Txn, lease_is, mod_is, op_delete, op_put
 from nbos_cluster.records import Record
 
@@ -48,6 +49,7 @@ class Publisher:
         self._dirty: set[str] = set()
         self._urgent = asyncio.Event()
         self._wake = asyncio.Event()
+        self._said = ""
 
     def put(self, key: str, record: Record, urgent: bool = True, guard: Guard = _always) -> None:
         """`record` should stand under `key` while `guard` holds. Not urgent: within a second."""
@@ -86,7 +88,9 @@ class Publisher:
             try:
                 refused = await self._flush()
             except (EtcdUnavailable, EtcdError) as err:
-                log.debug("records cannot be written now: %s", err)
+                known = isinstance(err, EtcdUnavailable | LeaseGone) or str(err) == self._said
+                log.log(logging.DEBUG if known else logging.ERROR, "records cannot be written now: %s", err)
+                self._said = str(err)
                 await asyncio.sleep(RETRY)
                 self._mark("", True)
             else:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .trustarguments import certs_arguments, etcd_arguments
 
 if TYPE_CHECKING:
     from .layout import UpOptions
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status."""
     options = parser().parse_args(argv)
-    run = {"up": _up, "status": _status, "doctor": _doctor}[options.command]
+    run = {"up": _up, "status": _status, "doctor": _doctor, "certs": _certs, "etcd-setup": _etcd_setup}[options.command]
     return run(options)
 
 
@@ -41,6 +42,9 @@ def parser() -> argparse.ArgumentParser:
     )
     for command in (status, doctor):
         _state_argument(command)
+    doctor.add_argument("--certs", metavar="DIR", help="look at a cluster's certificates in DIR instead")
+    certs_arguments(commands)
+    etcd_arguments(commands)
     return top
 
 
@@ -155,10 +159,26 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    if options.certs:
+        from .certdoctor import doctor_of_certs
+
+        return doctor_of_certs(Path(options.certs))
     from .doctor import doctor
     from .state import StateDir
 
     return doctor(StateDir.at(options.state_dir), options.port, options.clean)
+
+
+def _certs(options: argparse.Namespace) -> int:
+    from .certcommand import run
+
+    return run(options)
+
+
+def _etcd_setup(options: argparse.Namespace) -> int:
+    from .etcdcommand import run
+
+    return run(options)
 
 
 if __name__ == "__main__":

@@ -70,9 +70,11 @@ def examine(state: StateDir, port: int) -> list[Finding]:
         lambda: check_python(sys.version_info[:3]),
         lambda: check_user(os.getuid()),
         lambda: check_packages(PACKAGES, _has),
+        lambda: check_curve(_zmq_has_curve),
         check_etcd,
         lambda: check_port(state, port),
         lambda: check_state_dir(state),
+        lambda: check_own_certs(state),
         lambda: check_disk(state),
         check_memory,
         check_gpus,
@@ -107,6 +109,22 @@ def check_packages(needed: dict[str, str], has: Callable[[str], bool]) -> Findin
     if int(hub.partition(".")[0]) < 6:
         return Finding("bad", f"JupyterHub {hub}: NBOS needs 6.1 or later; pip install 'jupyterhub>=6.1'")
     return Finding("good", f"all Python packages are there (JupyterHub {hub})")
+
+
+def _zmq_has_curve() -> bool:
+    import zmq
+
+    return bool(zmq.has("curve"))
+
+
+def check_curve(has: Callable[[], bool]) -> Finding:
+    """Messages to and from kernels are encrypted, or not sent at all."""
+    try:
+        if has():
+            return Finding("good", "ZeroMQ can encrypt (CurveZMQ): messages of kernels never travel in clear")
+    except ImportError:
+        return Finding("bad", "pyzmq is missing: pip install 'nbos[server]'")
+    return Finding("bad", "this ZeroMQ has no CurveZMQ, and kernels send nothing in clear: pip install --force pyzmq")
 
 
 def check_etcd() -> Finding:
@@ -153,6 +171,12 @@ def check_state_dir(state: StateDir) -> Finding:
             "note", f"{path} is too long for Unix sockets; they will lie in {state.run_dir('host-1').parent}"
         )
     return Finding("good", f"the state directory {path} is yours alone")
+
+
+def check_own_certs(state: StateDir) -> Finding:
+    from .certdoctor import check_own_certs
+
+    return check_own_certs(state)
 
 
 def _existing(path: Path) -> Path:

@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbos_cluster.access import MEMBER
+
 COMPACTION = ("--auto-compaction-mode=periodic", "--auto-compaction-retention=30s")
 """Old revisions are forgotten after half a minute to a minute. By revisions, etcd looks every five minutes only, and a
 kernel that runs a hundred cells a second would fill tens of megabytes meanwhile. Who was away for longer reads anew."""
@@ -113,6 +115,8 @@ def etcd_command(choice: EtcdChoice, data: Path, tls: Path, port: int, peer_port
         f"--initial-cluster=nbos={peer}",
         "--client-cert-auth",
         "--peer-client-cert-auth",
+        # Without it, whoever has a certificate of the authority could join as a member, past all access control.
+        f"--peer-cert-allowed-cn={MEMBER}",
         *(f"--{option}={file}" for option, file in files.items()),
         *(f"--peer-{option}={file}" for option, file in files.items()),
         *COMPACTION,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
-from nbos_cluster import certs
+from nbos_cluster import access, certs
 from nbos_cluster.etcd import TLSFiles
 from nbos_cluster.records import Device
 
@@ -72,10 +72,13 @@ class Layout:
 
     def make_certificates(self) -> None:
         """A private authority, a certificate for etcd, and one for each process that may speak to it."""
-        certs.make_ca(self.state.tls)
-        certs.issue(self.state.tls, "etcd", ["127.0.0.1", "localhost"], server=True)
-        for name in ("up", "gateway", *self.hosts):
-            certs.issue(self.state.tls, name)
+        tls = self.state.tls
+        certs.make_ca(tls)
+        certs.issue(tls, "etcd", ["127.0.0.1", "localhost"], common=access.MEMBER, server=True)
+        certs.issue(tls, "up", common=access.ROOT)
+        certs.issue(tls, "gateway", common=access.GATEWAY)
+        for host in self.hosts:
+            certs.issue(tls, host, common=access.daemon_user(host))
 
     def devices_of(self, host: str) -> list[str]:
         """UUIDs of the real devices this host has: dealt out one by one, so that none belongs to two."""

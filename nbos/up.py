@@ -17,8 +17,8 @@ import psutil
 from tornado.httpclient import AsyncHTTPClient, HTTPError
 
 from gpu_daemon.inventory import look
-from nbos_cluster import keys
-from nbos_cluster.etcd import Etcd, EtcdUnavailable
+from nbos_cluster import etcdauth, keys
+from nbos_cluster.etcd import Etcd, EtcdError, EtcdUnavailable
 from nbos_spawner.processes import adopt_orphans, die_with_parent
 
 from .etcdserver import NoEtcd, find_etcd
@@ -172,7 +172,8 @@ async def _start(layout: Layout, supervisor: Supervisor, say: Progress) -> None:
     supervisor.start(children["hub"])  # imports take seconds; it needs etcd only through the gateway
     async with Etcd(layout.endpoints, layout.tls("up"), timeout=1.0) as etcd:
         await _until(supervisor, "etcd", lambda: _etcd_up(etcd), deadline)
-        say(f"etcd {layout.etcd.text} is up on 127.0.0.1:{layout.ports['etcd']}, with TLS")
+        await _guard_etcd(layout)
+        say(f"etcd {layout.etcd.text} is up on 127.0.0.1:{layout.ports['etcd']}, with TLS and a user per process")
         for host in layout.hosts:
             supervisor.start(children[host])
         for host in layout.hosts:
@@ -184,6 +185,15 @@ async def _start(layout: Layout, supervisor: Supervisor, say: Progress) -> None:
     say("the gateway is up")
     say.up = True
     print(_welcome(layout), flush=True)
+
+
+async def _guard_etcd(layout: Layout) -> None:
+    """Give each process its user in etcd. A slow disk may take its time with it: nothing can start before."""
+    async with Etcd(layout.endpoints, layout.tls("up"), timeout=15.0) as etcd:
+        try:
+            await etcdauth.setup(etcd, layout.hosts)
+        except (EtcdError, EtcdUnavailable) as err:
+            raise StartFailed(f"etcd's users and roles cannot be set up: {err}") from err
 
 
 def _welcome(layout: Layout) -> str:

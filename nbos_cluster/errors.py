@@ -9,6 +9,13 @@ class EtcdError(Exception):
     """etcd refused a request; the message is its own."""
 
 
+def refused(details: str) -> str:
+    """etcd's own words, with the way out where there is one."""
+    if "permission denied" in details or "user not found" in details:
+        return f"{details}: the user that this process's certificate names may not do that; see `nbos etcd-setup`"
+    return details
+
+
 class LeaseGone(EtcdError):
     """The lease has ended (or never was); everything it kept is deleted."""
 

@@ -25,6 +25,7 @@ import grpc
 from aetcd import rpc
 
 from .errors import EtcdError, EtcdUnavailable, LeaseGone
+from .grpcerrors import auth_moved, is_away, reason, refusal
 from .kv import (
     KV,
     Changes,
@@ -98,15 +99,6 @@ _OPTIONS: dict[str, int] = {
     "grpc.use_local_subchannel_pool": 1,
 }
 
-_AWAY = {
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-    grpc.StatusCode.CANCELLED,
-    grpc.StatusCode.INTERNAL,
-    grpc.StatusCode.ABORTED,
-}
-# A member without its quorum passes on its own deadline, and gRPC a stream that broke, as UNKNOWN.
-_AWAY_DETAILS = ("context deadline exceeded", "context canceled", "Stream removed")
 _PAUSE = 0.05
 
 
@@ -299,7 +291,7 @@ class Etcd:
             except rpc.AioRpcError as err:
                 self.failed(member, err)
                 if deadline - time.monotonic() <= _PAUSE:
-                    raise self.unavailable(_reason(err)) from err
+                    raise self.unavailable(reason(err)) from err
             except (asyncio.CancelledError, grpc.aio.UsageError, AttributeError) as err:
                 self.check_open(err)
             else:
@@ -309,8 +301,10 @@ class Etcd:
 
     def failed(self, member: Member, err: Any) -> None:
         """Note that `member` did not answer, and use the next one. Raises EtcdError for a refusal."""
-        if not _is_away(err):
-            raise _refusal(err) from err
+        if auth_moved(err):
+            return
+        if not is_away(err):
+            raise refusal(err) from err
         if self._away_since is None:
             self._away_since = time.time()
         if member is self.member:
@@ -331,23 +325,6 @@ class Etcd:
             if not (isinstance(err, asyncio.CancelledError) and task is not None and task.cancelling()):
                 raise self.unavailable("this client was closed") from err
         raise err
-
-
-def _is_away(err: Any) -> bool:
-    unknown = err.code() is grpc.StatusCode.UNKNOWN
-    return err.code() in _AWAY or (unknown and any(text in (err.details() or "") for text in _AWAY_DETAILS))
-
-
-def _refusal(err: Any) -> EtcdError:
-    details = err.details() or ""
-    if err.code() is grpc.StatusCode.NOT_FOUND and "lease" in details:
-        return LeaseGone(details)
-    return EtcdError(f"{details} ({err.code().name})")
-
-
-def _reason(err: Any) -> str:
-    details = (err.details() or "").replace("; last error: UNKNOWN", "")
-    return details or err.code().name
 
 
 async def _range(member: Member, request: Any, timeout: float) -> Any:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from aetcd import rpc
 
-from .errors import EtcdUnavailable
+from .errors import EtcdError, EtcdUnavailable, refused
 from .kv import Changes, Snapshot
 from .protobuf import event_of, watch_request
 
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 0.5
+_PAUSE_REFUSED = 2.0
 _REQUIRE_LEADER = (("hasleader", "true"),)
 """A member cut off from its quorum ends the watch instead of staying silent."""
 
@@ -59,6 +60,10 @@ async def watch(etcd: Etcd, prefix: str, start_revision: int | None) -> AsyncIte
             if etcd.closed:
                 raise
             log.info("watch of %s: %s", prefix, err)
+        except EtcdError as err:
+            # Not allowed, for example: an admin can put that right while we run, and a watch never ends by itself.
+            log.error("etcd refuses the watch of %s, it is asked for again: %s", prefix, err)
+            pause = _PAUSE_REFUSED
         await asyncio.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
 
@@ -90,6 +95,8 @@ def _check(response: Any, start: int) -> None:
         # The second: an etcd whose data is older than what we saw; it would stay silent until `start`.
         raise _Compacted
     if response.canceled:
+        if "permission denied" in response.cancel_reason:
+            raise EtcdError(refused(response.cancel_reason))
         raise EtcdUnavailable("the watched member", 0.0, response.cancel_reason or "it cancelled the watch")
 
 

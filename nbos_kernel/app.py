@@ -34,6 +34,16 @@ class NBOSKernelApp(IPKernelApp):
         self.parent_handle = 1  # not ours to watch; and no word on a terminal that nobody reads
         super().initialize(argv)
 
+    def init_sockets(self) -> None:
+        if self.config.NBOSKernel.get("nbos_socket") and self.transport == "tcp" and not self.curve_secretkey:
+            self.log.critical(
+                "%s holds no CurveZMQ keys: a replica without them would send everything in clear, and does not "
+                "start; the daemon that wrote the file is too old, or the kernel's record in etcd is damaged",
+                self.connection_file,
+            )
+            self.exit(1)
+        super().init_sockets()
+
     def init_poller(self) -> None:
         """No parent poller: a replica outlives the daemon that started it."""
 

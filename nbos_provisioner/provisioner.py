@@ -81,6 +81,9 @@ class NBOSProvisioner(KernelProvisionerBase):
     async def pre_launch(self, **kwargs: Any) -> dict[str, Any]:
         """Called first at every start. The command is never run here; the daemons know how to start a replica."""
         kwargs.pop("extra_arguments", None)
+        if self.parent is not None:
+            # Raises, with the way out, where libzmq cannot; the keys themselves come from the gateway.
+            self.parent.transport_encryption = "required"
         return await super().pre_launch(cmd=["nbos-kernel"], **kwargs)
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:
@@ -106,7 +109,7 @@ class NBOSProvisioner(KernelProvisionerBase):
         try:
             model = await gateway.create(self.kernel_id, self._request(kwargs))
             await spawned
-            connection = model["connection"]
+            connection = _encrypted(model["connection"])
             follow = {"url": gateway.of_kernel(self.kernel_id), "token": gateway.token}
             rerun = model.get("rerun", True)
             await self._router.configure({**connection, "ip": "127.0.0.1", "rerun": rerun, "follow": follow})
@@ -197,6 +200,13 @@ class NBOSProvisioner(KernelProvisionerBase):
             self._deleted = True
         except GatewayError as err:
             self.log.error("kernel %s may still run: %s", self.kernel_id, err)
+
+
+def _encrypted(connection: dict[str, Any]) -> dict[str, Any]:
+    """The connection, which must have CurveZMQ keys. Raises GatewayError."""
+    if not connection.get("curve_publickey") or not connection.get("curve_secretkey"):
+        raise GatewayError("the NBOS gateway gave no CurveZMQ keys for the kernel, and its messages never go in clear")
+    return connection
 
 
 def _connection_info(connection: dict[str, Any], ports: dict[str, int]) -> KernelConnectionInfo:

@@ -55,7 +55,9 @@ class Router:
     def __init__(self, config: dict[str, Any]) -> None:
         self.context: zmq.Context[Any] = zmq.Context()
         self.signer = Signer(config["key"].encode())
-        public, secret = config["curve_publickey"].encode(), config["curve_secretkey"].encode()
+        public, secret = (str(config.get(f"curve_{half}key") or "").encode() for half in ("public", "secret"))
+        if not public or not secret:
+            raise ValueError("the kernel has no CurveZMQ keys, and its messages never travel in clear")
         self.front = Front(self.context, config.get("ip", "127.0.0.1"), config.get("ports") or {}, public, secret)
         named = {f"{channel}_port": port for channel, port in self.front.ports.items()}
         self.core = RouterCore(self.signer, rerun=bool(config.get("rerun", True)), ports=named)

@@ -21,12 +21,11 @@ from traitlets import Dict, HasTraits, Unicode, default, validate
 from .form import options_form
 from .limits import Limits, LimitTable, read_limits
 from .options import KernelOptions, OptionError, options_from_form, parse_options
+from .scopes import ACCESS, KERNELS, SERVICE
 from .sizes import show_size
 
-SERVICE = "nbos"
-
-SERVER_SCOPES = ("users:activity!user", "access:servers!server", f"access:services!service={SERVICE}")
-"""What $JUPYTERHUB_API_TOKEN may do: JupyterHub's own two, and reach the gateway as this user."""
+SERVER_SCOPES = ("users:activity!user", "access:servers!server", ACCESS, f"{KERNELS}!user")
+"""What $JUPYTERHUB_API_TOKEN may do: JupyterHub's own two, reach the gateway, and have this user's kernels there."""
 
 SERVER_ARGS = (
     "--ServerApp.jpserver_extensions=nbos_provisioner=True",

@@ -39,6 +39,7 @@ def make_app(kernels: Kernels, watch: ClusterWatch, users: HubUsers, prefix: str
         (f"{prefix}oauth_callback", dashboard.CallbackHandler, {}),
         (f"{prefix}static/(.*)", dashboard.AssetHandler, {"path": str(dashboard.HERE / "static")}),
         (f"{prefix}api/health", handlers.HealthHandler, parts),
+        (f"{prefix}api/openapi.json", handlers.DescriptionHandler, parts),
         (f"{prefix}api/status", handlers.StatusHandler, parts),
         (f"{prefix}api/kernels", handlers.KernelsHandler, parts),
         (f"{prefix}{kernel}", handlers.KernelHandler, parts),

@@ -65,7 +65,8 @@ class DashboardHandler(HubOAuthenticated, SafeHeaders):
     @authenticated
     async def get(self) -> None:
         try:
-            caller = await self.users.of_model(self._model)
+            # Only a login has a session; a token in the header, the address or its cookie is as good as on the API.
+            caller = await self.users.of_model(self._model, browser=bool(self._model.get("session_id")))
         except ApiError as err:
             raise HTTPError(err.status, "%s", err.message) from err
         problem = ""

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 from tornado.web import HTTPError, RequestHandler, stream_request_body
 
-from nbos_cluster.etcd import EtcdUnavailable
+from nbos_cluster import keys
+from nbos_cluster.etcd import EtcdError, EtcdUnavailable
 
-from .auth import Caller, HubUsers
+from .auth import Caller, HubUsers, check_may_change
 from .errors import ApiError, unavailable
 from .kernels import Kernels
 from .models import is_ready, kernel_model, may_see, status_model
@@ -22,6 +24,8 @@ from .requests import MAX_BODY, read_kernel_wanted
 from .watching import ClusterWatch
 
 log = logging.getLogger("nbos.gateway")
+
+_DESCRIPTION = (Path(__file__).parent / "openapi.json").read_bytes()
 
 LONGEST_WAIT = 25.0
 """Seconds that `wait=ready` holds a request open; below the usual time-outs of proxies."""
@@ -79,13 +83,23 @@ class HealthHandler(JsonHandler):
             reason = "the gateway has not read the cluster's records yet"
         if not reason:
             try:
-                await self.kernels.etcd.status()
+                # A read as all others are: it needs the quorum, and our role.
+                await self.kernels.etcd.get(keys.KERNELS)
             except EtcdUnavailable:
                 reason = "etcd does not answer"
+            except EtcdError as err:
+                reason = f"etcd refuses: {err}"
         self.answer(
             {"status": "unavailable", "reason": reason} if reason else {"status": "ok"},
             503 if reason else 200,
         )
+
+
+class DescriptionHandler(JsonHandler):
+    """GET api/openapi.json: this API, for programs. No token; it holds no secret."""
+
+    def get(self) -> None:
+        self.finish(_DESCRIPTION)
 
 
 @stream_request_body
@@ -98,6 +112,8 @@ class AuthenticatedHandler(JsonHandler):
         self._body = bytearray()
         self._too_long = False
         self.caller = await self.users.caller(self)
+        if self.request.method not in ("GET", "HEAD"):
+            check_may_change(self.caller)
         if not self.watch.ready.is_set() and not await self.watch.until(self.watch.ready.is_set, 3.0):
             raise unavailable("the gateway has not read the cluster's records yet; is etcd running?")
 
@@ -117,8 +133,9 @@ class AuthenticatedHandler(JsonHandler):
 
     def model(self, kernel_id: str) -> dict[str, Any]:
         view = self.kernels.find(self.caller, kernel_id)
-        owner = view.spec is not None and view.spec.owner == self.caller.name and self.caller.kind == "user"
-        return kernel_model(view, secrets=owner)
+        caller = self.caller
+        owner = view.spec is not None and view.spec.owner == caller.name and caller.kind == "user"
+        return kernel_model(view, secrets=owner and caller.kernels)
 
 
 class KernelsHandler(AuthenticatedHandler):

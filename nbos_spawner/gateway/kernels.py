@@ -16,7 +16,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from nbos_cluster import membership
-from nbos_cluster.etcd import Etcd, EtcdUnavailable, TxnResult
+from nbos_cluster.etcd import Etcd, EtcdError, EtcdUnavailable, TxnResult
 from nbos_cluster.kernelview import KernelView
 from nbos_cluster.kv import Txn
 from nbos_cluster.placement import HostLoad, NoRoom, loads, place, replace_lost
@@ -179,11 +179,14 @@ class Kernels:
         raise ApiError(409, "busy", f"kernel {kernel_id} keeps changing; try again")
 
     async def carry_out(self, txn: Txn) -> TxnResult:
-        """Do `txn` in etcd. Raises ApiError 503 while etcd is away."""
+        """Do `txn` in etcd. Raises ApiError 503 while etcd is away, or does not let us."""
         try:
             return await self.etcd.commit(txn)
         except EtcdUnavailable as err:
             raise unavailable(str(err)) from err
+        except EtcdError as err:
+            log.error("etcd refused a transaction: %s", err)
+            raise unavailable(f"etcd refused it ({err}); tell the administrator") from err
 
 
 def _full(host: str) -> HostLoad:

@@ -11,6 +11,7 @@ from jupyterhub.services.service import Service
 from traitlets.config.loader import PyFileConfigLoader
 
 from nbos.places import drop_in_config
+from nbos_spawner.scopes import ACCESS, KERNELS
 from nbos_spawner.spawner import SERVER_SCOPES, NBOSSpawner
 
 
@@ -36,6 +37,20 @@ def test_beside_a_sites_own_services_it_adds_one(tmp_path: Path) -> None:
     own = "c.JupyterHub.services.append({'name': 'culler'})"
     assert [s["name"] for s in services(loaded(tmp_path, before=own))] == ["culler", "nbos"]
     assert [s["name"] for s in services(loaded(tmp_path, after=own))] == ["nbos", "culler"]
+
+
+def test_beside_a_sites_own_scopes_it_adds_one(tmp_path: Path) -> None:
+    own = "c.JupyterHub.custom_scopes = {'custom:lab': {'description': 'x'}}"
+    found = loaded(tmp_path, before=own).JupyterHub.custom_scopes
+    assert set(found) == {"custom:lab", KERNELS}
+    alone = loaded(tmp_path, after="c.JupyterHub.custom_scopes.update({'custom:lab': {'description': 'x'}})")
+    assert set(alone.JupyterHub.custom_scopes.get_value({})) == {"custom:lab", KERNELS}
+
+
+def test_every_user_gets_the_scopes_that_a_server_needs(tmp_path: Path) -> None:
+    roles = loaded(tmp_path).JupyterHub.load_roles.get_value([])
+    user = next(set(role["scopes"]) for role in roles if role["name"] == "user")
+    assert {ACCESS, f"{KERNELS}!user"} <= user & set(SERVER_SCOPES)
 
 
 def test_the_service_is_one_jupyterhub_takes(tmp_path: Path) -> None:

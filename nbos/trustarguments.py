@@ -1,0 +1,55 @@
+"""The arguments of `nbos certs` and `nbos etcd-setup`, apart from what they do: reading them imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+DEFAULT_DIR = "nbos-certs"
+ROLES = ("etcd", "gateway", "daemon", "admin", "reader")
+
+
+def certs_arguments(commands: Commands) -> None:
+    top = commands.add_parser("certs", help="make and look after the cluster's certificates")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    init = verbs.add_parser("init", help="make the private authority")
+    init.add_argument("--name", default="NBOS private CA", help="its name (NBOS private CA)")
+    init.add_argument("--encrypt", action="store_true", help="ask for a passphrase for the authority's key")
+    init.add_argument("--days", type=_days, default=3650, help="how long it lasts (3650)")
+    issue = verbs.add_parser("issue", help="make certificates: issue ROLE [HOST[,ADDRESS...] ...]")
+    issue.add_argument("role", choices=ROLES)
+    issue.add_argument("hosts", nargs="*", metavar="HOST[,ADDRESS...]", help="for the roles etcd and daemon")
+    issue.add_argument("--replace", action="store_true", help="write over one that is there")
+    renew = verbs.add_parser("renew", help="make certificates anew, with the same names")
+    renew.add_argument("names", nargs="*", metavar="NAME", help="which (those that end soon)")
+    renew.add_argument("--within", type=_days, default=60, help="without NAME: those with so many days left (60)")
+    for verb in (issue, renew):
+        verb.add_argument("--days", type=_days, default=825, help="how long they last (825)")
+    show = verbs.add_parser("show", help="who has a certificate until when; status 1 when one is bad or ends soon")
+    show.add_argument("--json", action="store_true", help="for programs")
+    for verb in (init, issue, renew, show):
+        verb.add_argument("--dir", type=Path, default=Path(DEFAULT_DIR), help=f"where they lie ({DEFAULT_DIR})")
+    for verb in (init, issue, renew):
+        verb.add_argument("--ca-key", type=Path, metavar="FILE", help="the authority's key (DIR/ca/ca.key)")
+        verb.add_argument("--passphrase-file", type=Path, metavar="FILE", help="its passphrase, the file's first line")
+
+
+def etcd_arguments(commands: Commands) -> None:
+    setup = commands.add_parser(
+        "etcd-setup", help="give etcd a user and a role for each process, and turn its access control on"
+    )
+    setup.add_argument("hosts", nargs="*", metavar="HOST", help="hosts of the cluster (those with a certificate)")
+    setup.add_argument("--endpoints", required=True, metavar="HOST:PORT,...", help="etcd's members")
+    setup.add_argument("--dir", type=Path, default=Path(DEFAULT_DIR), help=f"certificates, admin's too ({DEFAULT_DIR})")
+    setup.add_argument("--remove", action="append", default=[], metavar="HOST", help="a host that left for good")
+    setup.add_argument("--disable", action="store_true", help="turn access control off: every certificate may do all")
+
+
+def _days(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 36500:
+        raise argparse.ArgumentTypeError(f"must be a number of days from 1 to 36500, not {text!r}")
+    return int(text)

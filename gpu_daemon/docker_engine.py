@@ -8,6 +8,7 @@ told to look for itself; errors are words that name the way out.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -132,24 +133,26 @@ class Engine:
             for tell in self._watchers.get(image, ()):
                 tell(text)
 
+        done: asyncio.Future[None] = loop.create_future()
+
         def work() -> None:
             said = ""
-            client = self._new_client(None)
             try:
+                client = self._new_client(None)
                 for message in client.pull(*_name_and_tag(image), stream=True, decode=True):
                     progress.take(message)
                     if progress.text != said:
                         said = progress.text
-                        loop.call_soon_threadsafe(say, said)
-            finally:
-                client.close()
+                        _in_loop(loop, say, said)
+            except (*Trouble, ValueError) as err:
+                progress.error = progress.error or words(err)
+            _in_loop(loop, _settle, done)
 
         say(progress.text)
-        try:
-            # In a thread of its own: pulls take minutes, and must not use up the pool.
-            await asyncio.to_thread(work)
-        except Trouble as err:
-            progress.error = progress.error or words(err)
+        # In a thread of its own that ends with the process: pulls take minutes, and a daemon that is told to stop must
+        # not wait for one.
+        threading.Thread(target=work, name=f"pulling {image}", daemon=True).start()
+        await done
         if progress.error:
             raise RuntimeFailed(no_image(image, progress.error))
 
@@ -165,7 +168,7 @@ class Engine:
 
         def tell(work: Callable[..., None], *args: object) -> None:
             if not self._closed:
-                loop.call_soon_threadsafe(work, *args)
+                _in_loop(loop, work, *args)
 
         def work() -> None:
             pause = threading.Event()
@@ -194,6 +197,17 @@ class Engine:
                 stream.close()
             except (*Trouble, AttributeError) as err:
                 log.debug("closing the Engine's events: %s", err)
+
+
+def _in_loop(loop: asyncio.AbstractEventLoop, work: Callable[..., object], *args: object) -> None:
+    """From a thread that may outlive the loop."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(work, *args)
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def _name_and_tag(image: str) -> tuple[str, str | None]:

@@ -86,6 +86,7 @@ class DockerRuntime(ReplicaRuntime):
         self.engine = Engine(options.engine)
         self._handles: dict[str, ContainerHandle] = {}
         self._network = options.network
+        self._fencing: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         await self.engine.connect(PATIENCE)
@@ -198,6 +199,12 @@ class DockerRuntime(ReplicaRuntime):
                 log.warning("container %s is of no kernel any more; it is removed", found["Names"][0].lstrip("/"))
                 self._remove(found["Id"])
 
+    async def _fence_again(self) -> None:
+        try:
+            await make_network(self.engine, self._options, self._site, self._etcd)
+        except RuntimeFailed as err:
+            log.error("%s", err)
+
     # -- ends ---------------------------------------------------------------------------------------------------------
 
     def _died(self, container: str, code: int) -> None:
@@ -207,7 +214,9 @@ class DockerRuntime(ReplicaRuntime):
             handle.over.set()
 
     def _look_again(self) -> None:
-        """The Engine was away, or is heard for the first time: ask what became of each container."""
+        """The Engine was away, or is heard for the first time: ask what became of each container, and set up anew what
+        goes with a restart of the machine's firewall."""
+        self._fencing = asyncio.create_task(self._fence_again(), name="the walls around replicas")
         for handle in self._handles.values():
             self._look_at(handle)
             if handle.killed:

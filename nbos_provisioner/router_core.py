@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from . import execution as executions
+from .absent import KERNEL_INFO, Absence
 from .execution import Execution, Phase
 from .fleet import Fleet
 from .forwarding import Forwarding
@@ -57,6 +58,7 @@ class RouterCore:
         self.ports = ports or {}
         self.queue: deque[Message] = deque()
         self.held: deque[tuple[Channel, Message]] = deque()
+        self.absence = Absence()
         self._doomed: set[str] = set()
         self._asked: dict[str, int] = {}
         self._ask_status_at: float | None = None
@@ -87,7 +89,8 @@ class RouterCore:
 
     def deadline(self) -> float | None:
         """When a Tick is due at the latest."""
-        times = (self.runner.deadline(), self._sync_at, self._ask_status_at)
+        alone = self.absence.answers_at if self._about_the_kernel() else None
+        times = (self.runner.deadline(), self._sync_at, self._ask_status_at, alone)
         return min((at for at in times if at is not None), default=None)
 
     @property
@@ -148,12 +151,27 @@ class RouterCore:
         self._ask_status(now)
         self.runner.step(now)
         replica = self.fleet.current()
+        if self.absence.over(replica is None and bool(self.fleet.reasons()), now):
+            self._answer_for_nobody()
         while self.held and replica is not None:
             channel, message = self.held.popleft()
             self.forwarding.send(channel, message, replica)
         while self.queue and self._next(self.queue[0], replica, now):
             replica = self.fleet.current()
         self._sync(now)
+
+    def _about_the_kernel(self) -> list[tuple[Channel, Message]]:
+        """Who asks, and waits, to learn whether there is a kernel."""
+        waiting: list[tuple[Channel, Message]] = [*self.held, *(("shell", message) for message in self.queue)]
+        return [(channel, message) for channel, message in waiting if message.msg_type == "kernel_info_request"]
+
+    def _answer_for_nobody(self) -> None:
+        asked = self._about_the_kernel()
+        for channel, message in asked:
+            self._answer(channel, message, KERNEL_INFO)
+        answered = {message.msg_id for _, message in asked}
+        self.held = deque(item for item in self.held if item[1].msg_id not in answered)
+        self.queue = deque(message for message in self.queue if message.msg_id not in answered)
 
     def _next(self, head: Message, replica: int | None, now: float) -> bool:
         """Handle the head of the queue; False when it has to wait."""

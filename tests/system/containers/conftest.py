@@ -11,6 +11,7 @@ import pytest
 from nbos_cluster.etcd import Etcd
 from tests.system.containers.engine import build_image, running_engine
 from tests.system.containers.host import DockerHost
+from tests.system.containers.registry import Registry
 from tests.system.etcdserver import EtcdServer
 
 MakeHost = Callable[..., DockerHost]
@@ -24,6 +25,14 @@ def engine() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def image(engine: None) -> None:
     build_image()
+
+
+@pytest.fixture
+def registry(engine: None) -> Iterator[Registry]:
+    """Ask for it before `host`: its image can be removed only after the daemon's containers."""
+    registry = Registry(40_000_000)
+    yield registry
+    registry.close()
 
 
 @pytest.fixture

@@ -43,6 +43,15 @@ async def notebook(cluster: Cluster) -> AsyncIterator[Notebook]:
     await notebook.close()
 
 
+@pytest.fixture
+async def inside(cluster: Cluster) -> AsyncIterator[Notebook]:
+    """A kernel of one replica, whose cells try what they must not."""
+    notebook = await Notebook.open(cluster, "ada", {"replicas": 1})
+    await notebook.run("import os, socket, subprocess, time")
+    yield notebook
+    await notebook.close()
+
+
 def container_of(notebook: Notebook, index: int) -> str:
     (found,) = containers(kernel=notebook.kernel, replica=str(index))
     return found
@@ -86,7 +95,7 @@ async def test_a_running_cell_outlives_its_daemon(cluster: Cluster, notebook: No
 NOTHING = "refused, or nowhere"
 
 
-async def reach(notebook: Notebook, address: str, port: int) -> str:
+async def reach(inside: Notebook, address: str, port: int) -> str:
     """What a connection from the replica to there ends with."""
     code = f"""
 s = socket.socket(); s.settimeout(1.5)
@@ -97,96 +106,95 @@ except OSError as err:
 finally:
     s.close()
 """
-    return await notebook.run(code)
+    return await inside.run(code)
 
 
-async def own_addresses(notebook: Notebook) -> list[str]:
+async def own_addresses(inside: Notebook) -> list[str]:
     """This host's addresses: all of its own, and the one that the replica has for its gateway."""
-    index = (await notebook.executor()).index
-    networks = inspect(container_of(notebook, index))["NetworkSettings"]["Networks"]
+    index = (await inside.executor()).index
+    networks = inspect(container_of(inside, index))["NetworkSettings"]["Networks"]
     gateways = [network["Gateway"] for network in networks.values()]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))  # sends nothing; says which address would
         return [*gateways, probe.getsockname()[0]]
 
 
-async def test_no_capability_and_no_way_to_more(notebook: Notebook) -> None:
-    status = await notebook.run("print(open('/proc/self/status').read())")
+async def test_no_capability_and_no_way_to_more(inside: Notebook) -> None:
+    status = await inside.run("print(open('/proc/self/status').read())")
     fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
     assert {fields[name] for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}
     assert fields["NoNewPrivs"] == "1"
     assert fields["Seccomp"] == "2"
     unshare = "import ctypes; libc = ctypes.CDLL(None, use_errno=True); (libc.unshare(0x10000000), ctypes.get_errno())"
-    assert await notebook.run(unshare) == "(-1, 1)"
+    assert await inside.run(unshare) == "(-1, 1)"
     mount = "(libc.mount(b'none', b'/tmp', b'tmpfs', 0, b''), ctypes.get_errno())"
-    assert await notebook.run(mount) == "(-1, 1)"
+    assert await inside.run(mount) == "(-1, 1)"
 
 
-async def test_the_images_files_cannot_be_changed(notebook: Notebook) -> None:
+async def test_the_images_files_cannot_be_changed(inside: Notebook) -> None:
     for path in ("/etc/x", "/opt/nbos/x", "/usr/bin/x", "/run/nbos/x", "/x"):
-        result = await notebook.channels.execute(f"open({path!r}, 'w')")
+        result = await inside.channels.execute(f"open({path!r}, 'w')")
         assert "Read-only file system" in result.error, path
-    assert await notebook.run("open('/tmp/x', 'w').write('x'); open('x', 'w').write('x')") == "1"
+    assert await inside.run("open('/tmp/x', 'w').write('x'); open('x', 'w').write('x')") == "1"
 
 
-async def test_no_file_of_the_host_is_there(cluster: Cluster, notebook: Notebook) -> None:
+async def test_no_file_of_the_host_is_there(cluster: Cluster, inside: Notebook) -> None:
     tls = cluster.state_dir / "tls"
     (cluster.state_dir / "homes" / "bob").mkdir(exist_ok=True)
     assert (tls / "up.key").exists()
     for path in (tls, cluster.state_dir / "secrets.json", cluster.state_dir / "blobs", cluster.state_dir / "hosts"):
-        assert await notebook.run(f"os.path.exists({str(path)!r})") == "False", path
-    assert await notebook.run(f"os.listdir({str(cluster.state_dir)!r})") == "['homes']"
-    assert await notebook.run(f"os.listdir({str(cluster.state_dir / 'homes')!r})") == "['ada']"
-    found = await notebook.run("print(*(p for p in ('/var/run/docker.sock', '/run/docker.sock') if os.path.exists(p)))")
+        assert await inside.run(f"os.path.exists({str(path)!r})") == "False", path
+    assert await inside.run(f"os.listdir({str(cluster.state_dir)!r})") == "['homes']"
+    assert await inside.run(f"os.listdir({str(cluster.state_dir / 'homes')!r})") == "['ada']"
+    found = await inside.run("print(*(p for p in ('/var/run/docker.sock', '/run/docker.sock') if os.path.exists(p)))")
     assert found == "\n"
-    assert await notebook.run("sorted(os.listdir('/run/nbos'))") == "['connection.json', 's', 'start.py']"
+    assert await inside.run("sorted(os.listdir('/run/nbos'))") == "['connection.json', 's', 'start.py']"
 
 
-async def test_no_process_of_anybody_else_is_there(notebook: Notebook) -> None:
-    names = await notebook.run(
+async def test_no_process_of_anybody_else_is_there(inside: Notebook) -> None:
+    names = await inside.run(
         "for p in filter(str.isdigit, os.listdir('/proc')): print(open(f'/proc/{p}/cmdline').read().split(chr(0))[0])"
     )
     assert {os.path.basename(name) for name in names.split()} <= {"docker-init", "python3"}
 
 
-async def test_a_service_of_the_host_is_out_of_reach(notebook: Notebook) -> None:
+async def test_a_service_of_the_host_is_out_of_reach(inside: Notebook) -> None:
     """On all addresses, as an etcd or a daemon of a cluster listens."""
     with socket.create_server(("0.0.0.0", 0)) as service:
         port = service.getsockname()[1]
-        for address in await own_addresses(notebook):
+        for address in await own_addresses(inside):
             socket.create_connection((address, port), 5).close()
-            assert NOTHING in await reach(notebook, address, port), address
+            assert NOTHING in await reach(inside, address, port), address
 
 
-async def test_etcd_is_out_of_reach(cluster: Cluster, notebook: Notebook) -> None:
+async def test_etcd_is_out_of_reach(cluster: Cluster, inside: Notebook) -> None:
     (endpoint,) = nbos_status(cluster.state_dir)["etcd"]["endpoints"]
     port = int(endpoint.rpartition(":")[2])
-    for address in ("127.0.0.1", *await own_addresses(notebook)):
-        assert NOTHING in await reach(notebook, address, port), address
+    for address in ("127.0.0.1", *await own_addresses(inside)):
+        assert NOTHING in await reach(inside, address, port), address
 
 
-async def test_other_replicas_are_out_of_reach(cluster: Cluster, notebook: Notebook) -> None:
-    other = await Notebook.open(cluster, "bob")
-    await other.run("1")
+async def test_other_replicas_are_out_of_reach(cluster: Cluster, inside: Notebook) -> None:
+    other = await Notebook.open(cluster, "bob", {"replicas": 2})
     await other.settled()
     for container in containers(kernel=other.kernel):
         settings = inspect(container)["NetworkSettings"]
         published = [int(p[0]["HostPort"]) for p in settings["Ports"].values()]
         (network,) = settings["Networks"].values()
-        assert NOTHING in await reach(notebook, network["IPAddress"], published[0])
-        for address in await own_addresses(notebook):
-            assert NOTHING in await reach(notebook, address, published[0])
+        assert NOTHING in await reach(inside, network["IPAddress"], published[0])
+        for address in await own_addresses(inside):
+            assert NOTHING in await reach(inside, address, published[0])
     await other.close()
 
 
-async def test_the_replica_has_no_secret_in_its_environment(notebook: Notebook) -> None:
-    environment = json.loads(await notebook.run("import json; print(json.dumps(dict(os.environ)))"))
+async def test_the_replica_has_no_secret_in_its_environment(inside: Notebook) -> None:
+    environment = json.loads(await inside.run("import json; print(json.dumps(dict(os.environ)))"))
     assert not [name for name in environment if "TOKEN" in name or "ETCD" in name or name.startswith("JUPYTERHUB")]
 
 
-async def test_its_processes_are_counted(notebook: Notebook) -> None:
+async def test_its_processes_are_counted(inside: Notebook) -> None:
     places = "('/sys/fs/cgroup/pids.max', '/sys/fs/cgroup/pids/pids.max')"
-    assert await notebook.run(f"print(*(open(p).read() for p in {places} if os.path.exists(p)))") == "4096\n\n"
+    assert await inside.run(f"print(*(open(p).read() for p in {places} if os.path.exists(p)))") == "4096\n\n"
 
 
 async def test_a_waiting_cell_says_which_image_is_missing(cluster: Cluster) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from nbos_cluster.etcd import Etcd
 from tests.system.containers.conftest import MakeHost
 from tests.system.containers.engine import IMAGE, containers, docker, inspect, variant
 from tests.system.containers.host import attach, begin, docker_kernel, reason_of, record_of
+from tests.system.containers.registry import Registry
 from tests.system.daemon.site import create
 from tests.system.etcdserver import eventually
 from tests.system.nbosenv import environment
@@ -168,6 +170,24 @@ async def test_a_missing_image_is_named_with_the_way_out(client: Etcd, host: Mak
     assert "docker pull" in reason
 
 
+async def test_a_pull_is_told_as_it_goes_on(registry: Registry, client: Etcd, host: MakeHost) -> None:
+    host(pull="missing")
+    await create(client, docker_kernel("a", image=registry.image))
+    assert f"getting the image {registry.image}: " in await reason_of(client, "of 40 MB so far")
+    registry.go_on.set()
+    # It is there, and holds no Python.
+    await reason_of(client, f"the image {registry.image} cannot run a kernel: it has no Python")
+
+
+async def test_a_daemon_that_is_told_to_stop_does_not_wait_for_a_pull(
+    registry: Registry, client: Etcd, host: MakeHost
+) -> None:
+    a = host(pull="missing")
+    await create(client, docker_kernel("a", image=registry.image))
+    await reason_of(client, "of 40 MB so far")
+    assert a.kill(signal.SIGTERM) == 0
+
+
 async def test_a_home_that_belongs_to_somebody_else_is_told(client: Etcd, host: MakeHost, tmp_path: Path) -> None:
     homes = tmp_path / "homes"
     (homes / "ann").mkdir(parents=True)
@@ -200,6 +220,38 @@ async def test_a_named_volume_keeps_the_home(client: Etcd, host: MakeHost, tmp_p
             docker("rm", "--force", container)
         for name in docker("volume", "ls", "--quiet", f"--filter=name={volume}").split():
             docker("volume", "rm", name)
+
+
+CONNECT = """
+import socket, sys
+try:
+    socket.create_connection((sys.argv[1], int(sys.argv[2])), 5)
+    print("open")
+except OSError as err:
+    print(err)
+"""
+
+
+def connect_from(container: str, address: str, port: int) -> str:
+    return docker("exec", container, "python3", "-c", CONNECT, address, str(port))
+
+
+async def test_it_is_the_walls_that_keep_replicas_off_this_host(client: Etcd, host: MakeHost, tmp_path: Path) -> None:
+    a, b = host("a", walls="off"), host("b")
+    one = await begin(client, tmp_path, "a", "b")
+    other = await attach(client, tmp_path, 1)
+    said = {}
+    with socket.create_server(("0.0.0.0", 0)) as service:
+        for daemon in (a, b):
+            (container,) = daemon.containers()
+            (network,) = inspect(container)["NetworkSettings"]["Networks"].values()
+            said[daemon.name] = connect_from(container, network["Gateway"], service.getsockname()[1])
+    assert said["a"] == "open"
+    assert "No route to host" in said["b"]
+    (container,) = b.containers()
+    assert "No route to host" in connect_from(container, "169.254.169.254", 80)
+    for line in (one, other):
+        line.close()
 
 
 async def test_the_doctor_finds_what_a_dead_daemon_left_and_removes_only_that(

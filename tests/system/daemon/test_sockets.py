@@ -12,7 +12,7 @@ from nbos_cluster import wire
 from nbos_cluster.content import address
 from nbos_cluster.etcd import Etcd
 from tests.system.daemon.conftest import MakeHost
-from tests.system.daemon.site import create, kernel_spec
+from tests.system.daemon.site import create, kernel_spec, view_of
 from tests.system.etcdserver import eventually
 
 
@@ -111,3 +111,22 @@ async def test_a_replica_sees_none_of_the_daemons_environment_but_the_listed(cli
     assert state["cwd"] == "/tmp"
     connection = json.loads((a.folder("k", 0) / "connection.json").read_text())
     assert (connection["key"], connection["curve_publickey"]) == ("key", "p" * 40)
+
+
+async def test_a_replica_with_another_python_is_refused_and_told_why(client: Etcd, host: MakeHost) -> None:
+    a, b = host("a"), host("b")
+    await create(client, kernel_spec("k", "a", "b"))
+    first, second = a.replica("k", 0), b.replica("k", 1)
+    await first.ready()
+    await second.ready()
+
+    async def says(index: int, part: str) -> bool:
+        record = (await view_of(client, "k")).replicas.get(index)
+        return record is not None and part in (record.python, record.reason[: len(part)])
+
+    await first.order(hello={"python": "3.11.2"}, drop=True)
+    await eventually(lambda: says(0, "3.11.2"), "the first one's Python is known")
+    await second.order(hello={"python": "3.12.1"}, drop=True)
+    await eventually(
+        lambda: says(1, "replica 1 has Python 3.12.1, replica 0 on host a has Python 3.11.2"), "it is told"
+    )

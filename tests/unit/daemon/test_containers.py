@@ -15,6 +15,7 @@ from traitlets.config import Config
 
 from gpu_daemon import container_check, walls
 from gpu_daemon.answers import other_python
+from gpu_daemon.app import GPUDaemon
 from gpu_daemon.container_end import failed_start, memory_end, plain_end, told_end
 from gpu_daemon.container_spec import DockerOptions, Site, container, device_requests, fill, safe_name
 from gpu_daemon.docker_config import Docker
@@ -24,6 +25,7 @@ from gpu_daemon.simulated import simulated
 from nbos_cluster.kernelview import KernelView
 from nbos_cluster.records import Device, Ports, ReplicaRecord
 
+ROOT = Path(__file__).parents[3]
 SITE = Site("lab", "gpu-1", "/var/lib/nbos")
 LAUNCH = Launch(
     kernel="0123456789abcdef",
@@ -153,6 +155,15 @@ def test_options_are_read_with_their_units() -> None:
 def test_a_wrong_option_is_refused_when_the_daemon_starts(option: str, value: Any) -> None:
     with pytest.raises(TraitError, match=r"user|size|network"):
         Docker(config=Config({"Docker": {option: value}}))
+
+
+def test_the_example_of_a_hosts_configuration_is_one() -> None:
+    app = GPUDaemon()
+    app.initialize(["--config", str(ROOT / "configs" / "gpu_daemon.py")])
+    assert app.runtime == "docker"
+    assert set(app.config["GPUDaemon"]) <= set(app.traits(config=True))
+    assert set(app.config["Docker"]) <= set(Docker.class_traits(config=True))
+    assert Docker(parent=app).options().memory == 16 << 30
 
 
 # -- the walls --------------------------------------------------------------------------------------------------------

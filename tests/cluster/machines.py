@@ -7,14 +7,18 @@ machine is not touched; `down` leaves nothing but images; a machine that a test 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
+import shutil
 import subprocess
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from nbos_cluster.etcd import TLSFiles
+from tests.cluster.history import admin_files
 from tests.system.cluster import free_port
 from tests.system.containers.engine import base_image, docker
 from tests.system.hubclient import Hub, eventually
@@ -31,6 +35,7 @@ class Machines:
         self.project, self.network = project or "nbos-test", network
         self.port = port or free_port()
         own = {"NBOS_PROJECT": self.project, "NBOS_NET": network, "NBOS_PORT": str(self.port), "NBOS_TAG": tag}
+        self._admin: Path | None = None
         self._environment = {**os.environ, **own}
 
     def command(self, *arguments: str, timeout: float = 900.0) -> str:
@@ -49,6 +54,8 @@ class Machines:
 
     def down(self) -> None:
         self.command("down", "--volumes", timeout=180)
+        if self._admin is not None:
+            shutil.rmtree(self._admin)
 
     def container(self, service: str) -> str:
         return f"{self.project}-{service}-1"
@@ -129,14 +136,13 @@ class Machines:
 
         await eventually(there, "hub, gateway and all hosts are there", timeout, every=0.3)
 
-    def log(self, kernel: str) -> list[dict[str, Any]]:
-        """What etcd holds of a kernel's log, oldest first, read with the administrator's certificate."""
-        script = (
-            "import asyncio, json, sys, msgspec\nfrom pathlib import Path\n"
-            "from nbos_cluster import keys\nfrom nbos_cluster.etcd import Etcd, TLSFiles\n"
-            "from nbos.etcdcommand import admin_files\n"
-            "async def main():\n"
-            f" async with Etcd({[f'{self.network}.2{n}:2379' for n in (1, 2, 3)]!r}, admin_files(Path('/certs'))) as e:\n"
-            "  print(json.dumps(await logof(e, sys.argv[1])))\n"
-        )
-        return list(json.loads(self.inside("hub", "python3", "-c", script, kernel)))
+    @property
+    def etcd(self) -> list[str]:
+        return [f"{self.network}.2{n}:2379" for n in (1, 2, 3)]
+
+    def admin(self) -> TLSFiles:
+        """The administrator's certificate, from the volume that only the first jobs of the cluster see."""
+        if self._admin is None:
+            self._admin = Path(tempfile.mkdtemp(prefix="nbos-test-"))
+            docker("cp", f"{self.container('certs')}:/certs/admin/.", str(self._admin))
+        return admin_files(self._admin)

@@ -4,6 +4,9 @@ Resident memory and processor time of every process of `nbos up`, by kind, with 
 of three replicas each. "Ours" are the daemons, the gateway, the routers, the replicas and `nbos up` itself;
 JupyterHub, its proxy, the Jupyter Server and etcd are shown, and counted apart. With --cells N one kernel
 then runs N cells and the bytes that etcd holds for it are counted (keys and values below its prefix).
+
+With --namespace MB, and nothing else of the above: what ten arrays of so many MB together cost on the executor and on
+each standby (private memory), with the option `lazy` and without; and the first cell after a kill -9 of the executor.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
+import signal
 import statistics
 import time
 from collections import defaultdict
@@ -21,8 +26,9 @@ from measure import Running, Table, nbos_hub
 
 from nbos_cluster import keys
 from nbos_cluster.etcd import Etcd
+from tests.system.channels import Channels
 from tests.system.hubclient import Server
-from tests.system.nbosenv import etcd_of, settled
+from tests.system.nbosenv import etcd_of, executor, settled
 
 KINDS = {
     "jupyterhub.singleuser": "Jupyter Server",  # first: its command line names our extension
@@ -126,13 +132,60 @@ async def bytes_after(hub: Running, server: Server, kernel: str, cells: int) -> 
     )
 
 
+async def private_memory(hub: Running, kernel: str, channels: Channels) -> dict[int, int]:
+    """Bytes that no other process shares, by replica."""
+    await channels.execute("pass", timeout=600)  # its bid waits until the cell before is in the log
+    found = await settled(hub.hub, kernel, timeout=300)
+    return {replica.index: psutil.Process(replica.pid).memory_full_info().uss for replica in found}
+
+
+async def namespace_of(hub: Running, lazy: str, megabytes: int) -> tuple[str, ...]:
+    """A row: MB that the values cost on the executor, on the standbys, on the next executor; seconds of its cells."""
+    server = await hub.server(f"user-{lazy}", {"lazy": lazy})
+    kernel = await hub.start_kernel(server)
+    channels = await server.open(kernel)
+    await channels.execute("import numpy as np", timeout=60)
+    before = await private_memory(hub, kernel, channels)
+    count = megabytes * 1_000_000 // 80
+    make = f"arrays = {{}}\nfor i in range(10): globals()[f'a{{i}}'] = np.random.default_rng(i).random({count})\ndel i"
+    await channels.execute(make, timeout=600)
+    held = await private_memory(hub, kernel, channels)
+    first = await executor(hub.hub, kernel)
+    grown = {index: (held[index] - before[index]) / 1e6 for index in held}
+    os.kill(first.pid, signal.SIGKILL)
+    took = []
+    for code in ("x = 1", "x = float(a3[0])"):
+        began = time.perf_counter()
+        await channels.execute(code, timeout=600)
+        took.append(f"{time.perf_counter() - began:.2f}")
+    now = await private_memory(hub, kernel, channels)
+    second = (await executor(hub.hub, kernel)).index
+    await channels.close()
+    standbys = [f"{mb:.0f}" for index, mb in grown.items() if index != first.index]
+    touched = f"{(now[second] - before[second]) / 1e6:.0f}"
+    return (lazy, f"{grown[first.index]:.0f}", ", ".join(standbys), touched, *took)
+
+
+async def lazy_rows(hub: Running, megabytes: int) -> Table:
+    title = f"Ten arrays, {megabytes} MB together, on three replicas; then a kill -9 of the executor"
+    columns = ("lazy", "executor MB", "standbys MB", "new executor MB, one array used", "first cell s", "using one s")
+    table = Table(title, columns)
+    for lazy in ("off", "on"):
+        table.add(*await namespace_of(hub, lazy, megabytes))
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--kernels", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--cells", type=int, default=0, help="then run so many cells (10000: a few minutes)")
+    parser.add_argument("--namespace", type=int, default=0, metavar="MB", help="what large values cost (see above)")
     options = parser.parse_args()
     with nbos_hub() as hub:
+        if options.namespace:
+            print(asyncio.run(lazy_rows(hub, options.namespace)).render())
+            return
         server, kernels = asyncio.run(start_kernels(hub, options.kernels))
         print(idle(hub, options.seconds).render(), flush=True)
         if options.cells:

@@ -41,6 +41,9 @@ c.JupyterHub.spawner_class = "nbos_spawner.spawner.NBOSSpawner"
 #
 # In any form:
 c.NBOSSpawnerMixin.limits = limits
+# Whether standbys leave large variables in the store until a cell uses them (docs/state.md): off, on (from 64M), or
+# the size from which. A user may choose otherwise in the form.
+c.NBOSSpawnerMixin.lazy = os.environ.get("NBOS_LAZY", "off")
 
 # --- The gateway: a service that JupyterHub starts and watches
 # Where it listens. Single-user servers must be able to reach it.

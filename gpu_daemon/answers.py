@@ -52,6 +52,7 @@ class Answers:
             "put_blob": self._put_blob,
             "get_blob": self._get_blob,
             "have_blobs": self._have_blobs,
+            "room": self._room,
             "arena": self._arena,
             "append": self._append,
             "applied": self._applied,
@@ -96,6 +97,7 @@ class Answers:
             "resources": plain(spec.resources),
             "members": members_message(view),
             "durable": spec.durable,
+            "lazy": spec.lazy,
             "blobs": {"hash": ALGORITHM, "chunk": BLOB_CHUNK, "keep": self._site.blobs.keep},
         }, b""
 
@@ -155,6 +157,15 @@ class Answers:
         with _blob_errors():
             there = await self._site.blobs.have(self._owner(session.replica), hashes)
         return {"have": sorted(there)}, b""
+
+    async def _room(self, session: Session, message: Message, payload: bytes) -> Reply:
+        """What is left in the store, and of memory on the hosts of the other replicas, as their daemons told last."""
+        blobs, view = self._site.blobs, self._view(session.replica)
+        with _blob_errors():
+            free = await blobs.free()
+        others = {i: record for i, record in sorted(view.replicas.items()) if i != session.replica.id.index}
+        standbys = [{"replica": i, "host": r.host, "free": r.memory or None} for i, r in others.items()]
+        return {"store": {"where": blobs.store.where, "free": free}, "standbys": standbys}, b""
 
     def _place(self, session: Session, message: Message, size: str) -> memoryview:
         """The part of the arena that a request names."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from gpu_daemon import collecting
-from gpu_daemon.blobs import BlobCorrupt, BlobError, BlobMissing, BlobStore, BlobStoreAway, folder_of
+from gpu_daemon.blobs import BlobCorrupt, BlobError, BlobMissing, BlobStore, BlobStoreAway, Draft, folder_of
 from gpu_daemon.collecting import Fence
 from gpu_daemon.site import Refused
 from nbos_cluster.kv import Txn, TxnResult
@@ -24,13 +24,16 @@ T = TypeVar("T")
 Send = Callable[[Txn], Awaitable[TxnResult]]
 
 THREADS = min(16, max(4, 2 * (os.cpu_count() or 1)))
-SEEN = 200_000
+SEEN = 400_000
 """Addresses that are remembered as being in the store."""
+AT_ONCE = 4096
+"""Addresses that are looked up, or named as missing, together."""
 
 
 @dataclass(eq=False)
 class _Batch:
-    digests: set[str] = field(default_factory=set)
+    written: list[tuple[str, Draft | None]] = field(default_factory=list)
+    failed: dict[str, BlobError] = field(default_factory=dict)
     task: asyncio.Task[None] | None = None
 
 
@@ -51,8 +54,8 @@ class BlobDesk:
     async def put(self, owner: str, digest: str, data: bytes | memoryview) -> None:
         """Store it safely. Raises BlobError."""
         fence = self._fences.get(folder_of(owner))
-        await self._call("a blob could not be stored", self.store.write, owner, digest, data)
-        await self._settled(owner, digest)
+        draft = await self._call("a blob could not be stored", self.store.write, owner, digest, data)
+        await self._settled(owner, digest, draft)
         if fence is not None and not fence.locked:
             self._saw(owner, [digest], fence)
 
@@ -70,6 +73,10 @@ class BlobDesk:
         if fence is not None and not fence.locked:
             self._saw(owner, there, fence)
         return there
+
+    async def free(self) -> int | None:
+        """Bytes that can still be stored, None where nobody can tell. Raises BlobError."""
+        return await self._call("the room left could not be looked up", self.store.free)
 
     # -- records that name blobs --------------------------------------------------------------------------------------
 
@@ -92,14 +99,17 @@ class BlobDesk:
         fence = await self._fence(send, folder_of(owner))
         folder = folder_of(owner)
         unknown = {digest for digest in digests if self._seen.get((folder, digest)) != fence.revision}
-        if unknown:
+        gone: set[str] = set()
+        order = sorted(unknown)
+        for at in range(0, len(order), AT_ONCE):  # what is seen stays seen, also when a later part fails
+            some = order[at : at + AT_ONCE]
             try:
-                gone = unknown - await self.have(owner, unknown)
+                gone |= set(some) - await self.have(owner, some)
             except BlobError as err:
                 raise Refused(err.code, str(err)) from err
-            if gone:
-                reason = f"{len(gone)} of the blobs it names are not in {self.store.where} (any more); put them first"
-                raise Refused("blobs_missing", reason, {"missing": sorted(gone)})
+        if gone:
+            reason = f"{len(gone)} of the blobs it names are not in {self.store.where} (any more); put them first"
+            raise Refused("blobs_missing", reason, {"missing": sorted(gone)[:AT_ONCE]})
         return fence
 
     async def _fence(self, send: Send, folder: str) -> Fence:
@@ -126,15 +136,17 @@ class BlobDesk:
             self._seen.pop((folder_of(owner), digest), None)
             raise
 
-    async def _settled(self, owner: str, digest: str) -> None:
+    async def _settled(self, owner: str, digest: str, draft: Draft | None) -> None:
         """One settling of an owner's blobs at a time; what comes meanwhile is settled together by the next."""
         batch = self._next.get(owner)
         if batch is None:
             batch = self._next[owner] = _Batch()
             batch.task = asyncio.create_task(self._settle(owner, batch))
-        batch.digests.add(digest)
+        batch.written.append((digest, draft))
         assert batch.task is not None
         await asyncio.shield(batch.task)
+        if digest in batch.failed:
+            raise batch.failed[digest]
 
     async def _settle(self, owner: str, batch: _Batch) -> None:
         before, self._last[owner] = self._last.get(owner), batch
@@ -142,7 +154,7 @@ class BlobDesk:
             await asyncio.wait({before.task})
         del self._next[owner]
         try:
-            await self._call("blobs could not be made safe", self.store.settle, owner, batch.digests)
+            batch.failed = await self._call("blobs could not be made safe", self.store.settle, owner, batch.written)
         finally:
             if self._last.get(owner) is batch:
                 del self._last[owner]

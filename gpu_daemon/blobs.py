@@ -66,6 +66,10 @@ class Stored:
     condemned: bool = False
 
 
+class Draft:
+    """Bytes that were written and are no blob yet. Whoever forgets it, forgets them."""
+
+
 class BlobStore(ABC):
     """What the daemon needs of a store. Called from worker threads, several at once; every call may block on IO, and
     raises BlobStoreAway when the store does not answer."""
@@ -74,16 +78,18 @@ class BlobStore(ABC):
     """The store in words, for errors."""
 
     @abstractmethod
-    def write(self, owner: str, digest: str, data: bytes | memoryview) -> None:
-        """Store `data` under its address; whole or not at all. After a power cut it is surely there once `settle`
-        has returned. What is there already counts as put anew (`Stored.at`).
+    def write(self, owner: str, digest: str, data: bytes | memoryview) -> Draft | None:
+        """Check `data` against its address and write it down; `data` may change afterwards. It is a blob, whole and
+        safe from a power cut, once `settle` was given what this returned (None: it is that already). What is there
+        already counts as put anew (`Stored.at`).
 
         Raises BlobRefused when the bytes have another address, BlobStoreFull when there is no room.
         """
 
     @abstractmethod
-    def settle(self, owner: str, digests: Iterable[str]) -> None:
-        """Make sure that what was written stays there over a power cut."""
+    def settle(self, owner: str, written: Iterable[tuple[str, Draft | None]]) -> dict[str, BlobError]:
+        """Make blobs of what was written under these addresses. Those that failed, with the error; raises when all
+        did."""
 
     @abstractmethod
     def read_into(self, owner: str, digest: str, target: memoryview) -> int:
@@ -97,6 +103,10 @@ class BlobStore(ABC):
     @abstractmethod
     def have(self, owner: str, digests: Iterable[str]) -> set[str]:
         """Which of them are there. Those stay for one period of grace at least, whether anything names them or not."""
+
+    def free(self) -> int | None:
+        """Bytes that can still be stored; None where there is no such bound, or nobody can tell."""
+        return None
 
     # -- for the collection -------------------------------------------------------------------------------------------
 
@@ -133,8 +143,9 @@ class BlobStore(ABC):
 
     def put(self, owner: str, digest: str, data: bytes | memoryview) -> None:
         """Write and settle."""
-        self.write(owner, digest, data)
-        self.settle(owner, [digest])
+        failed = self.settle(owner, [(digest, self.write(owner, digest, data))])
+        if failed:
+            raise failed[digest]
 
 
 def folder_of(owner: str) -> str:
@@ -161,10 +172,9 @@ def missing(where: str, digest: str) -> BlobMissing:
     return BlobMissing(f"blob {digest[:12]}… is not in {where}; run the cell that made the value again")
 
 
-def damaged(where: str, digest: str) -> BlobCorrupt:
+def damaged(where: str, digest: str, how: str = "its bytes have another hash") -> BlobCorrupt:
     return BlobCorrupt(
-        f"blob {digest[:12]}… is damaged in {where} (its bytes have another hash) and was set aside; "
-        "run the cell that made the value again"
+        f"blob {digest[:12]}… is damaged in {where} ({how}) and was set aside; run the cell that made the value again"
     )
 
 

@@ -1,6 +1,7 @@
 """Which blobs may go, and how collecting and naming exclude each other. No IO; `collector` carries it out.
 
-A blob may go when no log or checkpoint of any kernel of its owner names it. What makes that safe is a fence per
+A blob may go when no log or checkpoint of any kernel of its owner names it, itself or through one of its tables (what
+newer parts of the same checkpoint cover does not count: nobody reads it). What makes that safe is a fence per
 owner's namespace in etcd: two keys, `lock` (under the collector's lease) and `fence` (never deleted).
 
 - A collection begins by putting both in one transaction, reads all records of the owner *after* that, condemns what
@@ -17,15 +18,15 @@ is wanted, so that even a collector that slept through its lease between two ste
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gpu_daemon.blobs import Stored, folder_of
-from nbos_cluster import keys, records
+from nbos_cluster import keys, records, tables
 from nbos_cluster.kernelview import kernel_of
 from nbos_cluster.kv import KV, Txn, TxnResult, missing, mod_is, op_delete, op_get, op_put
-from nbos_cluster.records import Checkpoint, Collection, KernelSpec, LogEntry
-from nbos_cluster.statelog import blobs_of
+from nbos_cluster.records import Checkpoint, Collection, KernelSpec, LogEntry, Table
+from nbos_cluster.tables import Naming
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,25 +90,46 @@ def end(folder: str, token: int, done: Collection) -> Txn:
     )
 
 
-def named(kvs: Iterable[KV], folder: str) -> set[str]:
-    """Every blob that a record of the namespace's owner names. `kvs`: all records of kernels, of one revision.
+def tables_of(kvs: Iterable[KV], folder: str) -> dict[Table, str]:
+    """Every table of a record of the namespace's owner, and who that is: to be read before `named` is asked."""
+    owners, found = _of_folder(kvs, folder)
+    every = set(owners.values())
+    return {
+        table: owners.get(kernel) or next(iter(every), "")
+        for kernel, record in found
+        for table in tables.tables_of(record)
+    }
+
+
+def named(kvs: Iterable[KV], folder: str, namings: Mapping[Table, Naming] | None = None) -> set[str]:
+    """Every blob that a record of the namespace's owner names, itself or through a table. `kvs`: all records of
+    kernels, of one revision; `namings`: what the tables among `tables_of` name.
 
     Raises RecordError when one cannot be read: then nobody knows what it names, and nothing may go. A kernel without
     a spec may be anybody's.
     """
-    others: set[str] = set()
-    found: dict[str, set[str]] = {}
+    known = namings or {}
+    found: set[str] = set()
+    for _, record in _of_folder(kvs, folder)[1]:
+        found |= tables.blobs_needed(record, [known[table] for table in tables.tables_of(record)])
+    return found
+
+
+def _of_folder(kvs: Iterable[KV], folder: str) -> tuple[dict[str, str], list[tuple[str, Checkpoint | LogEntry]]]:
+    """The owners by kernel, and (kernel, record) of everything that can name blobs there."""
+    owners: dict[str, str] = {}
+    found: list[tuple[str, Checkpoint | LogEntry]] = []
     for kv in kvs:
         kernel = kernel_of(kv.key)
         kind = kv.key[len(keys.kernel(kernel)) :].partition("/")[0]
         if kind == "spec":
-            if folder_of(records.decode(kv.value, KernelSpec).owner) != folder:
-                others.add(kernel)
+            owners[kernel] = records.decode(kv.value, KernelSpec).owner
         elif kind == "log":
-            found.setdefault(kernel, set()).update(blobs_of(records.decode(kv.value, LogEntry)))
+            found.append((kernel, records.decode(kv.value, LogEntry)))
         elif kind == "checkpoint":
-            found.setdefault(kernel, set()).update(blobs_of(records.decode(kv.value, Checkpoint)))
-    return {digest for kernel, digests in found.items() if kernel not in others for digest in digests}
+            found.append((kernel, records.decode(kv.value, Checkpoint)))
+    ours = {kernel: owner for kernel, owner in owners.items() if folder_of(owner) == folder}
+    return ours, [(kernel, record) for kernel, record in found if kernel in ours or kernel not in owners]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """Collecting blobs that nothing names any more, in the background. Every daemon does; the lock in etcd makes it one at
 a time for each owner, and whoever finds a namespace due takes it.
 
-Guarantees: nothing is collected in a store that belongs to another cluster, while a record cannot be read, or after
+Guarantees: nothing is collected in a store that belongs to another cluster, while a record or one of its tables cannot
+be read (the others' are collected), or after
 the lease that the lock is under may have ended. What goes wrong is logged and tried again; it never ends the daemon.
 """
 
@@ -15,6 +16,7 @@ from gpu_daemon import collecting
 from gpu_daemon.blobdesk import BlobDesk
 from gpu_daemon.blobs import BlobError, BlobStore
 from gpu_daemon.collecting import Plan
+from gpu_daemon.shelf import Shelf
 from gpu_daemon.site import Site, log
 from nbos_cluster import keys, records
 from nbos_cluster.errors import EtcdError, EtcdUnavailable
@@ -33,6 +35,7 @@ class Collector:
         self._site, self._grace, self._every = site, grace, every
         self._desk: BlobDesk = site.blobs
         self._store: BlobStore = site.blobs.store
+        self._shelf = Shelf(site.blobs)
 
     async def run(self) -> None:
         """For as long as the daemon lives."""
@@ -52,7 +55,9 @@ class Collector:
     async def look_through(self) -> None:
         """Collect in every namespace that is due."""
         await self._drop_own_locks()
-        for folder in await self._desk.call(self._store.folders):
+        folders = await self._desk.call(self._store.folders)
+        self._shelf.keep(folders)
+        for folder in folders:
             await self.collect(folder)
 
     async def collect(self, folder: str, force: bool = False) -> Plan | None:
@@ -90,7 +95,8 @@ class Collector:
         # What is in the store first: what is put later is not looked at.
         stored = await self._desk.call(lambda: list(self._store.contents(folder)))
         kvs, _ = await self._site.etcd.range(keys.KERNELS)
-        plan = collecting.plan(stored, collecting.named(kvs, folder), now, self._grace)
+        namings = await self._shelf.namings(folder, collecting.tables_of(kvs, folder))
+        plan = collecting.plan(stored, collecting.named(kvs, folder, namings), now, self._grace)
         if not (await self._site.commit(collecting.still_ours(folder, token))).succeeded:
             raise LostLock(f"the lock of {folder[:8]} ended while its blobs were looked at")
         await self._desk.call(self._carry_out, folder, plan)

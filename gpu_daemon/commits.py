@@ -22,6 +22,7 @@ from nbos_cluster import election, statelog
 from nbos_cluster.etcd import EtcdError, EtcdUnavailable
 from nbos_cluster.kernelview import KernelView
 from nbos_cluster.records import ClaimRecord, GrantRecord, LogEntry
+from nbos_cluster.statelog import Spill
 from nbos_cluster.statewire import EntryError, entry_from_wire
 from nbos_cluster.wire import ENTRY_LIMIT, Message
 
@@ -40,7 +41,9 @@ class Commits:
         Raises Refused (`fenced`, `too_large`, `unavailable`) or RequestError.
         """
         try:
-            entry = entry_from_wire(raw, payload)
+            # A long one is read in a thread: it holds up nobody.
+            long = "bulk" in raw
+            entry = await asyncio.to_thread(entry_from_wire, raw, payload) if long else entry_from_wire(raw, payload)
         except EntryError as err:
             raise RequestError(str(err)) from err
         # It outlives a lost socket; the replica repeats the request and joins it.
@@ -55,8 +58,8 @@ class Commits:
         if held is None or held.n != entry.n or not held.knows(token):
             raise Refused("fenced", f"replica {replica.id.index} does not hold the claim of execution {entry.n}")
         entry = replace(entry, replica=replica.id.index, incarnation=replica.incarnation, at=time.time())
-        entry = await self._fitting(replica, entry)
-        await self._append_txn(replica, held, entry)
+        spill = await self._fitting(replica, entry)
+        await self._append_txn(replica, held, spill)
         self.end_grant(replica, held, recorded=False)
         if replica.held is held:
             replica.held = None
@@ -72,31 +75,32 @@ class Commits:
         there = view.log.get(n) if view is not None else None
         return there is not None and (there.token, there.replica) == (token, replica.id.index)
 
-    async def _fitting(self, replica: LocalReplica, entry: LogEntry) -> LogEntry:
-        """The entry within the limit: what is too much for it is stored as blobs first."""
-        spill = statelog.spill(entry)
+    async def _fitting(self, replica: LocalReplica, entry: LogEntry) -> Spill:
+        """The entry within the limit: what is too much for it is stored as a table first."""
+        view = self._site.view(replica.id.kernel)
+        lost = _lost_until_now(view) if view is not None else set()
+        spill = await asyncio.to_thread(statelog.spill, entry, lost) if _large(entry) else statelog.spill(entry, lost)
         if not spill.fits:
             size = statelog.size_of(spill.record)
             raise Refused("too_large", f"entry {entry.n} has {size} bytes without its values, limit {ENTRY_LIMIT}")
         owner = self._owner(replica)
         for digest, data in spill.blobs.items():
             await store_blob(self._site, owner, digest, data)
-        assert isinstance(spill.record, LogEntry)
-        return spill.record
+        return spill
 
-    async def _append_txn(self, replica: LocalReplica, held: Held, entry: LogEntry) -> None:
-        with self._site.telling(lambda why: _tell_next(replica, entry.n, why)):
-            await self._until_appended(replica, held, entry)
+    async def _append_txn(self, replica: LocalReplica, held: Held, spill: Spill) -> None:
+        with self._site.telling(lambda why: _tell_next(replica, spill.record.n, why)):
+            await self._until_appended(replica, held, spill)
 
-    async def _until_appended(self, replica: LocalReplica, held: Held, entry: LogEntry) -> None:
-        kernel, owner = replica.id.kernel, self._owner(replica)
+    async def _until_appended(self, replica: LocalReplica, held: Held, spill: Spill) -> None:
+        kernel, owner, entry = replica.id.kernel, self._owner(replica), spill.record
         while True:
             # The token may change while etcd is away: the lease was lost, the claim renewed.
             token, claim_grant = held.token, held.claim.grant
             key = grant_key(held.grant) if held.grant is not None and claim_grant else ""
             try:
                 txn = election.append(kernel, replace(entry, token=token), token, grant_key=key)
-                result = await self._site.blobs.commit(self._site.commit, owner, statelog.blobs_of(entry), txn)
+                result = await self._site.blobs.commit(self._site.commit, owner, spill.needs, txn)
                 outcome = election.classify_append(entry.n, token, result)
             except EtcdUnavailable:
                 if replica.handle is None:
@@ -268,6 +272,20 @@ class Commits:
         if view is None or view.spec is None:
             raise Refused("fenced", f"kernel {replica.id.kernel} is gone")
         return view.spec.owner
+
+
+def _large(entry: LogEntry) -> bool:
+    """Whether it takes long enough to encode that others would notice."""
+    frames = [frame for component in entry.components for frame in component.frames]
+    return (
+        len(frames) + sum(len(f.blobs) for f in frames) > 1000 or sum(len(f.data or b"") for f in frames) > ENTRY_LIMIT
+    )
+
+
+def _lost_until_now(view: KernelView) -> set[str]:
+    """Every name that the records call lost, or that was called so since the last fold."""
+    before = view.checkpoint.lost if view.checkpoint is not None else {}
+    return set(before).union(*(entry.lost for entry in view.log.values()))
 
 
 def _work(n: int) -> str:

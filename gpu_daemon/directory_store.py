@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import mmap
 import os
 import tempfile
 import threading
@@ -24,6 +23,7 @@ from gpu_daemon.blobs import (
     BlobStore,
     BlobStoreAway,
     BlobStoreFull,
+    Draft,
     Stored,
     check_address,
     check_size,
@@ -33,9 +33,10 @@ from gpu_daemon.blobs import (
     too_long,
     wrong_bytes,
 )
-from nbos_cluster.content import address, is_address
+from gpu_daemon.drafts import NEW, FileDraft, name_them
+from nbos_cluster.content import address, address_of_parts, is_address
 
-OLD, DAMAGED, NEW = ".old", ".corrupt", ".new-"
+OLD, DAMAGED = ".old", ".corrupt"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _AWAY = (errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN, errno.ENETUNREACH, errno.EREMOTEIO)
 
@@ -43,6 +44,9 @@ _AWAY = (errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN, errno.E
 RECENT = 1 << 30
 """Bytes of the newest blobs that stay in the page cache. What is older leaves it, so that a store does not push out
 everybody else's files, and writes go to memory that is warm (in a virtual machine new memory costs ten times more)."""
+
+
+STEP = 1 << 20
 
 
 class DirectoryStore(BlobStore):
@@ -57,20 +61,23 @@ class DirectoryStore(BlobStore):
 
     # -- blobs --------------------------------------------------------------------------------------------------------
 
-    def write(self, owner: str, digest: str, data: bytes | memoryview) -> None:
+    def write(self, owner: str, digest: str, data: bytes | memoryview) -> FileDraft | None:
         path, size = self._path(owner, digest), memoryview(data).nbytes
         check_size(size)
         try:
             if self._touch(path, size) and self._sound(path):
-                return
+                return None
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._write(path, data)
+            draft = _draft(path, memoryview(data).cast("B"))
             self._note_recent(path, size)
+            return draft
         except OSError as err:
             raise self._failed(f"blob {digest[:12]}… of {size} bytes could not be stored", err) from err
 
-    def settle(self, owner: str, digests: Iterable[str]) -> None:
-        folders = {self._path(owner, digest).parent for digest in digests}
+    def settle(self, owner: str, written: Iterable[tuple[str, Draft | None]]) -> dict[str, BlobError]:
+        written = list(written)
+        failed = name_them(draft for _, draft in written if isinstance(draft, FileDraft))
+        folders = {self._path(owner, digest).parent for digest, _ in written}
         try:
             for folder in folders:
                 _sync_folder(folder)
@@ -80,6 +87,10 @@ class DirectoryStore(BlobStore):
                 self._known |= folders
         except OSError as err:
             raise self._failed("blobs could not be made safe", err) from err
+        return {
+            path.name: self._failed(f"blob {path.name[:12]}… could not be made safe", err)
+            for path, err in failed.items()
+        }
 
     def read_into(self, owner: str, digest: str, target: memoryview) -> int:
         path = self._path(owner, digest)
@@ -114,6 +125,13 @@ class DirectoryStore(BlobStore):
             except OSError as err:
                 raise self._failed(f"blob {digest[:12]}… could not be looked up", err) from err
         return there
+
+    def free(self) -> int | None:
+        try:
+            stat = os.statvfs(self.root)
+        except OSError as err:
+            raise self._failed("the room left could not be looked up", err) from err
+        return stat.f_bavail * stat.f_frsize
 
     # -- collection ---------------------------------------------------------------------------------------------------
 
@@ -207,7 +225,11 @@ class DirectoryStore(BlobStore):
         except FileNotFoundError:
             return False
         try:
-            sound = _address_in(file, os.fstat(file).st_size) == path.name
+            sound = _address_in(file) == path.name
+        except OSError as err:
+            if err.errno != errno.EIO:
+                raise
+            sound = False
         finally:
             os.close(file)
         if not sound:
@@ -233,7 +255,7 @@ class DirectoryStore(BlobStore):
             if err.errno == errno.EIO:
                 # The disk says itself that it cannot give these bytes back.
                 self._set_aside(path)
-                raise damaged(self.where, digest) from err
+                raise damaged(self.where, digest, "the disk cannot read it: " + os.strerror(errno.EIO)) from err
             raise self._failed(f"blob {digest[:12]}… could not be read", err) from err
 
     def _open(self, path: Path, digest: str) -> int:
@@ -248,27 +270,6 @@ class DirectoryStore(BlobStore):
         """Out of the way, so that a replica that still has the value can store it again."""
         with contextlib.suppress(OSError):
             path.rename(path.with_name(path.name + DAMAGED))
-
-    def _write(self, path: Path, data: bytes | memoryview) -> None:
-        """All or nothing, also over a power cut: a temporary file, fsync, rename."""
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=NEW)
-        try:
-            try:
-                view = memoryview(data).cast("B")
-                done = 0
-                while done < view.nbytes:
-                    done += os.write(handle, view[done:])
-                # After the writing: what changed meanwhile is found here, or at the latest by who reads it.
-                if (actual := address(view)) != path.name:
-                    raise wrong_bytes(path.name, actual)
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-            os.replace(name, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
 
     def _note_recent(self, path: Path, size: int) -> None:
         with self._lock:
@@ -304,6 +305,16 @@ class DirectoryStore(BlobStore):
         return f"{free / 1e6:,.1f} MB free of {size / 1e6:,.1f} MB"
 
 
+def _draft(path: Path, data: memoryview) -> FileDraft:
+    draft = FileDraft(path, data)
+    draft.begin()
+    # After the writing: what changed meanwhile is found here, or at the latest by who reads it.
+    if (actual := address(data)) != path.name:
+        draft.drop()
+        raise wrong_bytes(path.name, actual)
+    return draft
+
+
 def _stored(name: str, size: int, at: float) -> Stored:
     base = name.removesuffix(OLD)
     if not is_address(base):
@@ -311,11 +322,9 @@ def _stored(name: str, size: int, at: float) -> Stored:
     return Stored(name, base, size, at, condemned=base != name)
 
 
-def _address_in(handle: int, size: int) -> str:
-    if not size:
-        return address(b"")
-    with mmap.mmap(handle, size, prot=mmap.PROT_READ) as content, memoryview(content) as view:
-        return address(view)
+def _address_in(handle: int) -> str:
+    """Read, not mapped: where a disk cannot read, reading fails and looking at mapped memory ends the process."""
+    return address_of_parts(iter(lambda: os.read(handle, STEP), b""))
 
 
 def _sync_folder(path: Path) -> None:

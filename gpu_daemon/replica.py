@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from gpu_daemon import memory
 from gpu_daemon.fleet import ReplicaId
 from gpu_daemon.runtime import Handle
 from nbos_cluster.arena import Arena
@@ -81,6 +82,7 @@ class LocalReplica:
             python=self.python,
             lost={name: self.lost[name][:LOST_TEXT] for name in names},
             reason=self.reason,
+            memory=memory.host.available(),
         )
 
     def push(self, message: Message) -> None:

@@ -144,7 +144,9 @@ class Replicas:
     async def _start(self, id: ReplicaId, incarnation: int) -> None:
         replica = self._site.replicas[id]
         view = self._site.view(id.kernel)
-        if view is None or view.spec is None:
+        # As it was when the start began: the kernel may be deleted while a container is made.
+        spec = view.spec if view is not None else None
+        if spec is None:
             self._handle(fleet.Died(id, "the kernel is gone", self._site.now()))
             return
         try:
@@ -153,13 +155,13 @@ class Replicas:
             replica.incarnation = incarnation
             if not bindable(replica.ip, replica.ports):
                 replica.ports = free_ports(replica.ip)
-            handle = await self._runtime.start(self._launch(replica, view.spec))
+            handle = await self._runtime.start(self._launch(replica, spec))
         except (RuntimeFailed, OSError) as err:
             log.error("%s: %s", replica.name, err)
             self._handle(fleet.Died(id, str(err), self._site.now()))
             return
         self._site.rundir.save_replica(
-            id, incarnation=incarnation, ports=_ports(replica.ports), memory_limit=view.spec.memory_limit
+            id, incarnation=incarnation, ports=_ports(replica.ports), memory_limit=spec.memory_limit
         )
         log.info("%s started as process %d", replica.name, handle.pid)
         replica.reason = ""
@@ -227,7 +229,9 @@ class Replicas:
         self, replica: LocalReplica, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         assert self.answer is not None
-        await Session(self._site, replica, reader, writer, self.answer).run()
+        # Cancelled when the daemon ends; asyncio's streams (3.11) would print that as an error.
+        with contextlib.suppress(asyncio.CancelledError):
+            await Session(self._site, replica, reader, writer, self.answer).run()
 
     def _forget(self, id: ReplicaId) -> None:
         replica = self._site.replicas.pop(id, None)

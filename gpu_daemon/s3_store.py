@@ -20,6 +20,7 @@ from gpu_daemon.blobs import (
     BlobStore,
     BlobStoreAway,
     BlobStoreFull,
+    Draft,
     Stored,
     check_address,
     check_size,
@@ -83,8 +84,9 @@ class S3Store(BlobStore):
         with self._asking(f"blob {digest[:12]}… of {size} bytes could not be stored"):
             self._s3.put(self._store, key, data, use_multipart=False)
 
-    def settle(self, owner: str, digests: Iterable[str]) -> None:
+    def settle(self, owner: str, written: Iterable[tuple[str, Draft | None]]) -> dict[str, BlobError]:
         """S3 answers when it is safe."""
+        return {}
 
     def read_into(self, owner: str, digest: str, target: memoryview) -> int:
         data = self._read(owner, digest)

@@ -133,11 +133,21 @@ def _kernel(kernel: dict[str, Any]) -> list[str]:
         f"last committed {kernel['last']}"
     )
     rows = [
-        [str(m["index"]), m["host"], str(m["pid"] or ""), m["state"], m["role"], str(m["applied"]), m["reason"]]
+        [str(m["index"]), m["host"], str(m["pid"] or ""), m["state"], m["role"], _applied(m, kernel), m["reason"]]
         for m in kernel["members"]
     ]
     lost = [f"  not replicated: {name}: {reason}" for name, reason in sorted(kernel["lost"].items())]
     return [head, *_columns(["  REPLICA", "HOST", "PID", "STATE", "ROLE", "APPLIED", ""], _indent(rows)), *lost]
+
+
+def _applied(member: dict[str, Any], kernel: dict[str, Any]) -> str:
+    """How far it is in the log, and what it lacks."""
+    behind = kernel["last"] - member["applied"]
+    return (
+        f"{member['applied']} ({behind} behind)"
+        if member["state"] == "ready" and behind > 0
+        else f"{member['applied']}"
+    )
 
 
 def _indent(rows: list[list[str]]) -> list[list[str]]:

@@ -16,7 +16,7 @@ from . import keys, records
 from .election import number_of
 from .kv import KV, Changes, Event, Snapshot
 from .records import Checkpoint, ClaimRecord, Epoch, KernelSpec, LogEntry, RecordError, ReplicaRecord
-from .statelog import fold
+from .statelog import fold_unread, weight
 
 
 @dataclass(slots=True)
@@ -94,7 +94,7 @@ class KernelView:
         return not held and all(record is None for record in records)
 
     def log_bytes(self) -> int:
-        """Bytes of the entries that are not folded yet."""
+        """Weight of the entries that are not folded yet: about their bytes."""
         return sum(self.log_sizes.values())
 
     def catch_up(self, applied: int) -> tuple[Checkpoint | None, list[LogEntry]]:
@@ -108,7 +108,7 @@ class KernelView:
             start, state = self.checkpoint.upto + 1, self.checkpoint
         reset = max((n for n, entry in self.log.items() if entry.kind == "reset" and n >= start), default=None)
         if reset is not None and (state is not None or applied < 0):
-            state, start = fold(state, self.entries(start, reset)), reset + 1
+            state, start = fold_unread(state, self.entries(start, reset)), reset + 1
         return state, self.entries(start, self.last)
 
     def entries(self, first: int, last: int) -> list[LogEntry]:
@@ -225,7 +225,7 @@ class KernelView:
 
     def _put_entry(self, kv: KV, entry: LogEntry, delta: Delta) -> None:
         n = number_of(kv.key)
-        self.log[n], self.log_sizes[n], self.log_revs[n] = entry, len(kv.value), kv.mod_revision
+        self.log[n], self.log_sizes[n], self.log_revs[n] = entry, weight(entry, len(kv.value)), kv.mod_revision
         delta.entries.append(entry)
         self.last = max(self.last, n)
         if entry.kind in ("origin", "reset"):

@@ -12,6 +12,9 @@ from typing import Literal, TypeVar
 import msgspec
 
 VERSION = 1
+"""What every NBOS reads."""
+VERSION_TABLES = 2
+"""Records that keep components in tables outside of them: who does not know tables must not read half of them."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -89,7 +92,8 @@ class KernelSpec(Record, frozen=True, tag="kernel"):
 
     placement: host name by replica index. incarnation rises on restart by the user: daemons replace the
     processes. key and the CurveZMQ pair (Z85) belong to this kernel alone and are given to its own replicas
-    and router. memory_limit: bytes of resident memory per replica, 0 = none.
+    and router. memory_limit: bytes of resident memory per replica, 0 = none. lazy: bytes from which standbys leave
+    variables in the store until they are looked up, 0 = never.
     """
 
     kernel: str
@@ -105,6 +109,7 @@ class KernelSpec(Record, frozen=True, tag="kernel"):
     incarnation: int = 1
     memory_limit: int = 0
     durable: bool = False
+    lazy: int = 0
     rerun: bool = True
     cwd: str = ""
     env: dict[str, str] = {}
@@ -125,7 +130,8 @@ class Ports(Record, frozen=True):
 
 
 class ReplicaRecord(Record, frozen=True, tag="replica"):
-    """A replica that runs (or is being started) on a host; under the daemon's lease."""
+    """A replica that runs (or is being started) on a host; under the daemon's lease. memory: bytes that its host had
+    left when this was written, roughly; 0: not told."""
 
     index: int
     host: str
@@ -139,6 +145,7 @@ class ReplicaRecord(Record, frozen=True, tag="replica"):
     python: str = ""
     lost: dict[str, str] = {}
     reason: str = ""
+    memory: int = 0
 
 
 class ClaimRecord(Record, frozen=True, tag="claim"):
@@ -169,6 +176,15 @@ class Component(Record, frozen=True):
     frames: tuple[Frame, ...]
 
 
+class Table(Record, frozen=True):
+    """Components that stand outside the record, because they are too many for etcd: the blobs joined have `size`
+    bytes (the form: `tables`). names: how many variables it holds."""
+
+    blobs: tuple[str, ...]
+    size: int
+    names: int = 0
+
+
 class Effects(Record, frozen=True):
     """What a cell changed outside the namespace. None or missing: unchanged. environ: None removes the
     variable."""
@@ -187,7 +203,8 @@ class LogEntry(Record, frozen=True, tag="entry"):
 
     components replace, name by name, what stood before; `deleted` names are gone; `lost` names hold values
     that could not be replicated, with the reason. digest-named blobs stand in the blob store before the entry
-    is appended.
+    is appended. table: holds the components and deleted names instead, when they are too many for the entry;
+    `cured` then says which names in it were lost before.
     """
 
     n: int
@@ -204,11 +221,17 @@ class LogEntry(Record, frozen=True, tag="entry"):
     effects: Effects = Effects()
     reason: str = ""
     at: float = 0.0
+    table: Table | None = None
+    cured: tuple[str, ...] = ()
 
 
 class Checkpoint(Record, frozen=True, tag="checkpoint"):
     """The log up to and including `upto`, folded. `history` holds (execution_count, source) of the latest
-    cells."""
+    cells.
+
+    The components are those of `tables`, oldest first, each over the ones before it; without the names in `gone`;
+    and over them `components`.
+    """
 
     upto: int
     incarnation: int = 1
@@ -217,6 +240,8 @@ class Checkpoint(Record, frozen=True, tag="checkpoint"):
     lost: dict[str, str] = {}
     effects: Effects = Effects()
     history: tuple[tuple[int, str], ...] = ()
+    tables: tuple[Table, ...] = ()
+    gone: tuple[str, ...] = ()
 
 
 class QueueTicket(Record, frozen=True, tag="ticket"):
@@ -259,16 +284,18 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def encode(record: Record) -> bytes:
-    return _encoder.encode(Versioned(VERSION, msgspec.Raw(_encoder.encode(record))))
+    outside = getattr(record, "table", None) is not None or bool(getattr(record, "tables", ()))
+    version = VERSION_TABLES if outside else VERSION
+    return _encoder.encode(Versioned(version, msgspec.Raw(_encoder.encode(record))))
 
 
 def decode(raw: bytes, kind: type[R]) -> R:
     """The record in `raw`. Raises RecordError when it is of another kind or version."""
     try:
         envelope = msgspec.msgpack.decode(raw, type=Versioned)
-        if envelope.version != VERSION:
+        if envelope.version not in (VERSION, VERSION_TABLES):
             raise RecordError(
-                f"a {kind.__name__} of format version {envelope.version}, this NBOS reads version {VERSION}; "
+                f"a {kind.__name__} of format version {envelope.version}, this NBOS reads up to {VERSION_TABLES}; "
                 "run the same NBOS version on every host"
             )
         return msgspec.msgpack.decode(envelope.body, type=kind)

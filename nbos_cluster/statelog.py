@@ -1,8 +1,9 @@
 """The state log: folding entries into a checkpoint, what must leave them for the blob store, when to fold. No
 IO.
 
-Guarantees (tests/unit/cluster/test_fold.py tries to break them):
-- applying entries one by one gives what applying `fold` of a prefix and then the rest gives;
+Guarantees (tests/unit/cluster/test_fold.py and test_tables.py try to break them):
+- applying entries one by one gives what applying `fold` of a prefix and then the rest gives, wherever their components
+  stand: in the records, or in tables outside of them (`tables`);
 - the newest entry is never folded away: the claim of the next execution compares with it (see `election`);
 - a fold counts only if nobody folded or replaced the kernel since it was computed.
 How entries and states look on a replica's socket is in `statewire`, re-exported here.
@@ -10,17 +11,16 @@ How entries and states look on a replica's socket is in `statewire`, re-exported
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from . import keys, records
-from .content import address
+from . import keys, records, tables
 from .kv import Compare, Txn, exists, mod_is, op_delete_range, op_put
-from .records import Checkpoint, Component, Effects, Frame, LogEntry
+from .records import Checkpoint, Effects, LogEntry
 from .statewire import EntryError, entry_from_wire, entry_to_wire, state_to_wire
-from .wire import BLOB_CHUNK, ENTRY_LIMIT
+from .wire import ENTRY_LIMIT
 
 __all__ = [
     "EntryError",
@@ -30,10 +30,14 @@ __all__ = [
     "entry_to_wire",
     "fold",
     "fold_txn",
+    "fold_unread",
     "plan_fold",
+    "push_at",
+    "shorten",
     "size_of",
     "spill",
     "state_to_wire",
+    "weight",
 ]
 
 HISTORY_INPUTS = 500
@@ -41,7 +45,13 @@ HISTORY_BYTES = 128 * 1024
 FOLD_ENTRIES = 64
 FOLD_BYTES = 256 * 1024
 CHECKPOINT_LIMIT = 1024 * 1024
-"""Bytes of a checkpoint in etcd; it holds every variable, so it may be larger than an entry (etcd: 1.5 MB)."""
+"""Bytes of a checkpoint in etcd (whose own limit is 1.5 MB)."""
+
+PUSH_AT = 512 * 1024
+"""Bytes of components that a checkpoint holds itself at most; beyond it they are pushed into a table."""
+
+TABLE_WEIGHT = 64
+"""So many bytes of an entry's table count as one for `plan_fold`: not in etcd, but read by every new replica."""
 
 LAG_FACTOR = 4
 """How many times the limits above a lagging replica may hold a fold back, before it gets a whole state
@@ -50,7 +60,7 @@ instead."""
 
 def fold(state: Checkpoint | None, entries: Sequence[LogEntry]) -> Checkpoint:
     """The checkpoint after `entries`, which must follow `state` without a gap. ValueError when they do
-    not."""
+    not, or when the components of an entry stand in a table: put them inside first. Those of `state` may."""
     upto = state.upto if state is not None else (entries[0].n - 1 if entries else -1)
     state = state or Checkpoint(upto=upto)
     for entry in entries:
@@ -60,7 +70,15 @@ def fold(state: Checkpoint | None, entries: Sequence[LogEntry]) -> Checkpoint:
     return state
 
 
+def fold_unread(state: Checkpoint | None, entries: Sequence[LogEntry]) -> Checkpoint:
+    """As `fold`, of everything but components: no table needs to be read. After a reset that is everything."""
+    bare = replace(state, components=(), tables=(), gone=()) if state is not None else None
+    return fold(bare, [tables.without_components(entry) for entry in entries])
+
+
 def _step(state: Checkpoint, entry: LogEntry) -> Checkpoint:
+    if entry.table is not None:
+        raise ValueError(f"the components of entry {entry.n} stand in a table that was not read")
     if entry.kind == "abandoned":
         return replace(state, upto=entry.n)
     if entry.kind == "reset":
@@ -74,25 +92,14 @@ def _step(state: Checkpoint, entry: LogEntry) -> Checkpoint:
         incarnation=entry.incarnation,
         execution_count=entry.execution_count or state.execution_count,
         components=(
-            *_without(state.components, written | gone),
-            *_without(entry.components, set(entry.lost)),
+            *tables.without(state.components, written | gone),
+            *tables.without(entry.components, set(entry.lost)),
         ),
+        gone=tuple(sorted(gone.union(state.gone) - (written - gone))) if state.tables else (),
         lost={k: v for k, v in state.lost.items() if k not in written and k not in gone} | entry.lost,
         effects=merge_effects(state.effects, entry.effects),
         history=_history(state.history, entry),
     )
-
-
-def _without(components: Iterable[Component], names: set[str]) -> list[Component]:
-    """Components without `names`. What stays of a group keeps its stream and says which names of it still
-    count."""
-    kept = []
-    for component in components:
-        if names.isdisjoint(component.names):
-            kept.append(component)
-        elif rest := tuple(name for name in component.names if name not in names):
-            kept.append(replace(component, names=rest))
-    return kept
 
 
 def merge_effects(old: Effects, new: Effects) -> Effects:
@@ -119,10 +126,8 @@ def _history(old: tuple[tuple[int, str], ...], entry: LogEntry) -> tuple[tuple[i
 
 
 def blobs_of(record: Checkpoint | LogEntry | None) -> set[str]:
-    """The hashes of every blob the record needs."""
-    if record is None:
-        return set()
-    return {h for component in record.components for frame in component.frames for h in frame.blobs}
+    """The hashes of every blob the record itself names. What its tables name besides: `tables.blobs_needed`."""
+    return set() if record is None else tables.blobs_needed(record, ())
 
 
 def size_of(record: Checkpoint | LogEntry) -> int:
@@ -130,60 +135,50 @@ def size_of(record: Checkpoint | LogEntry) -> int:
     return len(records.encode(record))
 
 
+def weight(entry: LogEntry, size: int) -> int:
+    """What an entry of `size` bytes in etcd counts for `plan_fold`."""
+    return size + (entry.table.size // TABLE_WEIGHT if entry.table is not None else 0)
+
+
 @dataclass(frozen=True, slots=True)
 class Spill:
-    """Store every blob (by hash) first, then write `record`. fits: it is now within the limit."""
+    """Store every blob (by hash) first, then write `record`. needs: every blob that must be in the store by then.
+    fits: the record is now within the limit."""
 
-    record: Checkpoint | LogEntry
+    record: LogEntry
     blobs: dict[str, bytes]
+    needs: frozenset[str]
     fits: bool
 
 
-def spill(record: Checkpoint | LogEntry, limit: int | None = None) -> Spill:
-    """Move inline frames to blobs, largest first, until the record takes at most `limit` bytes in etcd.
-
-    Nothing moves while it fits. Frames smaller than what a hash takes stay. A checkpoint that is still too
-    large gives up its oldest inputs: they are a convenience, the state is not.
-    """
-    if limit is None:
-        limit = CHECKPOINT_LIMIT if isinstance(record, Checkpoint) else ENTRY_LIMIT
-    over = size_of(record) - limit
-    moved: set[Frame] = set()
-    frames = {f for c in record.components for f in c.frames if f.data is not None and f.size > _HASH_COST}
-    for frame in sorted(frames, key=lambda f: f.size, reverse=True):
-        if over <= 0:
-            break
-        moved.add(frame)
-        over -= frame.size - _HASH_COST
-    blobs: dict[str, bytes] = {}
-    new = _map_frames(record, lambda frame: _to_blobs(frame, blobs) if frame in moved else frame)
-    while isinstance(new, Checkpoint) and new.history and size_of(new) > limit:
-        new = replace(new, history=new.history[len(new.history) // 2 + 1 :])
-    return Spill(new, blobs, size_of(new) <= limit)
+def spill(entry: LogEntry, lost: Iterable[str] = (), limit: int = ENTRY_LIMIT) -> Spill:
+    """Put the components and deletions into a table if the entry has more than `limit` bytes. lost: the names
+    that are lost until now."""
+    needs = blobs_of(entry)
+    if size_of(entry) <= limit:
+        return Spill(entry, {}, frozenset(needs), True)
+    record, blobs = tables.put_outside(entry, lost)
+    return Spill(record, blobs, frozenset(needs.union(blobs)), size_of(record) <= limit)
 
 
-_HASH_COST = 80
+def push_at(state: Checkpoint, limit: int = PUSH_AT) -> int:
+    """How many bytes of components the checkpoint holds, if they should now be pushed into a table; else 0."""
+    size = size_of(replace(state, lost={}, effects=Effects(), history=(), tables=()))
+    return size if size > limit else 0
 
 
-def _to_blobs(frame: Frame, blobs: dict[str, bytes]) -> Frame:
-    data = frame.data or b""
-    hashes = []
-    for at in range(0, len(data), BLOB_CHUNK):
-        chunk = data[at : at + BLOB_CHUNK]
-        hashes.append(address(chunk))
-        blobs[hashes[-1]] = chunk
-    return Frame(size=frame.size, blobs=tuple(hashes))
-
-
-def _map_frames(record: Checkpoint | LogEntry, change: Callable[[Frame], Frame]) -> Checkpoint | LogEntry:
-    components = tuple(replace(c, frames=tuple(change(f) for f in c.frames)) for c in record.components)
-    return replace(record, components=components)
+def shorten(state: Checkpoint, limit: int = CHECKPOINT_LIMIT) -> Checkpoint | None:
+    """A checkpoint that is too large gives up its oldest inputs: they are a convenience, the state is not. None if
+    that does not help."""
+    while state.history and size_of(state) > limit:
+        state = replace(state, history=state.history[len(state.history) // 2 + 1 :])
+    return state if size_of(state) <= limit else None
 
 
 def plan_fold(sizes: dict[int, int], last: int, applied: Iterable[int] = ()) -> int | None:
     """Up to which entry the log should be folded now; None when it is short enough.
 
-    sizes: bytes of each entry held, by number. last: the newest entry, which always stays. applied: how far
+    sizes: weight of each entry held, by number. last: the newest entry, which always stays. applied: how far
     each replica has come; a fold waits for the slowest, but not for ever (it then gets a whole state).
     """
     count, size = len(sizes), sum(sizes.values())

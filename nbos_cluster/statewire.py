@@ -7,14 +7,20 @@ the message.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, cast
 
+from . import bulk
 from .content import is_address
-from .records import Checkpoint, Component, Effects, EntryKind, Frame, LogEntry
+from .records import Checkpoint, Component, Effects, EntryKind, Frame, LogEntry, Table
 from .wire import BLOB_CHUNK, Message
 
-MAX_NAMES = 100_000
+MAX_NAMES = 1_000_000
+"""Variables in one entry at most."""
+MAX_SIZE = 10**15
+"""Bytes of one frame: far more than an entry can name the blobs of."""
+
 MAX_TEXT = 4096
 """Characters of one name, reason, path or variable at most (a cell's source has ENTRY_LIMIT only)."""
 
@@ -26,6 +32,10 @@ class EntryError(ValueError):
 def entry_from_wire(msg: Message, payload: bytes) -> LogEntry:
     """The entry a replica wants appended. token, replica, incarnation and time are for the daemon to fill
     in."""
+    try:
+        msg = bulk.unpack(msg, payload)
+    except ValueError as err:
+        raise EntryError(f"an entry's lists cannot be read: {err}") from err
     kind = _text(msg, "kind")
     if kind not in ("cell", "sync"):
         raise EntryError(f"a replica appends entries of kind cell or sync, not {kind[:40]!r}")
@@ -38,7 +48,7 @@ def entry_from_wire(msg: Message, payload: bytes) -> LogEntry:
         status=cast(Any, status),
         execution_count=_count(msg, "execution_count", 0),
         source=_text(msg, "source", "", limit=0).encode("utf-8", "replace").decode(),
-        components=_components(msg.get("components", []), payload),
+        components=components_from_wire(msg.get("components", []), payload),
         deleted=_texts(msg.get("deleted", []), "deleted"),
         lost=_table(msg.get("lost", {}), "lost"),
         effects=_effects(msg.get("effects", {})),
@@ -56,8 +66,8 @@ def any_entry_from_wire(msg: Message, payload: bytes) -> LogEntry:
 
 def entry_to_wire(entry: LogEntry) -> tuple[Message, bytes]:
     """The entry's fields (without `type`) and the payload with its inline frames."""
-    parts, payload = _pack(entry.components)
-    return {
+    parts, payload = components_to_wire(entry.components)
+    message: Message = {
         "n": entry.n,
         "kind": entry.kind,
         "status": entry.status,
@@ -71,13 +81,14 @@ def entry_to_wire(entry: LogEntry) -> tuple[Message, bytes]:
         "lost": entry.lost,
         "effects": _effects_to_wire(entry.effects),
         "reason": entry.reason,
-    }, payload
+    }
+    return {**message, **tables_to_wire([entry.table] if entry.table is not None else [])}, payload
 
 
 def state_to_wire(state: Checkpoint) -> tuple[Message, bytes]:
     """The checkpoint's fields (without `type`) and the payload with its inline frames."""
-    parts, payload = _pack(state.components)
-    return {
+    parts, payload = components_to_wire(state.components)
+    message: Message = {
         "upto": state.upto,
         "incarnation": state.incarnation,
         "execution_count": state.execution_count,
@@ -85,10 +96,18 @@ def state_to_wire(state: Checkpoint) -> tuple[Message, bytes]:
         "lost": state.lost,
         "effects": _effects_to_wire(state.effects),
         "history": [list(item) for item in state.history],
-    }, payload
+        "gone": list(state.gone),
+    }
+    return {**message, **tables_to_wire(state.tables)}, payload
 
 
-def _pack(components: Iterable[Component]) -> tuple[list[Message], bytes]:
+def tables_to_wire(tables: Iterable[Table]) -> Message:
+    """The replica reads them itself, as blobs."""
+    found = [{"blobs": list(table.blobs), "size": table.size, "names": table.names} for table in tables]
+    return {"tables": found} if found else {}
+
+
+def components_to_wire(components: Iterable[Component]) -> tuple[list[Message], bytes]:
     parts: list[Message] = []
     inline: list[bytes] = []
     at = 0
@@ -114,13 +133,14 @@ def _effects_to_wire(effects: Effects) -> Message:
     }
 
 
-def _components(raw: object, payload: bytes) -> tuple[Component, ...]:
+def components_from_wire(raw: object, payload: bytes, most: int = MAX_NAMES) -> tuple[Component, ...]:
+    """Checked: raises EntryError. most: variables."""
     components = tuple(_component(item, payload) for item in _list(raw, "components"))
     names = [name for component in components for name in component.names]
-    if len(names) > MAX_NAMES:
-        raise EntryError(f"an entry names {len(names)} variables, at most {MAX_NAMES} are kept")
+    if len(names) > most:
+        raise EntryError(f"an entry names {len(names)} variables, at most {most} are kept")
     if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = next(name for name, count in Counter(names).items() if count > 1)
         raise EntryError(f"an entry holds {twice[:80]!r} twice")
     return components
 
@@ -136,7 +156,7 @@ def _component(raw: object, payload: bytes) -> Component:
 
 def _frame(raw: object, payload: bytes) -> Frame:
     item = _dict(raw, "a frame")
-    size = _count(item, "size")
+    size = _count(item, "size", most=MAX_SIZE)
     if "at" in item:
         at = _count(item, "at")
         if at + size > len(payload):
@@ -204,8 +224,8 @@ def _table(raw: object, what: str) -> dict[str, str]:
     return {_str(k, what): _str(v, what) for k, v in _dict(raw, what).items()}
 
 
-def _count(item: Message, name: str, default: int | None = None, least: int = 0) -> int:
+def _count(item: Message, name: str, default: int | None = None, least: int = 0, most: int = 10**12) -> int:
     value = item.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 10**12:
-        raise EntryError(f"{name} must be a number from {least} on, not {str(value)[:40]!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < most:
+        raise EntryError(f"{name} must be a number from {least} to {most}, not {str(value)[:40]!r}")
     return value

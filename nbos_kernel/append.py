@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from nbos_cluster import wire
+from nbos_cluster import bulk, wire
 
 from . import oversize
 from .blobchannel import BlobChannel
@@ -25,6 +25,7 @@ from .effects import names_of
 from .entries import Layout
 from .link import Link, Reply, Request
 from .replica import Replica
+from .reporter import Reporter
 
 Message = dict[str, Any]
 Put = tuple[Packed, str, concurrent.futures.Future[Message]]
@@ -61,8 +62,9 @@ class Entry:
 class Appender:
     """At most one append is under way; `settled()` waits for it."""
 
-    def __init__(self, link: Link, replica: Replica, channel: Any, blobs: BlobChannel) -> None:
+    def __init__(self, link: Link, replica: Replica, channel: Any, blobs: BlobChannel, reporter: Reporter) -> None:
         self._link, self._replica, self._channel, self._blobs = link, replica, channel, blobs
+        self._reporter = reporter
         self._task: asyncio.Task[None] | None = None
         self._stored: OrderedDict[str, None] = OrderedDict()
         self.trouble = ""
@@ -99,10 +101,13 @@ class Appender:
         wanted = [each for each in layout.blobs(components) if each[1] not in self._stored]
         if len(wanted) > FEW:
             self._ask_for(list(dict.fromkeys(digest for _, digest, _ in wanted)))
+        chunks = {digest: chunk for _, digest, chunk in wanted if digest not in self._stored}
+        if chunks:
+            self._reporter.sends(memoryview(chunk).nbytes for chunk in chunks.values())
         puts: dict[str, concurrent.futures.Future[Message]] = {}
-        for _, digest, chunk in wanted:
-            if digest not in self._stored and digest not in puts:
-                puts[digest] = self._blobs.put(digest, chunk)
+        for digest, chunk in chunks.items():
+            puts[digest] = self._blobs.put(digest, chunk)
+            self._reporter.follow(puts[digest], memoryview(chunk).nbytes)
         return [(component, digest, puts[digest]) for component, digest, _ in wanted if digest in puts]
 
     def _ask_for(self, digests: list[str]) -> None:
@@ -127,6 +132,7 @@ class Appender:
             "lost": entry.changes.lost,
             "effects": entry.effects,
         }
+        message, payload = bulk.pack(message, payload)
         return self._link.request({"type": "append", "entry": message, "token": running.token}, payload)
 
     async def _finish(
@@ -140,6 +146,7 @@ class Appender:
     ) -> None:
         if puts:
             await self._stored_all(entry, puts)
+        self._reporter.logging()
         delay, everything = 0.05, False
         while True:
             reply, _ = await _answer(request or self._append(entry, layout, running))
@@ -151,6 +158,7 @@ class Appender:
                 reason = reply.get("reason") or "another replica holds this execution's claim"
                 self._channel.reply("nbos_failed", {"n": entry.n, "reason": reason}, running.parent, running.ident)
                 self._channel.die(reason)
+                self._reporter.over(entry.n, committed=False)
                 return
             if error == "blobs_missing":
                 for digest in reply.get("missing") or ():
@@ -164,12 +172,15 @@ class Appender:
             if error in TOO_LARGE:
                 layout = await self._shorten(entry)
             self.trouble = str(reply.get("reason") or error)
+            self._reporter.trouble(self.trouble)
             await asyncio.sleep(delay)
             delay = min(1.0, delay * 2)
         self._replica.own(entry.n)
+        self._reporter.over(entry.n)
         self.trouble = ""
         finished(running)
-        self._channel.reply("nbos_committed", {"n": entry.n}, running.parent, running.ident)
+        told = {"n": entry.n, **({"reply": "follows"} if running.reply_follows else {})}
+        self._channel.reply("nbos_committed", told, running.parent, running.ident)
         if self._reported != (self._link.away_since, self._replica.lost):
             self.applied(entry.n, self._replica.lost)  # the daemon knows n already, and what was lost before
 

@@ -112,6 +112,12 @@ def bind(granted: Grant | None) -> str:
     return notice
 
 
+def bring_parked() -> None:
+    """What was loaded while the cell runs moves to its device too. Raises what torch raises."""
+    if parked.anything() and _real(_current):
+        parked.bring_home()
+
+
 def unbind() -> None:
     """The cell is over. What it left on the device stays there until somebody needs the room."""
     global _current

@@ -12,8 +12,8 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,12 @@ IDLE = 20.0
 AHEAD = 4
 """Blobs that are asked for before the first has come."""
 
+AWAY = 10.0
+"""Seconds that a blocking read waits for a daemon that is not connected; a restarted one is there within three."""
+
 Reply = dict[str, Any]
+_Blob = tuple[Reply, Any, Callable[[], None]]
+"""The daemon's reply, where the bytes are, and what to call when they are not needed there any more."""
 
 
 @dataclass
@@ -92,14 +97,54 @@ class BlobChannel:
 
         Raises BlobFailed with the daemon's code and reason.
         """
+        work = self._reading(digests, target, chunk)
+        blob: _Blob | None = None
+        try:
+            while True:
+                blob = await asyncio.shield(asyncio.wrap_future(work.send(blob)))
+        except StopIteration as end:
+            return int(end.value)
+        finally:
+            work.close()
+
+    def read_now(self, digests: Sequence[str], target: memoryview, chunk: int = wire.BLOB_CHUNK) -> int:
+        """`read` for code that cannot wait for an event loop, on any thread but the link's; it may be interrupted.
+
+        Raises BlobFailed too when the daemon has been away for AWAY seconds.
+        """
+        work = self._reading(digests, target, chunk)
+        blob: _Blob | None = None
+        try:
+            while True:
+                blob = self._wait(work.send(blob))
+        except StopIteration as end:
+            return int(end.value)
+        finally:
+            work.close()
+
+    def _wait(self, future: Future[_Blob]) -> _Blob:
+        away = 0.0
+        while not wait([future], timeout=0.5).done:
+            away = 0.0 if self._link.connected else away + 0.5
+            if away >= AWAY:
+                raise BlobFailed("away", self._link.since())
+        return future.result()
+
+    def _reading(
+        self, digests: Sequence[str], target: memoryview, chunk: int
+    ) -> Generator[Future[_Blob], _Blob | None, int]:
+        """Yields each future that has to be waited for, and takes its result."""
         filled = 0
-        coming: deque[asyncio.Future[tuple[Reply, Any, Callable[[], None]]]] = deque()
+        coming: deque[Future[_Blob]] = deque()
         left = deque(digests)
         try:
             while left or coming:
                 while left and len(coming) < AHEAD:
-                    coming.append(asyncio.wrap_future(self._get_blob(left.popleft(), chunk)))
-                reply, data, give = await coming[0]
+                    coming.append(self._get_blob(left.popleft(), chunk))
+                blob = yield coming[0]
+                if blob is None:
+                    raise RuntimeError("nobody waited for the blob")
+                reply, data, give = blob
                 coming.popleft()
                 try:
                     if not reply.get("ok"):
@@ -116,9 +161,9 @@ class BlobChannel:
                 waiting.add_done_callback(_give_late)
         return filled
 
-    def _get_blob(self, digest: str, room: int) -> Future[tuple[Reply, Any, Callable[[], None]]]:
+    def _get_blob(self, digest: str, room: int) -> Future[_Blob]:
         """The reply, where its bytes are, and what to call when they are not needed there any more."""
-        done: Future[tuple[Reply, Any, Callable[[], None]]] = Future()
+        done: Future[_Blob] = Future()
         message = {"type": "get_blob", "hash": digest}
         shared = self._get()
         at = shared.room.take(room) if shared is not None else None
@@ -196,6 +241,6 @@ def _as_payload(future: Future[tuple[Reply, bytes]], done: Future[Any]) -> None:
     done.set_result((reply, payload, lambda: None))
 
 
-def _give_late(future: asyncio.Future[Any]) -> None:
+def _give_late(future: Future[Any]) -> None:
     if not future.cancelled() and future.exception() is None:
         future.result()[2]()

@@ -56,7 +56,7 @@ class Watcher:
             else:
                 self.left[CWD] = f"the path {names.label(cwd)} cannot be replicated"
         if environ != self._environ:
-            found["environ"] = self._writable(_difference(self._environ, environ))
+            found["environ"] = self._writable(difference(self._environ, environ))
             self._environ = environ
         if sys.path != self._sys_path:
             self._sys_path = list(sys.path)
@@ -149,7 +149,13 @@ def _environ() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(_OWN)}
 
 
-def _difference(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str | None]:
+def here() -> tuple[str, dict[str, str], list[str]]:
+    """Working directory, environment and sys.path as they are now."""
+    return _cwd(), _environ(), list(sys.path)
+
+
+def difference(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str | None]:
+    """What makes `before` an environment like `after`; None: not set."""
     changed: dict[str, str | None] = {name: value for name, value in after.items() if before.get(name) != value}
     changed.update({name: None for name in before if name not in after})
     return changed

@@ -15,8 +15,8 @@ from .capture import arrays, buffers
 from .capture.buffers import FrameData
 from .capture.changes import Packed
 
-INLINE_BUDGET = wire.ENTRY_LIMIT // 2
-"""Bytes of one entry's inline frames; the other half is for names, source and the JSON around them."""
+INLINE_BUDGET = 8 * 1024 * 1024
+"""Bytes of one entry's inline frames; where they are too many for etcd, the daemon puts them into one table."""
 
 
 class Layout:
@@ -64,18 +64,30 @@ class Memory:
     def __init__(self) -> None:
         self._held: dict[str, list[tuple[tuple[str, ...], Any]]] = {}
 
-    def take(self, names: Sequence[str], size: int, hashes: Sequence[str]) -> tuple[Any, set[int]]:
-        """Memory for a frame, and the numbers of the chunks that are in it already."""
-        best: tuple[int, Any, tuple[str, ...]] = (0, None, ())
+    def take(self, names: Sequence[str], wanted: Sequence[tuple[int, Sequence[str]]]) -> list[tuple[Any, set[int]]]:
+        """Memory for the frames of a component, given as (size, hashes), and the numbers of the chunks that are in it
+        already. What the version before lay in is used again also where no chunk is the same: to get new memory costs
+        the system more than to fill it."""
+        found: dict[int, tuple[Any, set[int]]] = {}
+        for least in (1, 0):  # what is wanted as it is first, then what is only room
+            for number, (size, hashes) in enumerate(wanted):
+                if number not in found:
+                    again = self._again(names, size, hashes, least)
+                    if again is not None:
+                        found[number] = again
+        return [found.get(number) or (arrays.memory(size), set()) for number, (size, _) in enumerate(wanted)]
+
+    def _again(self, names: Sequence[str], size: int, hashes: Sequence[str], least: int) -> tuple[Any, set[int]] | None:
+        best: tuple[int, Any, tuple[str, ...]] = (least - 1, None, ())
         for name in names:
             for before, reference in self._held.get(name, ()):
                 same = sum(1 for one, other in zip(before, hashes, strict=False) if one == other)
-                memory = reference()
-                if same > best[0] and memory is not None and memory.nbytes == size and len(before) == len(hashes):
+                memory = reference() if same > best[0] and len(before) == len(hashes) else None
+                if memory is not None and memory.nbytes == size:
                     best = (same, memory, before)
         _, memory, before = best
         if memory is None:
-            return arrays.memory(size), set()
+            return None
         for name in list(self._held):  # given once: two frames never share memory
             self._held[name] = [each for each in self._held[name] if each[1]() is not memory]
         memory.flags.writeable = True
@@ -93,6 +105,13 @@ class Memory:
         self._held.clear()
 
 
+def has_blobs(message: Mapping[str, Any]) -> bool:
+    """Whether an entry that was pushed names blobs, as far as can be told without reading them."""
+    entry = message.get("entry", message)
+    components = entry.get("components") or ()
+    return bool(entry.get("tables")) or any("blobs" in frame for each in components for frame in each["frames"])
+
+
 Read = Callable[[Sequence[str], memoryview, int], Awaitable[int]]
 """`read(hashes, target, chunk)` fills `target` with blobs of at most `chunk` bytes; returns how many bytes they had."""
 
@@ -101,6 +120,8 @@ async def frames_of(component: Mapping[str, Any], payload: bytes, read: Read, me
     """The frames of one component in writable memory of their own: arrays are built on them without a copy."""
     frames: list[Any] = []
     large: list[tuple[tuple[str, ...], Any]] = []
+    apart = [frame for frame in component["frames"][1:] if "at" not in frame]
+    rooms = iter(memory.take(component["names"], [(frame["size"], frame["blobs"]) for frame in apart]))
     for frame in component["frames"]:
         if "at" in frame:
             data = arrays.memory(frame["size"]) if frames else bytearray(frame["size"])
@@ -109,7 +130,7 @@ async def frames_of(component: Mapping[str, Any], payload: bytes, read: Read, me
             data = bytearray(frame["size"])
             await _fetch(memoryview(data), frame["blobs"], set(), read)
         else:
-            data, there = memory.take(component["names"], frame["size"], frame["blobs"])
+            data, there = next(rooms)
             await _fetch(_bytes(data), frame["blobs"], there, read)
             large.append((tuple(frame["blobs"]), data))
         frames.append(data)

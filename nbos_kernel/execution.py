@@ -18,25 +18,23 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from nbos_cluster import wire
 
-from . import binding, magics, oversize, resources
+from . import binding, oversize, resources
 from .append import Appender, Entry
 from .blobchannel import BlobChannel
 from .link import DaemonAway, Link
 from .replica import Replica
+from .reporter import Reporter
 
 Message = dict[str, Any]
 
 FAST = 0.004
 """Seconds the main thread itself waits for a bid's answer before it goes back to its loop: the loop costs 0.1 ms
 more."""
-
-LARGE = 1 << 30
-"""Bytes that a cell made or changed, from which the user is told that replicating them takes its time."""
 
 SLICE, PAUSE = 0.005, 0.015
 """Seconds of work on what the next capture may leave out, and of rest between two pieces of it."""
@@ -57,6 +55,8 @@ class Channel(Protocol):
 
     async def run_cell(self, stream: Any, ident: Any, parent: Message) -> None: ...
 
+    async def run_again(self, code: str) -> BaseException | None: ...
+
     def die(self, reason: str) -> None: ...
 
 
@@ -69,15 +69,19 @@ class Running:
     kind: str
     parent: Message
     ident: Any
+    needs: Message = field(default_factory=dict)
     status: str = "ok"
     granted: bool = False
     committed: bool = False
+    reply_follows: bool = False
 
 
 class Execution:
     """`greeting`: the daemon's latest answer to hello (default resources, durable)."""
 
-    def __init__(self, shell: Any, link: Link, replica: Replica, channel: Channel, blobs: BlobChannel) -> None:
+    def __init__(
+        self, shell: Any, link: Link, replica: Replica, channel: Channel, blobs: BlobChannel, reporter: Reporter
+    ) -> None:
         self._shell, self._link, self._replica, self._channel = shell, link, replica, channel
         self.greeting: Message = {}
         self.running: Running | None = None
@@ -86,7 +90,8 @@ class Execution:
         self._left = asyncio.Event()
         self._loop = asyncio.get_event_loop()
         self._settling: asyncio.Task[None] | None = None
-        self._appender = Appender(link, replica, channel, blobs)
+        self._appender = Appender(link, replica, channel, blobs, reporter)
+        self._reporter = reporter
 
     # Called from other threads ---------------------------------------------------------------------------------
 
@@ -119,6 +124,7 @@ class Execution:
         running = await self._claim(asked, "cell", needs, ident, parent)
         if running is None:
             return
+        running.needs = needs
         try:
             await self._channel.run_cell(stream, ident, parent)
         finally:
@@ -141,6 +147,14 @@ class Execution:
             self.ended()
             await self._commit(running)
 
+    async def takes_over(self) -> None:
+        """The cell's code is about to run, under its claim and grant: make what only a replay can make here."""
+        running = self.running
+        if running is not None:
+            replica = self._replica
+            await replica.rerun.before_cell(running.needs, self._channel.run_again, self._appender.tell_user)
+            replica.records.begin(str(running.parent["content"].get("code", "")))
+
     def ended(self) -> None:
         """The cell's code is over: the grant goes back, and an interrupt has nothing to hit any more."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -160,6 +174,7 @@ class Execution:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if self.greeting.get("durable"):
             self.ended()
+            running.reply_follows = True
             await self._commit(running)
             await self._appender.settled()
 
@@ -179,6 +194,7 @@ class Execution:
             content.setdefault("host", self.greeting.get("host", ""))
             if self._appender.pending:
                 self._appender.trouble = str(message.get("reason", ""))
+                self._reporter.trouble(self._appender.trouble)
             self._channel.reply("nbos_waiting", content, self._bidding[1], self._bidding[2])
 
     def renewed(self, n: int, token: int) -> None:
@@ -285,18 +301,12 @@ class Execution:
         running.committed = True
         request = running.parent["content"]
         code = request.get("code", "") if running.kind == "cell" else ""
-        taken = self._replica.take_changes(code)
-        for line in taken.notices:
+        self._reporter.began(running.n, running.parent)
+        taken = self._replica.take_changes(code, running.status == "ok", running.needs)
+        costly = self._reporter.captured(running.n, taken.changes.components, taken.changes.deleted)
+        for line in [*taken.notices, *costly]:
             self._appender.tell_user(line)
         kept = request.get("store_history", not request.get("silent", False)) and not request.get("silent", False)
-        fresh = sum(packed.fresh for packed in taken.changes.components)
-        if fresh >= LARGE:
-            largest = max(taken.changes.components, key=lambda packed: packed.fresh)
-            names = ", ".join(largest.names)[:80]
-            self._appender.tell_user(
-                f"NBOS: replicating {magics.size(fresh)} that this cell made or changed, most of it in {names}; "
-                "`%nbos state` shows what is large"
-            )
         entry = Entry(
             n=running.n,
             kind=running.kind,

@@ -15,26 +15,31 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from ipykernel.ipkernel import IPythonKernel
 from ipykernel.zmqshell import ZMQInteractiveShell
 from traitlets import Type, Unicode
 
-from . import __version__, lost, magics, oversize
+from . import __version__, hush, lost, magics, marking, oversize, stateview
 from .blobchannel import BlobChannel, BlobFailed
+from .capture import names
+from .entries import has_blobs
 from .execution import Execution
 from .iopub import MEMBERS_TOPIC
+from .lazy import BlobMissing, Lazy, NotLoadedError
+from .lazykernel import PERMANENT, LoadingKernel
 from .link import DaemonAway, Link
-from .replica import BlobMissing, Replica
+from .replica import Replica
+from .reporter import Reporter
 from .settings import RecordingShell
 
 Message = dict[str, Any]
 
 GATHER = 0.05
 """Seconds in which a standby gathers entries before it applies them: while cells follow each other it is woken, and
-tells its daemon how far it is, once for many."""
+tells its daemon how far it is, once for many. Entries with blobs are worth being woken for."""
 
 DIRECT = (
     "this is one replica of an NBOS kernel; cells go through the kernel's router (the ports that the Jupyter Server "
@@ -46,10 +51,11 @@ class NBOSShell(RecordingShell, ZMQInteractiveShell):
     """IPython's shell; a NameError about a lost name gets the reason."""
 
     lost_names: dict[str, str] | None = None
+    lazy: Lazy | None = None
 
     def showtraceback(self, exc_tuple: Any = None, *args: Any, **kwargs: Any) -> None:
-        if self.lost_names:
-            lost.explain(exc_tuple[1] if exc_tuple else sys.exc_info()[1], self.lost_names)
+        if self.lost_names or self.lazy:
+            lost.explain(exc_tuple[1] if exc_tuple else sys.exc_info()[1], self.lost_names or {}, self.lazy)
         super().showtraceback(exc_tuple, *args, **kwargs)
 
     def ask_exit(self) -> None:
@@ -58,7 +64,7 @@ class NBOSShell(RecordingShell, ZMQInteractiveShell):
         print("NBOS: a replicated kernel does not end with `exit`; restart it or shut it down.", file=sys.stderr)
 
 
-class NBOSKernel(IPythonKernel):
+class NBOSKernel(LoadingKernel):
     """`nbos_socket`: path of the daemon's socket; the socket is this replica's identity."""
 
     implementation = "nbos"
@@ -66,9 +72,9 @@ class NBOSKernel(IPythonKernel):
     shell_class = Type(NBOSShell)
     nbos_socket = Unicode().tag(config=True)
 
-    msg_types: ClassVar[list[str]] = [*IPythonKernel.msg_types, "nbos_sync_request"]
+    msg_types: ClassVar[list[str]] = [*LoadingKernel.msg_types, "nbos_sync_request"]
     control_msg_types: ClassVar[list[str]] = [
-        *IPythonKernel.control_msg_types,
+        *LoadingKernel.control_msg_types,
         "nbos_cancel_request",
         "nbos_outcome_request",
         "nbos_status_request",
@@ -83,12 +89,15 @@ class NBOSKernel(IPythonKernel):
         self._gathering = False
         self.link = Link(self.nbos_socket, self._hello, self._greeted, self._pushed, self.log)
         self.blobs = BlobChannel(self.link, self.nbos_socket, self.log)
-        self.replica = Replica(self.shell, self._read, self.log)
-        self.execution = Execution(self.shell, self.link, self.replica, self, self.blobs)
+        self.replica = Replica(self.shell, self._read, self.log, self.read_now)
+        self.reporter = Reporter(self.link, self.replica.ledger, self._publish_progress, self.log)
+        self.execution = Execution(self.shell, self.link, self.replica, self, self.blobs, self.reporter)
         self.shell.lost_names = self.replica.capture.lost
+        self.shell.lazy = self.replica.lazy
+        self.load_before_callbacks()
         self.shell.settings = self.replica.settings
-        self.shell.input_transformers_cleanup.insert(0, magics.strip_resource_line)
-        self.shell.register_magics(magics.NBOSMagics(self.shell, self._status, self.replica.capture))
+        marking.install(self.shell, self.replica.records)
+        self.shell.register_magics(magics.NBOSMagics(self.shell, self._status, self._survey))
         self._execute_sleep = (
             0.0  # outputs and reply take different sockets here and in the router: waiting orders nothing
         )
@@ -119,6 +128,8 @@ class NBOSKernel(IPythonKernel):
 
     def _greeted(self, reply: Message) -> None:
         self.execution.greeting = reply
+        self.reporter.lazy = int(reply.get("lazy") or 0)
+        self.replica.leave_unloaded(int(reply.get("lazy") or 0))
         self.blobs.renew()
         if isinstance(reply.get("members"), dict):
             self._publish_members(reply["members"])
@@ -129,7 +140,7 @@ class NBOSKernel(IPythonKernel):
             self.replica.arrived(message, payload)
             if not self._gathering:
                 self._gathering = True
-                self._soon(self._gather, 0.0 if kind == "state" else GATHER)
+                self._soon(self._gather, 0.0 if kind == "state" or has_blobs(message) else GATHER)
         elif kind == "waiting":
             self._soon(self.execution.waiting, message)
         elif kind == "members":
@@ -143,7 +154,13 @@ class NBOSKernel(IPythonKernel):
         if self._main_loop is not None:
             self._main_loop.call_soon_threadsafe(call, *args)
 
+    def _publish_progress(self, content: Message, parent: Message) -> None:
+        """On any thread, within the fence: what is said by a replica that was cut off reaches nobody."""
+        self.session.send(self.iopub_socket, "nbos_progress", content, parent=parent, ident=b"nbos_progress")
+
     def _publish_members(self, content: Message) -> None:
+        members = content.get("members")
+        self.reporter.members(members if isinstance(members, list) else [])
         self.session.send(self.iopub_socket, "nbos_members", content, parent={}, ident=MEMBERS_TOPIC)
 
     def _leave(self, reason: str) -> None:
@@ -174,7 +191,7 @@ class NBOSKernel(IPythonKernel):
         try:
             return await self.blobs.read(hashes, target, chunk)
         except BlobFailed as err:
-            raise BlobMissing(f"its data: {err}") from err
+            raise BlobMissing(f"its data: {err}", again=err.code not in PERMANENT) from err
 
     async def execute_request(self, stream: Any, ident: Any, parent: Message) -> None:
         if parent["header"].get("subshell_id") is not None:
@@ -206,16 +223,31 @@ class NBOSKernel(IPythonKernel):
 
     async def do_execute(self, *args: Any, **kwargs: Any) -> Message:
         if threading.current_thread() is not threading.main_thread() or not _numbered(self.get_parent("shell")):
-            return await super().do_execute(*args, **kwargs)  # a subshell, or the debugger
+            # a subshell, or the debugger
+            return self.not_loaded(*args, **kwargs) or await super().do_execute(*args, **kwargs)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            reply: Message = await super().do_execute(*args, **kwargs)
+            await self.execution.takes_over()
+            reply: Message = self.not_loaded(*args, **kwargs) or await super().do_execute(*args, **kwargs)
         except KeyboardInterrupt:
             # It hit ipykernel's code around the cell; to the user it is the same.
             reply = {"status": "error", "ename": "KeyboardInterrupt", "evalue": "", "traceback": [], "payload": []}
             reply |= {"execution_count": self.replica.history.last(), "user_expressions": {}}
         await self.execution.replied(reply["status"])
         return reply
+
+    async def run_again(self, code: str) -> BaseException | None:
+        """Run a cell that an earlier executor ran; it cannot ask the user anything."""
+        self._forward_input(False)
+        previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            self.replica.lazy.before(code)
+            return await hush.run(self.shell, code, self._cancel_on_sigint)
+        except (KeyboardInterrupt, NotLoadedError) as err:
+            return err  # it hit IPython's code around the cell; or what the cell names is not to be had now
+        finally:
+            signal.signal(signal.SIGINT, previous)
+            self._restore_input()
 
     def reply(self, kind: str, content: Message, parent: Message, ident: Any) -> None:
         """A message of NBOS's own on the shell channel, with `parent` as its request."""
@@ -305,6 +337,24 @@ class NBOSKernel(IPythonKernel):
         everything = {**(reply.get("lost") or {}), **self.replica.lost}
         everything.pop(oversize.MORE, None)  # here all are named
         return {**known, "lost": everything}
+
+    def _survey(self) -> Message:
+        """For `%nbos state`; within a cell, or in a subshell while a replication is under way."""
+        replica, reporter = self.replica, self.reporter
+        return stateview.survey(
+            stateview.Sources(
+                capture=replica.capture,
+                ledger=reporter.ledger,
+                namespace=self.shell.user_ns,
+                variables=lambda: names.user_variables(self.shell.user_ns, self.shell.user_ns_hidden),
+                status=self._status(),
+                room=reporter.room(),
+                progress=reporter.progress,
+                more=replica.lazy.rows(),
+                replayed=replica.records.covered,
+                now=time.monotonic(),
+            )
+        )
 
 
 def _numbered(request: Message) -> bool:

@@ -1,4 +1,4 @@
-"""What users type: `%nbos status`, `%%gpu …`, `%%cpu`.
+"""What users type: `%nbos status`, `%nbos state`, `%%gpu …`, `%%cpu`.
 
 `%%gpu` and `%%cpu` are read before the cell is run (`resources.py`), so their line is turned into a comment by
 an input transformer, which keeps line numbers right and lets another cell magic follow. The registered magics
@@ -12,11 +12,12 @@ from typing import Any
 
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
+from IPython.display import display
 
-from . import binding, resources
-from .capture.changes import Capture
+from . import binding, resources, stateview
 
 Status = Callable[[], dict[str, Any]]
+Survey = Callable[[], dict[str, Any]]
 
 
 def strip_resource_line(lines: list[str]) -> list[str]:
@@ -36,22 +37,28 @@ def strip_resource_line(lines: list[str]) -> list[str]:
 
 @magics_class
 class NBOSMagics(Magics):
-    """`status()` asks the daemon and this replica; it raises ConnectionError while the daemon is away."""
+    """`status()` asks the daemon and this replica; `survey()` is what `stateview` makes of both and the namespace."""
 
-    def __init__(self, shell: Any, status: Status, capture: Capture) -> None:
+    def __init__(self, shell: Any, status: Status, survey: Survey) -> None:
         super().__init__(shell)
-        self._status, self._capture = status, capture
+        self._status, self._survey = status, survey
 
     @line_magic
-    def nbos(self, line: str) -> None:
+    def nbos(self, line: str) -> dict[str, Any] | None:
         """%nbos status: the kernel's replicas, what they have applied, what cannot be replicated, and what is
-        granted. %nbos state: the variables by size, which share objects, and what the last cell wrote."""
-        if line.strip() == "state":
-            print(describe_state(self._capture.report(), self._capture.written))
-            return
-        if line.strip() not in ("", "status"):
-            raise UsageError(f"%nbos knows `status` and `state`, not {line.strip()!r}")
-        print(describe(self._status()))
+        granted. %nbos state [--json]: the variables by size, which share objects, what is replicated, pending or not,
+        and what the last cell wrote; with --json as a dict."""
+        asked = line.split()
+        if asked == ["state", "--json"]:
+            return self._survey()
+        if asked == ["state"]:
+            state = self._survey()
+            display({"text/plain": stateview.as_text(state), "text/html": stateview.as_html(state)}, raw=True)
+        elif asked in ([], ["status"]):
+            print(describe(self._status()))
+        else:
+            raise UsageError(f"%nbos knows `status` and `state [--json]`, not {line.strip()!r}")
+        return None
 
     @cell_magic
     def gpu(self, line: str, cell: str) -> None:
@@ -70,34 +77,6 @@ class NBOSMagics(Magics):
         except resources.BadResources as err:
             raise UsageError(str(err)) from None
         raise UsageError(f"%%{magic} must be the first line of the cell")
-
-
-def size(count: float) -> str:
-    """Bytes for people: 3.4 MiB."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
-
-
-def describe_state(rows: list[dict[str, Any]], written: dict[str, int]) -> str:
-    """The text of `%nbos state`. Variables on one line share objects and are written together."""
-    total = sum(row["size"] for row in rows)
-    lines = [f"{size(total)} in {len(rows)} components (as of the last cell)"]
-    for row in rows:
-        names = ", ".join(row["names"])
-        names = names if len(names) <= 60 else names[:57] + f"… ({len(row['names'])})"
-        why = row["reason"]
-        if row["state"] == "replicated" and why:
-            why = f"examined after every cell: {why}"
-        lines.append(f"  {size(row['size']):>10}  {row['state']:<14}  {names}" + (f"   ({why})" if why else ""))
-    wrote = {names: count for names, count in written.items() if not names.startswith("%")}
-    if wrote:
-        lines.append(f"the last cell wrote {size(sum(wrote.values()))}: " + "; ".join(sorted(wrote))[:200])
-    else:
-        lines.append("the last cell wrote nothing")
-    return "\n".join(lines)
 
 
 def describe(status: dict[str, Any]) -> str:

@@ -1,10 +1,12 @@
-"""What one execution changed, cut to what one log entry can hold, with nothing dropped unnamed.
+"""What one execution changed, cut to what one log entry can carry, with nothing dropped unnamed.
 
-Guarantees: the entry fits whatever a cell does; a variable that finds no room is lost with its reason and is tried
+Guarantees: the entry fits whatever a cell does (about half a million variables, or 10 TB in chunks; what is too much
+for etcd goes into a table, see docs/state-store.md); a variable that finds no room is lost with its reason and is tried
 again by the next execution; where too many names are lost for the entry to list them, it lists the first, says how
 many more there are, and carries all of them as a value (`LIST`), so that every replica knows each name.
 
-The budgets below add up to less than wire.ENTRY_LIMIT; values themselves count nothing, because they can be blobs.
+COMPONENT_BYTES, DELETED_BYTES and entries.INLINE_BUDGET add up to less than wire.MAX_PAYLOAD; the others, which stay in
+etcd, to less than wire.ENTRY_LIMIT. Values themselves count nothing, because they can be blobs.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ LIST = "%lost"
 MORE = "(more variables)"
 """Stands among the lost names for those that are only in LIST."""
 
-COMPONENT_BYTES = 192 * 1024
-DELETED_BYTES = 64 * 1024
+COMPONENT_BYTES = 40 * 1024 * 1024
+DELETED_BYTES = 8 * 1024 * 1024
 LOST_BYTES = 48 * 1024
 SOURCE_CHARACTERS = 24 * 1024
 SHOWN = 20

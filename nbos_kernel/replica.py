@@ -11,26 +11,31 @@ right before a bid.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from . import effects, lost, oversize
+from . import effects, lazyshell, lost, oversize, replay, resources
 from .capture import hidden, names
 from .capture.changes import Capture, Changes, why_not
-from .capture.pickling import Roots, load
+from .capture.pickling import Roots, load, load_meeting
 from .capture.quiet import quiet
+from .capture.unloaded import OFF, Unloaded
 from .entries import Memory, Read, frames_of
+from .guard import Guard
 from .history import History
+from .lazy import BlobMissing, Lazy
+from .ledger import Ledger, components_of
+from .replay import Records
+from .rerun import Rerun
 from .settings import NAME, Settings
+from .tables import whole as complete
 
 Message = dict[str, Any]
-
-
-class BlobMissing(Exception):
-    """The daemon cannot give a blob now; the values on it are lost here, with this reason."""
+_ABSENT = object()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +48,10 @@ class Taken:
 
 
 class Replica:
-    """`shell`: the IPython shell. `read(hashes, memory, chunk)` fetches from the daemon. `applied` -1: nothing yet."""
+    """`shell`: the IPython shell. `read(hashes, memory, chunk)` fetches from the daemon; `read_now` does without an
+    event loop. `applied` -1: nothing yet."""
 
-    def __init__(self, shell: Any, read: Read, log: logging.Logger) -> None:
+    def __init__(self, shell: Any, read: Read, log: logging.Logger, read_now: Read | None = None) -> None:
         self._shell, self._read, self._log = shell, read, log
         self.roots = Roots(
             {"module": shell.user_module, "shell": shell, "In": shell.user_ns["In"], "Out": shell.user_ns["Out"]},
@@ -57,6 +63,10 @@ class Replica:
         self.memory = Memory()
         self.watcher = effects.Watcher()
         self.history = History(shell)
+        self.lazy = Lazy(shell, self.roots, self.capture, self.history, read_now or read)
+        self.ledger = Ledger()
+        self.records = Records(self._of_user, shell.transform_cell)
+        self.rerun = Rerun(shell, self.records, self.capture, self.lazy, self._guarded, self.hidden, self.watcher)
         self.applied = -1
         self.trouble: dict[str, str] = {}
         """What could not be done here besides variables: %cd, %pip."""
@@ -68,19 +78,32 @@ class Replica:
         """Names that cannot be replicated, or could not be loaded here, with the reason."""
         return {**self.capture.lost, **self.trouble}
 
-    def _variables(self) -> Iterable[tuple[str, Any]]:
-        yield from names.user_variables(self._shell.user_ns, self._shell.user_ns_hidden)
-        yield from self.settings.variable()
+    def _guarded(self, source: str) -> Guard:
+        return Guard(self.capture, self.roots, lambda values: self.history.results(values, ()), source)
 
-    def take_changes(self, source: str) -> Taken:
-        """What is new since the last call, as one entry can hold it; the log counts as having it from now on."""
+    def _of_user(self) -> Iterable[tuple[str, Any]]:
+        return names.user_variables(self._shell.user_ns, self._shell.user_ns_hidden)
+
+    def _variables(self) -> Iterable[tuple[str, Any]]:
+        yield from self._of_user()
+        yield from self.settings.variable()
+        yield from self.records.variable()
+
+    def take_changes(self, source: str, succeeded: bool = True, asked: Mapping[str, Any] = resources.NONE) -> Taken:
+        """What is new since the last call, as one entry can hold it; the log counts as having it from now on.
+
+        `source`: the cell that ran, empty when none did; `asked`: the GPUs it asked for.
+        """
         capture, watcher = self.capture, self.watcher
+        marked = self.records.ended(source, succeeded, asked, self.history.last())
+        capture.forget(marked.changed & self._shell.user_ns.keys())  # so that it is said again what happens to them
         capture.note_source(source)
+        self.lazy.reconcile()
         found = capture.changes()
         notices = oversize.fit(found, capture.lost)
         done = watcher.changes()
         left = {name: why for name, why in watcher.left.items() if capture.lost.get(name) != why}
-        notices += oversize.told({**found.lost, **left})
+        notices += [*marked.told, *self.rerun.told({**found.lost, **left})]
         carried = [name for name in effects.names_of(done) if name in capture.lost and name not in watcher.left]
         changed = found.lost or found.deleted or left or carried or oversize.MORE in capture.lost
         before = dict(capture.lost) if changed else None
@@ -90,8 +113,18 @@ class Replica:
         found = dataclasses.replace(found, deleted=[*found.deleted, *carried], lost={**found.lost, **left})
         if before is not None:
             found = oversize.listed(found, capture, before)
-        lost.install(self._shell.user_ns, capture.lost)
+        self._guard()
         return Taken(found, done, notices)
+
+    def leave_unloaded(self, threshold: int) -> None:
+        """What the daemon's greeting says, before it pushes anything: components from so many bytes stay unloaded."""
+        if threshold > OFF and not self.lazy.on:
+            lazyshell.install(self._shell, self.lazy)
+        self.lazy.threshold = threshold
+
+    def _guard(self) -> None:
+        """Let lookups of names that the namespace does not hold say why, or load them."""
+        lost.install(self._shell.user_ns, self.capture.lost, self.lazy)
 
     def arrived(self, message: Message, payload: bytes) -> None:
         """Called on any thread: what has arrived before a bid is applied before it, whatever the main loop does."""
@@ -108,7 +141,10 @@ class Replica:
                 n = entry["upto"] if whole else entry["n"]
                 if n <= self.applied:
                     continue
+                entry, payload = await complete(entry, payload, self._read, self.capture.digests, self._log)
                 await self._apply(entry, payload, whole)
+                anew = whole or entry.get("kind") == "reset"
+                self.ledger.wrote(n, components_of(entry), entry.get("deleted") or (), anew)
                 self.applied = n
             if self.applied > before:
                 done(self.applied, self.lost)
@@ -117,43 +153,100 @@ class Replica:
         """Entry n is this replica's own and stands in the log."""
         self.applied = max(self.applied, n)
         self.memory.forget()  # the cell may have written to it
+        self.rerun.own()
 
     async def _apply(self, entry: Mapping[str, Any], payload: bytes, whole: bool) -> None:
+        self.rerun.applied(entry.get("kind") == "abandoned")
         if entry.get("kind") == "abandoned":
             return
         changed = entry.get("effects") or {}
         if changed.get("packages"):
             self.trouble.update(await asyncio.to_thread(effects.install, changed["packages"]))
         self.trouble.update(self.watcher.apply(changed))
-        values, digests, missing = await self._load(entry.get("components") or (), payload)
+        if self.lazy.on and not self.lazy.guard:
+            self.lazy.guard = True
+            self._guard()  # functions keep the builtins they are made with
+        components = list(entry.get("components") or ())
+        kept = [Unloaded.of(each, payload) for each in components if self.lazy.takes(each)]
+        values, digests, missing = await self._load([each for each in components if not self.lazy.takes(each)], payload)
+        unloaded = {name: each.component["digest"] for each in kept for name in each.names}
+        digests.update(unloaded)
         gone = list(entry.get("deleted") or ())
         lost_names = {**(entry.get("lost") or {}), **oversize.unlisted(values, digests)}
         whole = whole or entry.get("kind") == "reset"
-        lines = values.pop(NAME, None)
-        self._put(values, {*gone, *lost_names, *missing}, whole, lines)
+        lines, records = values.pop(NAME, None), values.pop(replay.NAME, None)
+        self._put(values, {*gone, *lost_names, *missing, *unloaded}, whole, lines)
         self.capture.adopt(digests, gone, lost_names, missing, whole)
-        lost.install(self._shell.user_ns, self.capture.lost)
+        self.lazy.adopt([*digests, *gone, *lost_names], whole, kept)
+        self.records.adopt(records, gone, whole)
+        self._guard()
         self.history.record(entry, whole)
 
     async def _load(self, components: Any, payload: bytes) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
         values: dict[str, Any] = {}
         digests: dict[str, str] = {}
         missing: dict[str, str] = {}
+        early = []
         for component in components:
             digests.update(dict.fromkeys(component["names"], component["digest"]))
-            try:
-                frames = await frames_of(component, payload, self._read, self.memory)
-                with quiet():
-                    loaded = load(frames[0], frames[1:], self.roots)
-                # A fold narrows `names` when one of them was written again later: the stream's other values are old.
-                values.update({name: loaded[name] for name in component["names"]})
-            except BaseException as err:
-                if isinstance(err, asyncio.CancelledError):
-                    raise
-                reason = "cannot be loaded on this replica: " + why_not(err, err)
-                self._log.warning("NBOS: %s %s", ", ".join(component["names"]), reason)
-                missing.update(dict.fromkeys(component["names"], reason))
+            self.rerun.stored.difference_update(component["names"])
+            error = await self._load_one(component, payload, values)
+            if isinstance(error, NameError):
+                early.append(component)  # code of the notebook that runs while it is loaded names another variable
+            elif error is not None:
+                missing.update(self._missing(component, error))
+        for component in early:
+            with self._visible(values):
+                error = await self._load_one(component, payload, values)
+            if error is not None:
+                missing.update(self._missing(component, error))
         return values, digests, missing
+
+    async def _load_one(
+        self, component: Mapping[str, Any], payload: bytes, values: dict[str, Any]
+    ) -> BaseException | None:
+        try:
+            frames = await frames_of(component, payload, self._read, self.memory)
+            with quiet():
+                loaded = self._unpickled(component["names"], frames)
+            # A fold narrows `names` when one of them was written again later: the stream's other values are old.
+            values.update({name: loaded[name] for name in component["names"]})
+        except BaseException as err:
+            if isinstance(err, asyncio.CancelledError):
+                raise
+            return err
+        return None
+
+    def _missing(self, component: Mapping[str, Any], error: BaseException) -> dict[str, str]:
+        reason = "cannot be loaded on this replica: " + why_not(error, error)
+        self._log.warning("NBOS: %s %s", ", ".join(component["names"]), reason)
+        if isinstance(error, BlobMissing) and error.again:
+            self.rerun.stored.update(component["names"])
+        return dict.fromkeys(component["names"], reason)
+
+    @contextlib.contextmanager
+    def _visible(self, values: Mapping[str, Any]) -> Iterator[None]:
+        """Within, the namespace has what was loaded; afterwards it is what it was."""
+        namespace, before = self._shell.user_ns, {}
+        for name in [name for name in values if not hidden.is_pseudo(name)]:
+            before[name] = namespace.get(name, _ABSENT)
+            namespace[name] = values[name]
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is _ABSENT:
+                    namespace.pop(name, None)
+                else:
+                    namespace[name] = value
+
+    def _unpickled(self, some: Iterable[str], frames: list[Any]) -> dict[str, Any]:
+        if not self.lazy.on:
+            return load(frames[0], frames[1:], self.roots)
+        mentions: set[str] = set()
+        loaded = load_meeting(frames[0], frames[1:], self.roots, mentions)
+        self.lazy.met(some, mentions)
+        return loaded
 
     def _put(self, values: dict[str, Any], gone: set[str], whole: bool, lines: Any) -> None:
         namespace = self._shell.user_ns

@@ -21,7 +21,9 @@ USAGE = "%%gpu [number of devices] [tpcs=N] [mem=SIZE, such as 20G] [model=NAME]
 MAX_GPUS = 64
 MAX_TPCS = 512
 
-_FIRST = re.compile(r"\A[ \t]*(?:\r?\n[ \t]*)*%%(gpu|cpu)(?:[ \t]+([^\r\n]*))?[ \t]*(?=\r?\n|\Z)")
+_FIRST = re.compile(
+    r"\A[ \t]*(?:\r?\n[ \t]*)*(?:%%replay[ \t]*\r?\n[ \t]*)?%%(gpu|cpu)(?:[ \t]+([^\r\n]*))?[ \t]*(?=\r?\n|\Z)"
+)
 _SIZE = re.compile(r"^(\d+(?:\.\d+)?)([kmgt]?)i?b?$", re.IGNORECASE)
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
@@ -46,6 +48,19 @@ def of_cell(code: str, metadata: Mapping[str, Any], default: Mapping[str, Any]) 
     if not isinstance(asked, Mapping):
         raise BadResources(f"the cell's metadata.nbos.resources must be an object, not {asked!r:.60}")
     return checked(asked)
+
+
+def covers(held: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+    """Whether a cell that holds `held` may run code that asked for `asked`. A whole device covers a slice."""
+    if not (asked.get("gpus") or asked.get("tpcs")):
+        return True
+    devices = int(held.get("gpus", 0))
+    if asked.get("model") and held.get("model") != asked["model"]:
+        return False
+    if devices:
+        return devices >= int(asked.get("gpus", 0))
+    least = (int(asked.get(key, 0)) for key in ("gpus", "tpcs", "memory"))
+    return all(int(held.get(key, 0)) >= wanted for key, wanted in zip(("gpus", "tpcs", "memory"), least, strict=True))
 
 
 def in_first_line(code: str) -> bool:

@@ -47,14 +47,18 @@ class Notices:
             text += f", about {content['estimate']:.0f} s"
         self._show(execution, f"NBOS: {text}; interrupt the cell to leave the queue")
 
-    def nobody(self, execution: Execution, reachable: bool, reasons: Collection[str], now: float) -> None:
-        """reasons: what the members say of themselves (an image on its way, or missing, …)."""
-        if not execution.cell or execution.led:
+    def nobody(
+        self, execution: Execution, reachable: bool, reasons: Collection[str], unsettled: bool, now: float
+    ) -> None:
+        """Say what a cell waits for when no replica has said it. reasons: what the members' daemons say where none is
+        reachable (an image on its way, or missing, …). unsettled: the cell before is not in the log yet."""
+        if not execution.cell or execution.led or now < execution.started + NOBODY:
             return
-        if reachable or now < execution.started + NOBODY or (execution.display and not reasons):
-            return
-        why = f" ({'; '.join(reasons)})" if reasons else ""
-        self._show(execution, f"NBOS: waiting: no replica of this kernel can be reached{why}; interrupt to give up")
+        if not reachable and (reasons or not execution.display):
+            why = f" ({'; '.join(reasons)})" if reasons else ""
+            self._show(execution, f"NBOS: waiting: no replica of this kernel can be reached{why}; interrupt to give up")
+        elif reachable and unsettled and not execution.display:
+            self.waits(execution, {"reason": "what the cell before has changed is being captured and stored"})
 
     def runs(self, execution: Execution, name: str, now: float) -> None:
         if execution.display:

@@ -15,12 +15,15 @@ from .messages import DELIMITER, BadMessage, load, text
 from .outbox import Outbox
 from .runner import Runner
 
+PROGRESS = b"nbos_progress"
+"""How far the replication of a cell's changes is: for the router, which shows it."""
+
 
 class Outputs:
     def __init__(self, fleet: Fleet, runner: Runner, forwarding: Forwarding, out: Outbox) -> None:
         self._fleet, self._runner, self._forwarding, self._out = fleet, runner, forwarding, out
 
-    def take(self, replica: int, topic: bytes, frames: list[Any]) -> bool:
+    def take(self, replica: int, topic: bytes, frames: list[Any], now: float) -> bool:
         """Pass on what is to be passed on; True when an execution came to its end by it."""
         fleet = self._fleet
         if replica == fleet.executor and topic.startswith(fleet.prefix):
@@ -35,6 +38,10 @@ class Outputs:
             topic = admitted
         if topic.endswith(b"status"):
             return self._status(replica, topic, frames)
+        if topic == PROGRESS:
+            if len(frames) < 7 or text(frames[1]) != DELIMITER:
+                return False
+            return self._runner.progress(load(frames[4], "parent header"), load(frames[6], "content"), now)
         self._out.append(Publish([topic, *frames[1:]]))
         return False
 

@@ -26,6 +26,9 @@ FORWARDED_ENV = ("JPY_SESSION_NAME",)
 class NBOSProvisioner(KernelProvisionerBase):
     gateway_url = Unicode(config=True, help="Base URL of the NBOS gateway; default: $NBOS_GATEWAY_URL")
     replicas = Integer(0, config=True, help="Replicas of a new kernel; 0: $NBOS_REPLICAS, else the gateway's default")
+    lazy = Unicode(
+        "", config=True, help="on, off, or from which size standbys leave variables in the store; '': $NBOS_LAZY"
+    )
     stable_start_time = Float(120.0, config=True, help="Seconds a first start may take (image pulls)")
 
     @default("gateway_url")
@@ -173,6 +176,9 @@ class NBOSProvisioner(KernelProvisionerBase):
         replicas = self.replicas or int(os.environ.get("NBOS_REPLICAS") or 0)
         if replicas:
             request["replicas"] = replicas
+        lazy = self.lazy or os.environ.get("NBOS_LAZY", "")
+        if lazy:
+            request["lazy"] = lazy
         if os.environ.get("NBOS_RESOURCES"):
             request["resources"] = json.loads(os.environ["NBOS_RESOURCES"])
         if os.environ.get("NBOS_IMAGE"):

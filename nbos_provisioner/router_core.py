@@ -282,7 +282,7 @@ class RouterCore:
             content = load(event.frames[6], "content") if len(event.frames) > 6 else {}
             self._pump_due = True
             self._members(members_from(content), now)
-        elif self.outputs.take(event.replica, topic, event.frames):
+        elif self.outputs.take(event.replica, topic, event.frames, now):
             self._pump_due = True
 
     def _up(self, event: Up, now: float) -> None:

@@ -19,6 +19,7 @@ from .instructions import ToClient, ToReplica
 from .messages import Message
 from .notices import NOBODY, Notices
 from .outbox import Outbox, error
+from .replicating import LONGEST, Replicating
 from .settling import Settling
 
 IDLE_PATIENCE = 10.0
@@ -35,6 +36,7 @@ class Runner:
         self.out = out
         self.rerun = rerun
         self.notices = Notices(out)
+        self.replicating = Replicating(out)
         self.active: Execution | None = None
         self.unsettled: Execution | None = None
         self.settling = Settling(self)
@@ -70,7 +72,8 @@ class Runner:
 
     def _step_election(self, execution: Execution, now: float) -> None:
         reachable = bool(self.fleet.up) and self.next_n is not None
-        self.notices.nobody(execution, reachable, () if reachable else self.fleet.reasons(), now)
+        reasons = () if self.fleet.up else self.fleet.reasons()
+        self.notices.nobody(execution, reachable, reasons, self._storing(), now)
         if self.next_n is None or (self.settling.current is not None and self.settling.about() is self.unsettled):
             return
         if execution.n != self.next_n:
@@ -210,13 +213,33 @@ class Runner:
             if kind == "nbos_failed":
                 reason = str(content.get("reason", "its claim was lost"))
                 return self.settling.begin(execution, replica, reason, now)
-            if execution.phase is Phase.RUNNING and not execution.replied:
+            if execution.phase is Phase.RUNNING and not execution.replied and content.get("reply") != "follows":
                 return self.settling.begin(execution, replica, "its reply was lost", now)
             execution.committed = True
+            self.replicating.committed(execution, now)
             if execution is self.unsettled:
                 if self.settling.about() is execution:
                     self.settling.current = None
                 self.unsettled = None
+
+    def progress(self, parent: dict[str, Any], content: dict[str, Any], now: float) -> bool:
+        """The executor tells how far it is with what an execution changed; a cell that waits for that shows it too.
+
+        True when a cell came to its end by it: its outputs have come before this, and its replica is busy for long, so
+        that its idle is said for it; the next cell can then say what it waits for.
+        """
+        mine = next((e for e in (self.unsettled, self.active) if e and e.msg_id == parent.get("msg_id")), None)
+        if mine is None or mine.committed:
+            return False
+        self.replicating.heard(mine, content, now)
+        active = self.active
+        if active is not None and active is not mine and active.phase is Phase.ASKING:
+            self.notices.waits(active, {"reason": str(content.get("text", ""))[:LONGEST]})
+        if mine is not active or not mine.replied:
+            return False
+        self.say_idle(mine)
+        self.finish(mine)
+        return True
 
     # -- the client's view
 
@@ -245,13 +268,18 @@ class Runner:
         if execution is not None and execution.msg_id == msg_id and execution.idle and execution.replied:
             self.finish(execution)
 
+    def _storing(self) -> bool:
+        """Whether the executor still captures and stores what the execution before has changed."""
+        return self.unsettled is not None and self.settling.current is None
+
     def deadline(self) -> float | None:
         """When `step` has something to do at the latest."""
         times = [self.settling.wake()]
         if self.active is not None:
             execution = self.active
             times += [execution.wake if execution.phase is Phase.ASKING else None, execution.idle_by]
-            if execution.phase is Phase.ASKING and execution.cell and not self.fleet.up and not execution.display:
+            shows = execution.cell and not execution.silent and not execution.display
+            if execution.phase is Phase.ASKING and shows and (not self.fleet.up or self._storing()):
                 times.append(execution.started + NOBODY)
         return min((at for at in times if at is not None), default=None)
 
@@ -316,7 +344,7 @@ class Runner:
                 continue
             if execution.phase is Phase.ASKING:
                 execution.election.lost(replica)
-            elif execution.executor == replica and not execution.committed:
+            elif execution.executor == replica and not (execution.committed and execution.replied):
                 self.settling.begin(execution, replica, reason, now)
         self.step(now)
 
@@ -331,3 +359,4 @@ class Runner:
                 self._drop_sync(execution)
         self.unsettled = self.settling.current = self.next_n = None
         self.notices.forget()
+        self.replicating.forget()

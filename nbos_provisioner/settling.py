@@ -108,11 +108,15 @@ class Settling:
             if execution.led:
                 execution.attempt += 1
                 self._runner.notices.reruns(execution, name)
+                self._runner.replicating.ended(execution, f"not replicated: {name} was lost, and the cell runs again")
             execution.phase, execution.election = Phase.ASKING, Election(opened=True)
             self._runner.next_n = execution.n
             return
         self._runner.next_n = max(self._runner.next_n or 0, execution.n + 1)
         execution.committed = True
+        if verdict is Verdict.ABANDONED:
+            self._runner.replicating.ended(execution, f"not replicated: {name} was lost before that was done")
+        self._runner.replicating.committed(execution, now)
         if execution is self._runner.unsettled:
             self._runner.unsettled = None
             if verdict is Verdict.ABANDONED:

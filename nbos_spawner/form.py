@@ -52,6 +52,16 @@ def options_form(limits: Limits, chosen: KernelOptions) -> str:
             f"Copies of the kernel on different hosts, 1 to {limits.replicas}. With 3, any two may be lost.",
         )
     }
+{
+        _text(
+            "lazy",
+            "Large values on standbys",
+            show_size(chosen.lazy) if chosen.lazy else "off",
+            False,
+            "Off: every replica holds every variable. A size, for example 64M: a standby leaves variables of that size "
+            "and more in the store until a cell uses them, which saves memory and makes the first such cell wait.",
+        )
+    }
 {_number("gpus", "Whole GPUs per cell", 0, limits.gpus, chosen.gpus, _bound("GPU", "GPUs", limits.gpus))}
 {
         _number(

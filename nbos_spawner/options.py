@@ -30,10 +30,12 @@ class OptionError(ValueError):
 
 @dataclass(frozen=True)
 class KernelOptions:
-    """What a new kernel gets when the notebook asks for nothing else. memory is bytes on each device; image '' is the
+    """What a new kernel gets when the notebook asks for nothing else. memory is bytes on each device. lazy: bytes from
+    which standbys leave variables in the store until they are looked up, 0 = they hold everything. image: '' is the
     hosts' own."""
 
     replicas: int = 3
+    lazy: int = 0
     gpus: int = 0
     tpcs: int = 0
     memory: int = 0
@@ -45,19 +47,26 @@ class KernelOptions:
 
     def resources(self) -> dict[str, Any]:
         """The part that a record's `Resources` holds."""
-        return {k: v for k, v in asdict(self).items() if k not in ("replicas", "image")}
+        return {k: v for k, v in asdict(self).items() if k not in ("replicas", "lazy", "image")}
 
 
 FIELDS = tuple(KernelOptions.__dataclass_fields__)
 
 
-def parse_options(data: Mapping[str, Any], limits: Limits) -> KernelOptions:
-    """The options in `data` (values may be text, as from a form). Raises OptionError."""
+LAZY_FROM = 64 << 20
+"""What `lazy` means when it is only switched on."""
+
+_SWITCH = {"on": LAZY_FROM, "true": LAZY_FROM, "yes": LAZY_FROM, "off": 0, "false": 0, "no": 0}
+
+
+def parse_options(data: Mapping[str, Any], limits: Limits, lazy: int = 0) -> KernelOptions:
+    """The options in `data` (values may be text, as from a form). `lazy`: the site's. Raises OptionError."""
     unknown = sorted(set(data) - set(FIELDS))
     if unknown:
         raise OptionError(unknown[0], f"unknown option {unknown[0]!r}; there are {', '.join(FIELDS)}")
     options = KernelOptions(
         replicas=_whole(data, "replicas", min(3, limits.replicas)),
+        lazy=parse_lazy(data.get("lazy"), lazy),
         gpus=_whole(data, "gpus", 0),
         tpcs=_whole(data, "tpcs", 0),
         memory=_memory(data),
@@ -99,7 +108,7 @@ def check_options(options: KernelOptions, limits: Limits) -> None:
         raise OptionError("memory", "GPU memory or a GPU model without a GPU; ask for GPUs or a slice of TPCs as well")
 
 
-def options_from_form(form: Mapping[str, list[str]], limits: Limits) -> dict[str, Any]:
+def options_from_form(form: Mapping[str, list[str]], limits: Limits, lazy: int = 0) -> dict[str, Any]:
     """The checked options of a posted form, ready for JSON. Empty fields mean the default."""
     data = {}
     for name, values in form.items():
@@ -109,7 +118,7 @@ def options_from_form(form: Mapping[str, list[str]], limits: Limits) -> dict[str
             raise OptionError(name, f"{name!r} was sent {len(values)} times; send it once")
         if values[0].strip():
             data[name] = values[0].strip()
-    return parse_options(data, limits).as_dict()
+    return parse_options(data, limits, lazy).as_dict()
 
 
 def _whole(data: Mapping[str, Any], name: str, default: int) -> int:
@@ -119,6 +128,19 @@ def _whole(data: Mapping[str, Any], name: str, default: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 10**9:
         raise OptionError(name, f"{name} must be a whole number from 0 up, not {str(value)[:40]!r}")
     return value
+
+
+def parse_lazy(value: Any, default: int = 0) -> int:
+    """Bytes: a size, or on or off; None and empty text mean the default. Raises OptionError."""
+    if value is None or value == "":
+        return default
+    switch = _SWITCH.get(str(value).strip().lower())
+    if switch is not None:
+        return switch
+    try:
+        return parse_size(value)
+    except ValueError as err:
+        raise OptionError("lazy", f"lazy must be on, off, or the size from which values wait; {err}") from err
 
 
 def _memory(data: Mapping[str, Any]) -> int:

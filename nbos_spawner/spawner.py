@@ -16,12 +16,12 @@ from typing import Any
 
 from jupyterhub.spawner import SimpleLocalProcessSpawner
 from tornado import web
-from traitlets import Dict, Unicode, default, validate
+from traitlets import Dict, TraitError, Unicode, default, validate
 from traitlets.config import Configurable
 
 from .form import options_form
 from .limits import Limits, LimitTable, read_limits
-from .options import KernelOptions, OptionError, options_from_form, parse_options
+from .options import KernelOptions, OptionError, options_from_form, parse_lazy, parse_options
 from .scopes import ACCESS, KERNELS, SERVICE
 from .sizes import show_size
 
@@ -48,6 +48,20 @@ class NBOSSpawnerMixin(Configurable):
         "set replicas, gpus, tpcs, memory, replica_memory, kernels and images. The gateway needs the same."
     ).tag(config=True)
 
+    lazy = Unicode(
+        "off",
+        help="What `lazy` is unless the user chooses: off, on (64M), or the size from which standbys leave variables "
+        "in the store until they are used.",
+    ).tag(config=True)
+
+    @validate("lazy")
+    def _check_lazy(self, proposal: Any) -> Any:
+        try:
+            parse_lazy(proposal.value)
+        except OptionError as err:
+            raise TraitError(f"NBOSSpawner.lazy: {err}") from err
+        return proposal.value
+
     @validate("limits")
     def _check_limits(self, proposal: Any) -> Any:
         read_limits(proposal.value)  # a wrong entry ends the hub's start, not a user's spawn
@@ -64,7 +78,7 @@ class NBOSSpawnerMixin(Configurable):
 
     @default("options_from_form")
     def _default_options_from_form(self) -> Any:
-        return lambda form: options_from_form(form, self.limits_of_user())
+        return lambda form: options_from_form(form, self.limits_of_user(), parse_lazy(self.lazy))
 
     @default("apply_user_options")
     def _default_apply_user_options(self) -> Any:
@@ -74,7 +88,7 @@ class NBOSSpawnerMixin(Configurable):
     def check_user_options(self, options: dict[str, Any]) -> KernelOptions:
         """Raise HTTP 400 that says which option is wrong and what is allowed."""
         try:
-            return parse_options(options, self.limits_of_user())
+            return parse_options(options, self.limits_of_user(), parse_lazy(self.lazy))
         except OptionError as err:
             failure = web.HTTPError(400, "%s", str(err), reason="Bad options")
             failure.jupyterhub_message = str(err)  # type: ignore[attr-defined]
@@ -85,9 +99,9 @@ class NBOSSpawnerMixin(Configurable):
         limits = self.limits_of_user()
         try:
             stored = self.orm_spawner.user_options or {}  # type: ignore[attr-defined]
-            return parse_options(stored, limits)
+            return parse_options(stored, limits, parse_lazy(self.lazy))
         except OptionError:
-            return parse_options({}, limits)
+            return parse_options({}, limits, parse_lazy(self.lazy))
 
     @default("server_token_scopes")
     def _default_server_token_scopes(self) -> list[str]:
@@ -103,6 +117,7 @@ class NBOSSpawnerMixin(Configurable):
         return {
             "NBOS_GATEWAY_URL": self.gateway_url,
             "NBOS_REPLICAS": str(options.replicas),
+            "NBOS_LAZY": str(options.lazy),
             "NBOS_RESOURCES": json.dumps(options.resources()),
             "NBOS_IMAGE": options.image,
         }

@@ -38,8 +38,8 @@ def owner(array: Any) -> Any:
     numpy = sys.modules["numpy"]
     while True:
         base = array.base
-        if isinstance(base, Window):
-            base = base.base
+        if isinstance(base, Window) or (type(base).__name__ == "DummyArray" and hasattr(base, "base")):
+            base = base.base  # the latter is numpy.lib.stride_tricks' way to make a view
         if not isinstance(base, numpy.ndarray):
             return array
         array = base
@@ -119,12 +119,18 @@ def reduce_owner(array: Any) -> Any:
     the received bytes."""
     flags = array.flags
     if array.dtype.hasobject or not (flags.c_contiguous or flags.f_contiguous):
-        return NotImplemented
+        return NotImplemented if flags.writeable else (*array.__reduce__()[:3], None, None, set_read_only)
     order = "C" if flags.c_contiguous else "F"
     numpy = sys.modules["numpy"]
     flat = (array if order == "C" else array.T).reshape(-1).view(numpy.uint8) if array.size else b""
     made = (pickle.PickleBuffer(flat), array.dtype, array.shape, order, bool(flags.writeable))
     return rebuild_owner, made
+
+
+def set_read_only(array: Any, state: Any) -> None:
+    """NumPy's own pickle forgets it."""
+    array.__setstate__(state)
+    array.flags.writeable = False
 
 
 def rebuild_owner(data: Any, dtype: Any, shape: Any, order: str, writeable: bool) -> Any:
@@ -161,8 +167,8 @@ def memory(size: int) -> Any:
 def rebuild_view(root: Any, offset: int, shape: Any, strides: Any, dtype: Any, writeable: bool) -> Any:
     import numpy
 
-    if root.flags.c_contiguous and not dtype.hasobject:
-        view = numpy.ndarray(shape, dtype, root, offset, strides)
+    if (root.flags.c_contiguous or root.flags.f_contiguous) and not dtype.hasobject:
+        view = numpy.ndarray(shape, dtype, root if root.flags.c_contiguous else root.T, offset, strides)
     elif dtype == root.dtype and root.flags.c_contiguous and _packed(shape, strides, dtype.itemsize):
         first, count = offset // dtype.itemsize, math.prod(shape)
         view = root.reshape(-1)[first : first + count].reshape(shape)

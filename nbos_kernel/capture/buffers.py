@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ LONG = 1024 * 1024 * 1024
 ALONE = 2 * CHUNK
 """Frames up to this many bytes are hashed by the calling thread."""
 
-_Job = tuple[memoryview, tuple[bytes, str]]
+_Job = tuple[memoryview, tuple[bytes, str], "Known"]
 _Marked = tuple[bytes, str, bool]
 
 _pool: ThreadPoolExecutor | None = None
@@ -73,27 +73,44 @@ class FrameData:
             yield digest, view[number * step : (number + 1) * step]
 
 
-def frame(data: bytes | memoryview, before: Marks | None = None) -> FrameData:
-    """Mark `data`; chunks that have the quick mark they had `before`, at the same place, keep their address."""
+Known = Mapping[tuple[int, bytes], str]
+"""Addresses by length and quick mark."""
+
+
+def known(before: Iterable[Marks]) -> Known:
+    """The chunks of frames whose places have changed: another frame came between them, or they are in another order."""
+    return {
+        (min(chunk_size(marks.size), marks.size - number * chunk_size(marks.size)), quick): address
+        for marks in before
+        for number, (quick, address) in enumerate(zip(marks.quick, marks.hashes, strict=True))
+    }
+
+
+def frame(data: bytes | memoryview, before: Marks | None = None, elsewhere: Known | None = None) -> FrameData:
+    """Mark `data`; chunks that have the quick mark they had `before`, at the same place, keep their address, and so do
+    those that were `elsewhere`."""
     view = memoryview(data).cast("B")
     step = chunk_size(view.nbytes)
     parts = [view[at : at + step] for at in range(0, view.nbytes, step)]
     old = before if before is not None and before.size == view.nbytes else None
-    known = list(zip(old.quick, old.hashes, strict=True)) if old else []
-    known += [(b"", "")] * (len(parts) - len(known))
-    done = list(_each(_mark, list(zip(parts, known, strict=True)), view.nbytes))
+    there = list(zip(old.quick, old.hashes, strict=True)) if old else []
+    there += [(b"", "")] * (len(parts) - len(there))
+    jobs = [(part, mark, elsewhere or {}) for part, mark in zip(parts, there, strict=True)]
+    done = list(_each(_mark, jobs, view.nbytes))
     fresh = sum(len(part) for part, (_, _, new) in zip(parts, done, strict=True) if new)
     return FrameData(data, Marks(view.nbytes, tuple(q for q, _, _ in done), tuple(h for _, h, _ in done)), fresh)
 
 
 def _mark(job: _Job) -> _Marked:
-    part, (quick, digest) = job
+    part, (quick, digest), elsewhere = job
     if _quick is None:
         now = content.address(part)
-        return now.encode(), now, now != digest
+        return now.encode(), now, now != digest and (len(part), now.encode()) not in elsewhere
     mark = _quick(part)
     if mark == quick:
         return mark, digest, False
+    if (len(part), mark) in elsewhere:
+        return mark, elsewhere[len(part), mark], False
     return mark, content.address(part), True
 
 

@@ -32,13 +32,15 @@ TEXT_LIMIT = 64 * 1024
 def user_variables(namespace: Mapping[str, Any], hidden: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """(name, value) of everything the user put there. `hidden`: what IPython put there (`shell.user_ns_hidden`)."""
     for name, value in list(namespace.items()):
-        if type(name) is not str or name in MACHINERY:
-            continue
-        if hidden.get(name, _ABSENT) is value and not _RESULT.match(name):
-            continue
-        if type(value) is str and not value and name in LATEST:
-            continue  # IPython's way to say that there is no result yet
-        yield name, value
+        if type(name) is str and not is_ipythons(name, value, hidden):
+            yield name, value
+
+
+def is_ipythons(name: str, value: Any, hidden: Mapping[str, Any]) -> bool:
+    """Whether IPython or Python put this value there, not the user."""
+    if name in MACHINERY or (hidden.get(name, _ABSENT) is value and not _RESULT.match(name)):
+        return True
+    return type(value) is str and not value and name in LATEST  # IPython's way to say that there is no result yet
 
 
 def copies(shell: Any) -> Iterator[Any]:

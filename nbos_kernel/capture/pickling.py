@@ -17,10 +17,12 @@ called for every one); `Roots.prelude` is the stream that fills the unpickler's 
 
 from __future__ import annotations
 
+import builtins
 import enum
 import io
 import pickle
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable
@@ -29,7 +31,7 @@ from typing import Any
 import cloudpickle
 from cloudpickle import cloudpickle as cp
 
-from . import arrays, rebuilt, seal, touch, witness
+from . import arrays, attached, rebuilt, scopes, seal, touch, witness
 from .names import TEXT_LIMIT
 
 BUFFER = 32 * 1024
@@ -42,7 +44,7 @@ class Roots:
     """Objects that exist on every replica and are pickled as references to it."""
 
     def __init__(self, named: dict[str, Any], namespace: dict[str, Any]) -> None:
-        self.named = {**named, "namespace": namespace}
+        self.named = {**named, "builtins": vars(builtins), "namespace": namespace}
         self.namespace = namespace
         self.memo = {id(value): (number, value) for number, value in enumerate(self.named.values())}
         self.prelude = b"\x80\x05" + b"".join(_refer(name) for name in self.named) + b"N."
@@ -67,9 +69,12 @@ class Pickled:
         self._pickler = pickler
         self._memo: dict[int, tuple[int, Any]] | None = None
 
-    @property
-    def mentions(self) -> frozenset[str]:
-        return frozenset(self._pickler.mentions)
+        self.mentions, self.functions = frozenset(pickler.mentions), frozenset(pickler.functions)
+
+    def release(self) -> None:
+        """Hold nothing alive: a second pickle of the same objects must find who holds them as the first did."""
+        self._pickler.clear_memo()
+        self._memo = None
 
     @property
     def memo(self) -> dict[int, tuple[int, Any]]:
@@ -96,7 +101,6 @@ _NEVER_SHARED = frozenset(
         tuple,
         frozenset,
         types.CodeType,
-        types.ModuleType,
         types.BuiltinFunctionType,
         range,
         slice,
@@ -111,6 +115,8 @@ def _by_reference(value: Any) -> bool:
         return True
     if isinstance(value, enum.Enum):
         return True
+    if type(value) is types.ModuleType:
+        return scopes.is_importable(value)
     module = type(value).__module__
     shared_type = type(value).__name__ in ("dtype", "device") and module in ("numpy", "torch")
     return shared_type or module in _IMMUTABLE_MODULES
@@ -151,15 +157,22 @@ class NamespacePickler(cloudpickle.Pickler):
         self.suspects: list[tuple[Any, Any]] = []
         self.mentions: set[str] = set()
         """What the notebook's functions in the stream name."""
+        self.functions: set[int] = set()
+        """Those functions, by identity."""
         numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
         self._array = getattr(numpy, "ndarray", None)
         self._tensor = getattr(torch, "Tensor", None)
         self._plain: set[type] = set()
+        self._dicted: set[type] = set()
+        self._instances = attached.Instances()
+        self._scopes = scopes.Scopes(roots.namespace)
 
     def reducer_override(self, obj: Any) -> Any:
         kind: Any = type(obj)
         if kind in self._plain:
             return NotImplemented
+        if kind in self._dicted:
+            return self._instances.reduce(obj)
         if kind is self._array:
             if self._tensor is not None and obj.base is None:
                 self.storages.see_array(obj)
@@ -174,14 +187,16 @@ class NamespacePickler(cloudpickle.Pickler):
         if reducer is not None:
             reduced = reducer(obj)
             if reduced is not NotImplemented:
-                if isinstance(obj, weakref.ref):
+                if kind in WEAK:
                     self.suspects.append((obj, (kind, None)))
                 return reduced
         if self._array is not None and isinstance(obj, self._array):
             return arrays.reduce_subclass(obj)
         if kind is types.BuiltinFunctionType and touch.reflective_value(obj):
             self.mentions.add(obj.__name__)
-        if isinstance(obj, types.ModuleType) and sys.modules.get(obj.__name__) is obj:
+        if kind is types.ModuleType and not scopes.is_importable(obj):
+            return scopes.reduce_module(obj)
+        if isinstance(obj, types.ModuleType) and scopes.is_importable(obj):
             return rebuilt.import_modules, (obj.__name__, self.roots.submodules(obj.__name__))
         if isinstance(obj, type | types.FunctionType):
             reduced = super().reducer_override(obj)
@@ -191,6 +206,9 @@ class NamespacePickler(cloudpickle.Pickler):
             return reduced
         trust = witness.trust(kind)
         if trust is witness.PLAIN and reducer is None:
+            if self._instances.concerns(kind):
+                self._dicted.add(kind)
+                return self._instances.reduce(obj)
             self._plain.add(kind)
         elif trust is not witness.PLAIN and len(self.suspects) < witness.MOST:
             self.suspects.append((obj, witness.of(obj, trust)))
@@ -199,14 +217,22 @@ class NamespacePickler(cloudpickle.Pickler):
     def _dynamic_function_reduce(self, func: types.FunctionType) -> Any:
         self.by_value.add(id(func))
         self.mentions |= touch.code_words(func.__code__)
-        if func.__globals__ is not self.roots.namespace:
-            return super()._dynamic_function_reduce(func)
+        scope: Any = func.__globals__
+        if scope is not self.roots.namespace:
+            scope = self._scopes.of(scope)
+            if scope is None:
+                return super()._dynamic_function_reduce(func)
+            of_scope = (scope, func.__code__, func.__name__, func.__closure__)
+            slots = {name: getattr(func, name) for name in _FUNCTION_SLOTS}
+            return scopes.make_function, of_scope, (func.__dict__, slots), None, None, set_function_state
+        self.functions.add(id(func))
         slots = {name: getattr(func, name) for name in _FUNCTION_SLOTS}
         # The cells themselves go along, not their contents: functions that share a variable go on sharing it.
         made = (func.__code__, self.roots.namespace, func.__name__, None, func.__closure__)
         return types.FunctionType, made, (func.__dict__, slots), None, None, set_function_state
 
 
+WEAK = frozenset({weakref.ref, weakref.ProxyType, weakref.CallableProxyType})
 _CLASS_MAKERS = frozenset({cp._make_skeleton_class, cp._make_skeleton_enum})
 _FUNCTION_SLOTS = ("__qualname__", "__annotations__", "__defaults__", "__kwdefaults__", "__module__", "__doc__")
 if sys.version_info >= (3, 12):
@@ -216,17 +242,27 @@ if sys.version_info >= (3, 12):
 def _untracked(reduced: Any, kind: Any) -> Any:
     """A class's reduction without cloudpickle's tracker id, which would update the live class on the standby in
     place, before the entry is complete, and would leave attributes that were deleted."""
-    arguments = reduced[1]
     if reduced[0] is cp._make_skeleton_class:
-        arguments[3].setdefault("__qualname__", kind.__qualname__)  # cloudpickle forgets where it was defined
+        reduced[1][3].setdefault("__qualname__", kind.__qualname__)  # cloudpickle forgets where it was defined
+        attached.with_slots(reduced, kind)
+    else:
+        reduced = attached.with_members(reduced, kind)
+    arguments = reduced[1]
     return (reduced[0], (*arguments[:-2], None, arguments[-1]), *reduced[2:])
 
 
 def set_function_state(function: types.FunctionType, state: Any) -> None:
     attributes, slots = state
-    function.__dict__.update(attributes)
+    function.__dict__ = attributes  # the very one that a variable may hold
     for name, value in slots.items():
         setattr(function, name, value)
+    met = getattr(_meeting, "mentions", None)
+    if met is not None:
+        met |= touch.code_words(function.__code__)
+
+
+_meeting = threading.local()
+"""`mentions`: where the words of the functions go that this thread is loading."""
 
 
 def dump(values: dict[str, Any], roots: Roots, storages: arrays.Storages) -> Pickled:
@@ -246,17 +282,39 @@ class NamespaceUnpickler(pickle.Unpickler):
         return self._roots.named[name]
 
 
-def load(stream: Buffer, buffers: Iterable[Any], roots: Roots) -> dict[str, Any]:
+class MeetingUnpickler(NamespaceUnpickler):
+    """Also notes builtins that open the namespace, as the pickler does."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name)
+        if type(found) is types.BuiltinFunctionType and touch.reflective_value(found):
+            _meeting.mentions.add(found.__name__)
+        return found
+
+
+def load_meeting(stream: Buffer, buffers: Iterable[Any], roots: Roots, mentions: set[str]) -> dict[str, Any]:
+    """`load`, and into `mentions` what the notebook's functions in the stream name."""
+    before = getattr(_meeting, "mentions", None)  # a value's own code may load another one
+    _meeting.mentions = mentions
+    try:
+        return load(stream, buffers, roots, MeetingUnpickler)
+    finally:
+        _meeting.mentions = before
+
+
+def load(
+    stream: Buffer, buffers: Iterable[Any], roots: Roots, kind: type[NamespaceUnpickler] = NamespaceUnpickler
+) -> dict[str, Any]:
     """The values back. `buffers` should be writable (bytearray) so that arrays on them are.
 
     Raises witness.Changed when a value came back as something else.
     """
-    unpickler = NamespaceUnpickler(stream, buffers, roots)
+    unpickler = kind(stream, buffers, roots)
     unpickler.load()  # the prelude
     values, suspects = unpickler.load()
     witness.check(suspects)
-    references = [value for value, _ in suspects if isinstance(value, weakref.ref)]
+    references = [value for value, _ in suspects if type(value) in WEAK]
     del suspects, unpickler  # they kept alive what weak references look at
-    if any(reference() is None for reference in references):
+    if not all(map(rebuilt.alive, references)):
         raise witness.Changed("a weak reference to an object that no variable holds")
     return values

@@ -28,6 +28,8 @@ from typing import Any
 
 from cloudpickle import cloudpickle as cp
 
+from . import callbacks, copyonwrite, readable
+
 
 def import_modules(name: str, submodules: tuple[str, ...]) -> types.ModuleType:
     """The module, with the submodules that the notebook imported beside it (`import xml.dom.minidom` binds only
@@ -129,14 +131,6 @@ def closed_memory_file(kind: str) -> Any:
     return file
 
 
-def reduce_memoryview(view: memoryview) -> Any:
-    base = view.obj
-    whole = memoryview(base)
-    if any(getattr(whole, it) != getattr(view, it) for it in ("nbytes", "format", "shape", "readonly")):
-        raise pickle.PicklingError("a memoryview of a part of an object, or in another format")
-    return memoryview, (base,)
-
-
 def reduce_dict_view(view: Any) -> Any:
     (mapping,) = (held for held in gc.get_referents(view) if isinstance(held, dict))
     return dict_view, (mapping, type(view).__name__.rpartition("_")[2])
@@ -144,6 +138,16 @@ def reduce_dict_view(view: Any) -> Any:
 
 def dict_view(mapping: dict[Any, Any], kind: str) -> Any:
     return getattr(mapping, kind)()
+
+
+def reduce_mapping_proxy(proxy: Any) -> Any:
+    """A view of a class' attributes, or of a dictionary that others may change."""
+    (mapping,) = gc.get_referents(proxy)
+    owners = [getattr(value, "__objclass__", None) for value in mapping.values()] if type(mapping) is dict else []
+    for owner in owners:
+        if isinstance(owner, type) and gc.get_referents(vars(owner)) == [mapping]:
+            return vars, (owner,)
+    return types.MappingProxyType, (mapping,)
 
 
 def reduce_lock(lock: Any) -> Any:
@@ -174,6 +178,34 @@ def reduce_weak_reference(reference: Any) -> Any:
     if reference.__callback__ is not None and type(reference) is weakref.ref:
         return weakref.ref, (target, reference.__callback__)
     return (weakref.ref, (target,)) if target is not None else (dead_reference, ())
+
+
+def reduce_proxy(proxy: Any) -> Any:
+    try:
+        target = proxy.__init__.__self__
+    except (ReferenceError, AttributeError):
+        raise pickle.PicklingError("a weakref.proxy whose object is gone, or hides itself") from None
+    return weakref.proxy, (target, None)
+
+
+def alive(reference: Any) -> bool:
+    """Whether a weak reference or proxy still has its object."""
+    if type(reference) is weakref.ref:
+        return reference() is not None
+    try:
+        reference.__class__  # noqa: B018 - a dead proxy raises
+    except ReferenceError:
+        return False
+    return True
+
+
+def reduce_finalizer(finalizer: Any) -> Any:
+    raise pickle.PicklingError("a weakref.finalize belongs to the process that made it")
+
+
+def reduce_lost_builtins(mapping: Any) -> Any:
+    """What an `exec` got as its builtins while names were lost (`lost.py`)."""
+    return vars, (importlib.import_module("builtins"),)
 
 
 class _Short:
@@ -298,6 +330,7 @@ def reduce_figure(figure: Any) -> Any:
 
 REDUCERS: dict[type, Callable[[Any], Any]] = {
     types.CellType: reduce_cell,
+    types.MappingProxyType: reduce_mapping_proxy,
     functools._lru_cache_wrapper: reduce_cached,
     io.TextIOWrapper: reduce_file,
     io.BufferedReader: reduce_file,
@@ -306,15 +339,18 @@ REDUCERS: dict[type, Callable[[Any], Any]] = {
     io.FileIO: reduce_file,
     io.StringIO: reduce_memory_file,
     io.BytesIO: reduce_memory_file,
-    memoryview: reduce_memoryview,
     **{type(getattr({}, kind)()): reduce_dict_view for kind in ("keys", "values", "items")},
     type(threading.Lock()): reduce_lock,
     type(threading.RLock()): reduce_rlock,
     threading.local: reduce_local,
     typing.TypeVar: reduce_type_variable,
     weakref.ref: reduce_weak_reference,
+    weakref.ProxyType: reduce_proxy,
+    weakref.CallableProxyType: reduce_proxy,
+    weakref.finalize: reduce_finalizer,
     weakref.WeakValueDictionary: reduce_weak_values,
     weakref.WeakKeyDictionary: reduce_weak_keys,
+    **readable.REDUCERS,
 }
 
 _BY_NAME: dict[tuple[str, str], Callable[[Any], Any]] = {
@@ -322,6 +358,10 @@ _BY_NAME: dict[tuple[str, str], Callable[[Any], Any]] = {
     ("numpy", "memmap"): reduce_memory_map,
     ("numpy.memmap", "memmap"): reduce_memory_map,
     ("matplotlib.figure", "Figure"): reduce_figure,
+    ("nbos_kernel.lost", "LostBuiltins"): reduce_lost_builtins,
+    **callbacks.REDUCERS,
+    **copyonwrite.REDUCERS,
+    **readable.BY_NAME,
 }
 
 registered: dict[type, Callable[[Any], Any]] = {}

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from cloudpickle import cloudpickle as cp
 
-from . import touch
+from . import constants, scopes, touch
 
 BATCH = 4096
 """Objects looked into between two pauses."""
@@ -37,6 +37,8 @@ _LEAVES: frozenset[type] = frozenset(
     {type(None), bool, int, float, complex, str, bytes, range, type(Ellipsis), type(NotImplemented)}
     | {types.CodeType, types.ModuleType, slice, object, re.Pattern}
 )
+_leaves: set[type] = set(_LEAVES)
+"""With those of libraries that are imported by now."""
 _LEAF_MODULES = (
     "numpy", "datetime", "decimal", "_decimal", "re", "pyarrow.lib", "polars", "builtins.polars", "zoneinfo", "uuid",
     "_random", "pandas._libs", "torch", "scipy", "sklearn", "PIL._imaging",
@@ -70,6 +72,9 @@ def walk(
     mentions: set[str] = set()
     exposed = ""
     kinds: dict[type, str] = {}
+    roots = stop - STOP
+    _leaves.update(constants.leaf_types())
+    closed = (types.FunctionType, *constants.generators())
     frontier = _inside(values(), stop)
     while frontier:
         new = {id(value): value for value in frontier}
@@ -81,8 +86,10 @@ def walk(
         for at in range(0, len(fresh), BATCH):
             batch = fresh[at : at + BATCH]
             exposed = exposed or _opaque(batch, kinds)
-            plain = [value for value in batch if type(value) is not types.FunctionType]
+            plain = [value for value in batch if not issubclass(type(value), closed)]
             referents = list(chain(gc.get_referents(*plain), _unseen_referents(batch, mentions, stop)))
+            if not roots.isdisjoint(map(id, referents)):
+                mentions.add("globals")  # it holds the namespace, or the shell
             found = _inside(referents, stop)
             inner.update(map(id, found))
             frontier += found
@@ -92,7 +99,7 @@ def walk(
     held = list(seen.values())
     total = len(held)
     if not exposed:
-        weak = {id(value) for value in held if isinstance(value, weakref.ref)}
+        weak = {id(value) for value in held if issubclass(type(value), weakref.ref)}
         exposed = _weakly_held(held, weak)
     seen.clear()
     kinds.clear()
@@ -106,7 +113,9 @@ def _inside(values: Iterable[Any], stop: frozenset[int]) -> list[Any]:
     return [
         value
         for value in values
-        if type(value) not in _LEAVES and id(value) not in stop and not (isinstance(value, _DEFINED) and _known(value))
+        if (type(value) not in _leaves or (type(value) is types.ModuleType and not scopes.is_importable(value)))
+        and id(value) not in stop
+        and not (issubclass(type(value), _DEFINED) and _known(value))
     ]
 
 
@@ -147,7 +156,7 @@ def _opaque(batch: list[Any], kinds: dict[type, str]) -> str:
             return reason
     torch: Any = sys.modules.get("torch")
     if hasattr(torch, "Tensor") and any(issubclass(kind, torch.Tensor) for kind in kinds):
-        return _tensors([value for value in batch if isinstance(value, torch.Tensor)])
+        return _tensors([value for value in batch if issubclass(type(value), torch.Tensor)])
     return ""
 
 
@@ -182,6 +191,7 @@ def _kind(kind: type) -> str:
 def _unseen_referents(batch: list[Any], mentions: set[str], stop: frozenset[int]) -> Iterator[Any]:
     """Referents of functions (without the globals of a module, which belong to no variable), and those that the
     garbage collector is not shown, though we know of them. Collects what the notebook's functions name."""
+    generators = constants.generators()
     numpy = sys.modules.get("numpy")
     for value in batch:
         kind = type(value)
@@ -190,21 +200,37 @@ def _unseen_referents(batch: list[Any], mentions: set[str], stop: frozenset[int]
             yield from (value.__dict__, value.__defaults__, value.__kwdefaults__, value.__annotations__)
             if id(value.__globals__) in stop:
                 mentions |= touch.code_words(value.__code__)
+            elif "__spec__" not in value.__globals__:
+                yield value.__globals__  # no module's: a dictionary that `exec` was given
         elif kind is types.BuiltinFunctionType:
             mentions.add(value.__name__)
         elif kind in (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType):
             code = getattr(value, "gi_code", None) or getattr(value, "cr_code", None) or value.ag_code
             mentions |= touch.code_words(code)
-        elif numpy is not None and isinstance(value, numpy.ndarray):
+        elif generators and issubclass(kind, generators):
+            yield from (each for each in gc.get_referents(value) if type(each).__name__ != "PyCapsule")
+        elif numpy is not None and issubclass(kind, numpy.ndarray):
             if value.base is not None:
                 yield value.base
-            elif value.dtype.hasobject and value.dtype.fields is None:
-                yield from value.ravel("K").tolist()
+            elif value.dtype.hasobject:
+                yield from _array_items(value)
+
+
+def _array_items(array: Any) -> Iterator[Any]:
+    """The objects that an array refers to, those in the fields of a structured one too."""
+    if array.dtype.fields is None:
+        yield from array.ravel("K").tolist()
+        return
+    for name in array.dtype.names:
+        if array.dtype[name].hasobject:
+            yield from _array_items(array[name])
 
 
 def _weakly_held(held: list[Any], weak: set[int]) -> str:
     for value in held:
-        referred = type(value).__weakrefoffset__ and not isinstance(value, type) and weakref.getweakrefcount(value)
+        referred = (
+            type(value).__weakrefoffset__ and not issubclass(type(value), type) and weakref.getweakrefcount(value)
+        )
         if referred and any(id(ref) not in weak for ref in weakref.getweakrefs(value)):
             return f"{type(value).__qualname__}: somebody holds a weak reference"
     return ""
@@ -212,20 +238,12 @@ def _weakly_held(held: list[Any], weak: set[int]) -> str:
 
 def _held_elsewhere(held: list[Any], inner: Mapping[int, int], namespace: Mapping[int, int]) -> str:
     counts = list(map(sys.getrefcount, held))  # before any variable of this function refers to one of them
+    constant = constants.of_libraries()
     for value, count in zip(held, counts, strict=True):
         known = inner.get(id(value), 0) + namespace.get(id(value), 0)
-        if count - _BASE > known and not _constant(value):
+        if count - _BASE > known and not constants.is_constant(value, constant):
             return f"{type(value).__qualname__}: something outside the notebook's variables refers to it"
     return ""
-
-
-def _constant(value: Any) -> bool:
-    """Values without a state of their own, which libraries keep one of."""
-    if isinstance(value, types.BuiltinFunctionType):
-        return touch.reflective_value(value)
-    return (type(value).__module__ or "").startswith(("pandas.core.dtypes", "numpy.dtypes")) or (
-        type(value) is tuple and not value
-    )
 
 
 STOP = frozenset({id(builtins.__dict__), id(builtins)})

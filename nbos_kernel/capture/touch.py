@@ -199,6 +199,6 @@ _REFLECTIVE_BUILTINS = tuple(id(call) for call in (globals, locals, vars, eval, 
 
 def reflective_value(value: Any) -> bool:
     """Whether a variable's value itself opens the namespace: a module like gc, or eval under another name."""
-    if type(value) is types.ModuleType:
+    if issubclass(type(value), types.ModuleType):  # isinstance asks the value, and a dead proxy raises
         return value.__name__.partition(".")[0] in REFLECTIVE_MODULES
     return id(value) in _REFLECTIVE_BUILTINS

@@ -103,6 +103,7 @@ class Kernels:
             resources=Resources(**options.resources()),
             max_resources=Resources(gpus=limits.gpus, tpcs=limits.tpcs, memory=limits.memory),
             memory_limit=limits.replica_memory,
+            lazy=options.lazy,
             cwd=wanted.cwd,
             env=wanted.env,
             created=time.time(),

@@ -12,7 +12,7 @@ import msgspec
 
 from nbos_cluster.kernelview import KernelView
 from nbos_cluster.records import GrantRecord, HostRecord, KernelSpec
-from nbos_cluster.statelog import fold
+from nbos_cluster.statelog import fold_unread
 
 from .auth import Caller
 from .copy import ClusterCopy
@@ -37,6 +37,7 @@ def kernel_model(view: KernelView, *, secrets: bool) -> dict[str, Any]:
         "created": spec.created,
         "resources": resources_model(spec.resources),
         "durable": spec.durable,
+        "lazy": spec.lazy,
         "rerun": spec.rerun,
         "members": [member_model(view, spec, index) for index in sorted(spec.placement, key=int)],
         "last": view.last,
@@ -85,7 +86,7 @@ def lost_names(view: KernelView) -> dict[str, str]:
     not load."""
     first = view.checkpoint.upto + 1 if view.checkpoint else 0
     entries = [view.log[n] for n in sorted(view.log) if n >= first]
-    lost = dict(fold(view.checkpoint, entries).lost) if entries or view.checkpoint else {}
+    lost = dict(fold_unread(view.checkpoint, entries).lost) if entries or view.checkpoint else {}
     for record in view.replicas.values():
         for name, reason in record.lost.items():
             lost.setdefault(name, f"{reason} (replica {record.index})")

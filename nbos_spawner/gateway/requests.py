@@ -35,6 +35,7 @@ class KernelWanted(msgspec.Struct, forbid_unknown_fields=True):
     kernel_id: str
     replicas: int | None = None
     resources: ResourcesWanted | None = None
+    lazy: int | str | bool | None = None
     image: str = ""
     cwd: str = ""
     env: dict[str, str] = {}
@@ -79,6 +80,8 @@ def options_of(wanted: KernelWanted, limits: Limits) -> KernelOptions:
         data["replicas"] = wanted.replicas
     if wanted.image:
         data["image"] = wanted.image
+    if wanted.lazy is not None:
+        data["lazy"] = wanted.lazy
     try:
         return parse_options(data, limits)
     except OptionError as err:

@@ -56,6 +56,8 @@ class Describer:
     def _parts(self, value: Any, depth: int) -> Any:
         if isinstance(value, staticmethod | classmethod):
             return (self.of(value.__func__, depth),)
+        if isinstance(value, types.CodeType):
+            return value.co_name, value.co_code.hex()
         if isinstance(value, types.FunctionType):
             if value.__module__ != "__main__" and "<locals>" not in value.__qualname__:
                 return value.__module__, value.__qualname__
@@ -124,6 +126,7 @@ class Describer:
         data = [self.of(item, depth) for item in raw.ravel().tolist()] if raw.dtype.hasobject else raw.tobytes()
         flags = (raw.flags.writeable, raw.flags.c_contiguous, raw.flags.f_contiguous)
         base = "array" if isinstance(value.base, numpy.ndarray) else type(value.base).__name__
+        base = "array" if base == "DummyArray" else base  # numpy.lib.stride_tricks' own way to hold an array
         if type(value) is not numpy.ndarray or base in ("memoryview", "bytearray"):
             base = ""  # a subclass may see its own memory or an array; a buffer, itself or a memoryview
         extra = self.of(vars(value), depth) if hasattr(value, "__dict__") and not mask else ""

@@ -1,7 +1,8 @@
-"""One process of the fidelity suite: `python -m tests.fidelity.side executor|standby FILE FIRST STEP`.
+"""One process of the fidelity suite: `python -m tests.fidelity.side executor|standby|eager|lazy FILE FIRST STEP`.
 
 The executor runs the cases and writes what its daemon would have got, with a description of what it holds; the
-standby applies that, in a process of its own with another hash seed, and describes what it holds then.
+standby applies that, in a process of its own with another hash seed, and describes what it holds then. `eager` and
+`lazy` take over between the two cells of a case and run the second one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from nbos_kernel import lost
 from nbos_kernel.capture import names, rebuilt
+from nbos_kernel.capture.unloaded import OFF
 from nbos_kernel.entries import Layout
 from tests.unit.kernel.pair import Side
 
@@ -99,15 +101,45 @@ def stand_by(case: Case, recorded: Recorded) -> Recorded:
     return {**found, **describe(side, case.look)}
 
 
+def take_over(case: Case, recorded: Recorded, threshold: int) -> Recorded:
+    """The first cell came from the log, the second one runs here: on a replica that left everything unloaded, or on
+    one that loaded everything."""
+    side = Side(recorded["blobs"], threshold)
+    message, payload = recorded["messages"][0]
+    side.replica.arrived(json.loads(message), payload)
+    _drive(side.replica.catch_up(lambda n, lost: None))
+    left = len(side.replica.lazy.table)
+    result = side.run(case.modify)
+    found: Recorded = {"error": repr(result.error_before_exec or result.error_in_exec), "left": left}
+    taken = side.replica.take_changes(case.modify)
+    found["deleted"] = sorted({*taken.changes.deleted} - {"__warningregistry__"})
+    found["lost"] = dict(side.replica.lost)
+    looked = _said(lambda: Describer(side.ns).of(side.eval(case.look))) if case.look else ""
+    for name in side.replica.lazy.table:
+        side.eval(name)
+    found.update(describe(side, case.look))
+    rebuilt.put_registered({})
+    return {**found, "looked": looked}
+
+
+def _play(role: str, case: Case, recorded: Recorded) -> Recorded:
+    if role == "executor":
+        return execute(case)
+    if role == "standby":
+        return stand_by(case, recorded)
+    return take_over(case, recorded, 1 if role == "lazy" else OFF)
+
+
 def main(role: str, path: str, first: int, step: int) -> None:
     done: dict[int, Recorded] = {}
-    if role == "standby":
+    recorded: dict[int, Recorded] = {}
+    if role != "executor":
         with open(path + ".executor", "rb") as file:
             recorded = pickle.load(file)
     os.chdir(tempfile.gettempdir())
     for number, case in list(enumerate(CASES))[first::step]:
         try:
-            done[number] = execute(case) if role == "executor" else stand_by(case, recorded[number])
+            done[number] = _play(role, case, recorded.get(number, {}))
         except BaseException:  # noqa: BLE001 - one case must not end the others
             done[number] = {"crash": traceback.format_exc()}
     with open(f"{path}.{role}", "wb") as out:

@@ -3,8 +3,11 @@ docs/fidelity.md."""
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,10 +30,27 @@ class Outcome(NamedTuple):
 
 def run() -> list[Outcome]:
     """Every case, on two executor processes and then on two standby processes."""
+    found = _everything()
+    return [judge(case, found["executor"][n], found["standby"][n]) for n, case in enumerate(CASES)]
+
+
+@functools.cache
+def _everything() -> dict[str, dict[int, Any]]:
+    return _processes(("executor", "1"), ("standby", "2"), ("eager", "2"), ("lazy", "2"))
+
+
+def _processes(*roles: tuple[str, str]) -> dict[str, dict[int, Any]]:
+    """What the processes of each role wrote, by case. `roles`: each with its hash seed, one after the other."""
     with tempfile.TemporaryDirectory() as folder:
-        found: dict[str, dict[int, Any]] = {"executor": {}, "standby": {}}
-        for role, seed in (("executor", "1"), ("standby", "2")):
+        found: dict[str, dict[int, Any]] = {role: {} for role, _ in roles}
+        files, saved = Path(folder, "files"), Path(folder, "saved")
+        files.mkdir()
+        for role, seed in roles:
             environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+            environment["TMPDIR"] = str(files)
+            if saved.exists():  # every role finds the files that the executor left
+                shutil.rmtree(files)
+                shutil.copytree(saved, files)
             running = [
                 subprocess.Popen(
                     [sys.executable, "-m", "tests.fidelity.side", role, f"{folder}/{batch}", str(batch), str(BATCHES)],
@@ -44,7 +64,44 @@ def run() -> list[Outcome]:
                 if not path.exists():
                     raise RuntimeError(f"{role} {batch} ended with {process.returncode}: {errors.decode()[-2000:]}")
                 found[role].update(pickle.loads(path.read_bytes()))
-    return [judge(case, found["executor"][n], found["standby"][n]) for n, case in enumerate(CASES)]
+            if not saved.exists():
+                shutil.copytree(files, saved)
+    return found
+
+
+class Pairing(NamedTuple):
+    """What a replica that loads everything and one that loads on first use say after the same failover."""
+
+    case: Case
+    eager: dict[str, Any]
+    lazy: dict[str, Any]
+
+    def differences(self) -> dict[str, Any]:
+        found = {
+            key: _parts(self.eager.get(key), self.lazy.get(key)) for key in self.eager | self.lazy if key != "left"
+        }
+        return {key: parts for key, parts in found.items() if parts}
+
+
+def _parts(eager: Any, lazy: Any) -> Any:
+    if not isinstance(eager, dict) or not isinstance(lazy, dict):
+        return None if eager == lazy else (eager, lazy)
+    eager, lazy = ({name: _ID.sub("", str(said)) for name, said in side.items()} for side in (eager, lazy))
+    different = [name for name in eager | lazy if eager.get(name) != lazy.get(name)]
+    return {name: (eager.get(name), lazy.get(name)) for name in different if name not in _OF_PROCESS}
+
+
+_ID = re.compile(r"_stop_words_id\W+int\W+\d+")
+"""scikit-learn notes an `id()`, which no two processes have alike."""
+
+_OF_PROCESS = ("__warningregistry__",)
+"""Python's own notes of which warnings were shown; what else ran in the process stands in it."""
+
+
+def take_over() -> list[Pairing]:
+    """Every case on a replica that took over after its first cell: with all values loaded, and with none."""
+    found = _everything()
+    return [Pairing(case, found["eager"][n], found["lazy"][n]) for n, case in enumerate(CASES)]
 
 
 def judge(case: Case, executor: dict[str, Any], standby: dict[str, Any]) -> Outcome:

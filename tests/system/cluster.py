@@ -34,8 +34,8 @@ def free_port() -> int:
 
 
 class Cluster:
-    def __init__(self, state_dir: Path, *options: str) -> None:
-        self.state_dir = state_dir
+    def __init__(self, state_dir: Path, *options: str, module: str = "nbos.cli") -> None:
+        self.state_dir, self._module = state_dir, module
         self.options: Sequence[str] = options
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
@@ -46,7 +46,7 @@ class Cluster:
 
     def start(self, timeout: float = 90.0) -> None:
         """Until `nbos status` answers, which it does once hub and gateway do."""
-        command = [sys.executable, "-m", "nbos.cli", "up", "--state-dir", str(self.state_dir)]
+        command = [sys.executable, "-m", self._module, "up", "--state-dir", str(self.state_dir)]
         command += ["--port", str(self.port), *self.options]
         with open(self.log, "ab") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=out, env=environment())

@@ -38,6 +38,12 @@ class FakeDaemon:
         self.fence: set[int] = set()
         self.hold = False
         self.durable = False
+        self.lazy = 0
+        self.store = "there"
+        """Or "away": it says so; or "silent": it answers nothing."""
+        self.room: int | None = None
+        self.seconds_a_blob = 0.0
+        self._disk_free_at = 0.0
         self.grant: Message | None = None
         self.claims: dict[int, int] = {}
         self.tokens = 100
@@ -102,6 +108,10 @@ class FakeDaemon:
         reply = handler(index, writer, message, payload)
         if reply is None:
             return
+        if message["type"] == "put_blob" and self.seconds_a_blob:
+            self._disk_free_at = max(self._disk_free_at, self.loop.time()) + self.seconds_a_blob
+            self.loop.call_at(self._disk_free_at, self._send, writer, {"re": message["id"], "ok": True, **reply})
+            return
         data = reply.pop("payload", b"")
         self._send(writer, {"re": message["id"], "ok": True, **reply}, data)
         if message["type"] == "hello":
@@ -118,6 +128,7 @@ class FakeDaemon:
             "resources": {},
             "members": [],
             "durable": self.durable,
+            "lazy": self.lazy,
         }
 
     def _on_bid(self, index: int, writer: Any, message: Message, payload: bytes) -> Message | None:
@@ -149,12 +160,19 @@ class FakeDaemon:
         self.blobs[message["hash"]] = payload
         return {}
 
-    def _on_get_blob(self, index: int, writer: Any, message: Message, payload: bytes) -> Message:
+    def _on_get_blob(self, index: int, writer: Any, message: Message, payload: bytes) -> Message | None:
+        if self.store == "silent":
+            return None
+        if self.store == "away":
+            return {"ok": False, "error": "away", "reason": "the store does not answer"}
         blob = self.blobs.get(message["hash"])
         return {"payload": blob, "size": len(blob)} if blob is not None else {"ok": False, "error": "missing"}
 
     def _on_have_blobs(self, index: int, writer: Any, message: Message, payload: bytes) -> Message:
         return {"have": [digest for digest in message["hashes"] if digest in self.blobs]}
+
+    def _on_room(self, index: int, writer: Any, message: Message, payload: bytes) -> Message:
+        return {"store": {"where": "the memory of a test", "free": self.room}, "standbys": []}
 
     def _on_append(self, index: int, writer: Any, message: Message, payload: bytes) -> Message:
         entry = message["entry"]

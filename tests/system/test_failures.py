@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import AsyncIterator, Iterator
 
@@ -239,6 +240,38 @@ async def test_etcd_away_lets_cells_run_on_and_new_ones_wait_and_say_why(cluster
     result = await waiting.result(40)
     once(result)
     assert result.value == "51", result
+
+
+async def test_a_long_replication_is_seen_in_its_cell_and_in_the_one_that_waits(
+    cluster: Cluster, notebook: Notebook
+) -> None:
+    await notebook.run("import time")
+    slow = await notebook.channels.submit("print('begun', flush=True); time.sleep(1); seen = 'x' * 5000")
+    await slow.text("begun")
+    with paused(cluster.etcd().pid):
+        assert (await slow.result(20)).status == "ok"
+        assert "NBOS" not in slow.written()
+        waiting = await notebook.channels.submit("len(seen)")
+        await slow.text("NBOS: replicating 4.9 KiB of seen", 20)
+        await waiting.text("waiting: replicating 4.9 KiB of seen", 20)
+        await waiting.text("etcd is away", 20)
+    result = await waiting.result(40)
+    assert result.value == "5000"
+    once(result)
+    await slow.text("NBOS: replicated 4.9 KiB of seen in", 20)
+    once(await slow.result())
+    shown = [message for message in slow.messages if message.type.endswith("display_data")]
+    assert [message.type for message in shown] == ["display_data", *["update_display_data"] * (len(shown) - 1)]
+    assert len({message.content["transient"]["display_id"] for message in shown}) == 1
+    assert slow.idle is not None
+    assert slow.idle.at < shown[0].at
+    told = await notebook.channels.execute("%nbos state")
+    (table,) = [message.content["data"] for message in told.outputs if message.type == "display_data"]
+    assert "seen  [str, 5,000]" in table["text/plain"]
+    assert "standby: replica" in table["text/plain"]
+    assert "of memory left" in table["text/plain"]
+    assert re.search(r"the blob store .*: [0-9.]+ GiB left", table["text/plain"])
+    assert "<table>" in table["text/html"]
 
 
 async def test_etcd_killed_and_started_again_loses_nothing(cluster: Cluster, notebook: Notebook) -> None:

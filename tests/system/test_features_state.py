@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import pytest_asyncio
 
@@ -209,3 +210,31 @@ async def test_a_debugger_whose_replica_died_is_told_and_starts_again(notebook: 
         result = await notebook.channels.execute("1 + 1")
         assert (result.value, "start debugging again" in result.stderr) == ("2", True)
         assert (await notebook.channels.execute("1 + 1")).stderr == ""
+
+
+async def test_standbys_of_a_lazy_kernel_leave_large_values_in_the_store(cluster: Cluster) -> None:
+    lazy = await Notebook.open(cluster, "lina", {"lazy": "16M"})
+    await lazy.run("import numpy as np, os")
+    before = await private_memory(lazy)
+    make = "a, b, c = (np.random.default_rng(i).random(12_500_000) for i in range(3)); (a[0] + b[0] + c[0])"
+    total = await lazy.run(make)
+    mine = (await lazy.executor()).index
+    after = await private_memory(lazy)
+    grown = {index: after[index] - before[index] for index in after}
+    assert grown.pop(mine) > 290e6
+    assert max(grown.values()) < 30e6
+    await kill_the_executor(lazy)
+    listed = await lazy.run("%who_ls ")
+    assert listed == "['a', 'b', 'c', 'np', 'os']"
+    assert await lazy.run("b[0] == np.random.default_rng(1).random(1)[0]") in ("True", "np.True_")
+    now = await private_memory(lazy)
+    assert 90e6 < now[(await lazy.executor()).index] - before[(await lazy.executor()).index] < 160e6
+    assert await lazy.run("a[0] + b[0] + c[0]") == total
+    await lazy.close()
+
+
+async def private_memory(notebook: Notebook) -> dict[int, int]:
+    """Bytes that only the replica itself uses, by its index, once all have applied everything."""
+    await notebook.run("pass")  # its bid waits until the cell before is in the log
+    found = await notebook.settled()
+    return {replica.index: psutil.Process(replica.pid).memory_full_info().uss for replica in found}

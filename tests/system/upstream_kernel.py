@@ -36,7 +36,8 @@ def get_msg(self: ZMQSocketChannel, timeout: float | None = None) -> dict[str, A
         content = message["content"]
         if message["msg_type"] != "stream" or content["name"] != "stderr":
             return message
-        lines = [line for line in content["text"].splitlines(True) if "is not replicated and would be gone" not in line]
+        ours = ("is not replicated and would be gone", "NBOS: where such a variable's cell")
+        lines = [line for line in content["text"].splitlines(True) if not any(words in line for words in ours)]
         if lines:
             content["text"] = "".join(lines)
             return message

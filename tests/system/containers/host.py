@@ -11,6 +11,8 @@ from typing import Any
 import msgspec
 import zmq
 
+from gpu_daemon.container_spec import Site
+from gpu_daemon.walls import remove_walls
 from nbos_cluster.etcd import Etcd
 from nbos_cluster.records import KernelSpec, ReplicaRecord
 from tests.system.containers.engine import IMAGE, containers, docker
@@ -33,6 +35,9 @@ class DockerHost(Host):
         super().end()
         for container in containers(cluster=self.cluster):
             docker("rm", "--force", container)
+        for network in docker("network", "ls", "--quiet", f"--filter=label=nbos.cluster={self.cluster}").split():
+            docker("network", "rm", network)
+        remove_walls(Site(self.cluster, self.name, "").interface)
 
     def containers(self) -> list[str]:
         return containers(cluster=self.cluster)

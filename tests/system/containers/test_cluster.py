@@ -46,7 +46,7 @@ async def notebook(cluster: Cluster) -> AsyncIterator[Notebook]:
 @pytest.fixture
 async def inside(cluster: Cluster) -> AsyncIterator[Notebook]:
     """A kernel of one replica, whose cells try what they must not."""
-    notebook = await Notebook.open(cluster, "ada", {"replicas": 1})
+    notebook = await Notebook.open(cluster, "eve", {"replicas": 1})
     await notebook.run("import os, socket, subprocess, time")
     yield notebook
     await notebook.close()
@@ -145,7 +145,7 @@ async def test_no_file_of_the_host_is_there(cluster: Cluster, inside: Notebook) 
     for path in (tls, cluster.state_dir / "secrets.json", cluster.state_dir / "blobs", cluster.state_dir / "hosts"):
         assert await inside.run(f"os.path.exists({str(path)!r})") == "False", path
     assert await inside.run(f"os.listdir({str(cluster.state_dir)!r})") == "['homes']"
-    assert await inside.run(f"os.listdir({str(cluster.state_dir / 'homes')!r})") == "['ada']"
+    assert await inside.run(f"os.listdir({str(cluster.state_dir / 'homes')!r})") == "['eve']"
     found = await inside.run("print(*(p for p in ('/var/run/docker.sock', '/run/docker.sock') if os.path.exists(p)))")
     assert found == "\n"
     assert await inside.run("sorted(os.listdir('/run/nbos'))") == "['connection.json', 's', 'start.py']"

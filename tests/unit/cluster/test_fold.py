@@ -157,44 +157,36 @@ def test_abandoned_executions_change_nothing() -> None:
     )
 
 
-def test_large_frames_leave_the_entry_largest_first() -> None:
+def test_what_is_too_much_for_an_entry_goes_into_a_table() -> None:
     sizes = {"a": 400_000, "b": 300_000, "c": 10_000}
-    entry = LogEntry(n=1, kind="cell", components=tuple(component(k, k, k.encode() * v) for k, v in sizes.items()))
-    moved = spill(entry)
+    blob = Component(names=("d",), digest="", frames=(Frame(size=1, blobs=("f" * 64,)),))
+    parts = (*(component(k, k, k.encode() * v) for k, v in sizes.items()), blob)
+    moved = spill(LogEntry(n=1, kind="cell", components=parts, deleted=("x",)), lost=["a", "z"])
     assert moved.fits
-    assert size_of(moved.record) <= statelog.ENTRY_LIMIT
-    frames = {c.names[0]: c.frames[0] for c in moved.record.components}
-    assert [name for name, frame in frames.items() if frame.blobs] == ["a"]
-    assert {address(data) for data in moved.blobs.values()} == set(moved.blobs)
-    assert blobs_of(moved.record) == set(moved.blobs)
-
-
-def test_a_long_frame_becomes_several_blobs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statelog, "BLOB_CHUNK", 1000)
-    data = bytes(range(256)) * 10
-    moved = spill(LogEntry(n=1, kind="cell", components=(component("a", "1", data),)), limit=1500)
-    frame = moved.record.components[0].frames[0]
-    assert b"".join(moved.blobs[h] for h in frame.blobs) == data
-    assert frame.size == len(data)
+    assert statelog.size_of(moved.record) < 1000
+    assert moved.record.cured == ("a",)
+    assert {address(data) for data in moved.blobs.values()} == set(moved.blobs) == blobs_of(moved.record)
+    assert moved.needs == {"f" * 64, *moved.blobs}
 
 
 def test_what_fits_stays() -> None:
     entry = LogEntry(n=1, kind="cell", components=(component("a", "1", b"x" * 1000),))
-    assert spill(entry) == statelog.Spill(entry, {}, True)
+    assert spill(entry) == statelog.Spill(entry, {}, frozenset(), True)
 
 
 def test_a_checkpoint_gives_up_inputs_before_state() -> None:
     history = tuple((i, "x" * 100) for i in range(100))
     state = Checkpoint(upto=5, components=(component("a", "1"),), history=history)
-    moved = spill(state, limit=2000)
-    assert moved.fits
-    assert isinstance(moved.record, Checkpoint)
-    assert moved.record.components == state.components
-    assert moved.record.history[-1] == history[-1]
+    short = statelog.shorten(state, limit=2000)
+    assert short is not None
+    assert size_of(short) <= 2000
+    assert short.components == state.components
+    assert short.history[-1] == history[-1]
+    assert statelog.shorten(state, limit=10) is None
 
 
-def test_too_many_names_say_that_they_do_not_fit() -> None:
-    entry = LogEntry(n=1, kind="cell", deleted=tuple(f"name_{i}" for i in range(1000)))
+def test_too_many_lost_names_say_that_they_do_not_fit() -> None:
+    entry = LogEntry(n=1, kind="cell", lost={f"name_{i}": "why" for i in range(1000)})
     assert not spill(entry, limit=1000).fits
 
 

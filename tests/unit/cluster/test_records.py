@@ -82,7 +82,7 @@ def test_a_record_of_another_kind_is_refused(kind: type[Record]) -> None:
 
 def test_another_version_says_what_to_do() -> None:
     body = msgspec.Raw(msgspec.msgpack.encode(Epoch(epoch=1, incarnation=1)))
-    newer = msgspec.msgpack.encode(Versioned(records.VERSION + 1, body))
+    newer = msgspec.msgpack.encode(Versioned(records.VERSION_TABLES + 1, body))
     with pytest.raises(RecordError, match="the same NBOS version on every host"):
         records.decode(newer, Epoch)
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
+import psutil
 import pytest
 
 from gpu_daemon import blobs
-from gpu_daemon.blobs import BlobCorrupt, BlobMissing, BlobRefused, BlobStoreFull, open_store
+from gpu_daemon.blobs import BlobCorrupt, BlobError, BlobMissing, BlobRefused, BlobStoreFull, open_store
 from gpu_daemon.directory_store import DirectoryStore
+from gpu_daemon.drafts import FileDraft
+from gpu_daemon.memory import STEP, HostMemory
 from nbos_cluster.content import address
 
 DATA = b"value" * 100
@@ -59,9 +63,14 @@ def test_a_damaged_blob_is_corrupt_and_can_be_stored_again(store: DirectoryStore
     assert store.get("ann", HASH) == DATA
 
 
-def test_a_full_disk_is_told_and_leaves_nothing_behind(store: DirectoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_told_and_leaves_nothing_behind(
+    store: DirectoryStore, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A quota (EDQUOT) is played: the file systems with quotas that tests may make are not everywhere."""
+
     def full(handle: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(BlobStoreFull):
@@ -75,7 +84,52 @@ def test_a_blob_over_the_limit_is_refused(store: DirectoryStore, monkeypatch: py
         store.put("ann", HASH, DATA)
 
 
+def test_the_room_left_is_that_of_its_file_system(store: DirectoryStore, tmp_path: Path) -> None:
+    free, total = store.free(), shutil.disk_usage(tmp_path).total
+    assert free is not None
+    assert 0 < free <= total
+    shutil.rmtree(store.root)
+    with pytest.raises(BlobError, match="the room left could not be looked up"):
+        store.free()
+
+
+def test_a_hosts_memory_is_told_roughly_and_looked_up_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = HostMemory()
+    first = memory.available()
+    assert first % STEP == 0
+    assert 0 < first <= psutil.virtual_memory().total
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: pytest.fail("it was looked up again"))
+    assert memory.available() == first
+
+
 def test_stores_are_named_by_url(tmp_path: Path) -> None:
     assert isinstance(open_store(f"file://{tmp_path}/b"), DirectoryStore)
     with pytest.raises(ValueError, match="not known"):
         open_store("gopher://bucket")
+
+
+def test_a_draft_is_no_blob_until_it_is_settled(store: DirectoryStore) -> None:
+    draft = store.write("ann", HASH, DATA)
+    assert store.have("ann", [HASH]) == set()
+    assert store.settle("ann", [(HASH, draft)]) == {}
+    assert store.get("ann", HASH) == DATA
+    assert store.write("ann", HASH, DATA) is None
+
+
+def test_a_draft_that_is_forgotten_leaves_no_file(store: DirectoryStore) -> None:
+    draft = store.write("ann", HASH, DATA)
+    del draft
+    with pytest.raises(BlobRefused):
+        store.write("ann", HASH, b"other")
+    assert [path for path in store.root.rglob("*") if path.is_file()] == []
+
+
+def test_what_cannot_be_made_safe_is_told_apart_from_what_is(store: DirectoryStore) -> None:
+    other = address(b"other")
+    drafts = [(HASH, store.write("ann", HASH, DATA)), (other, store.write("ann", other, b"other"))]
+    assert isinstance(drafts[0][1], FileDraft)
+    os.close(drafts[0][1].handle)  # what the disk does to it: the sync fails
+    drafts[0][1].handle = os.open("/dev/full", os.O_WRONLY)
+    failed = store.settle("ann", drafts)
+    assert list(failed) == [HASH]
+    assert store.have("ann", [HASH, other]) == {other}

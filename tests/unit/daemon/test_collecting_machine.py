@@ -1,7 +1,8 @@
 """Collecting against everything at once: puts, appends, folds, deleted kernels, crashes and collectors that overslept.
 
 A model of the store with the real decisions (`collecting`), a faithful etcd in memory, and each process cut into the
-steps between which others may run. Whatever happens: no blob that a record names is ever gone.
+steps between which others may run. Whatever happens: no blob that a record names, itself or through a table, is ever
+gone; in particular when a daemon dies between writing a table and the record that names it.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from gpu_daemon import collecting
 from gpu_daemon.blobs import Stored, folder_of
 from gpu_daemon.collecting import Fence, Plan
-from nbos_cluster import keys, records, statelog
+from nbos_cluster import keys, records, statelog, tables
 from nbos_cluster.kv import Snapshot, Txn, exists, missing, mod_is, op_delete_prefix, op_put
-from nbos_cluster.records import Checkpoint, Collection, Component, Frame, KernelSpec, LogEntry
+from nbos_cluster.records import Checkpoint, Collection, Component, Frame, KernelSpec, LogEntry, Table
+from nbos_cluster.tables import Contents
 from tests.unit.cluster.fakestore import FakeEtcd
 
 OWNER = "ann"
@@ -57,10 +59,31 @@ class Store:
 
 @dataclass
 class Writer:
-    """An append (or a fold that spilled) on its way: which blobs, what was seen under which fence."""
+    """An append on its way: which blobs, what was seen under which fence. tabled: it names them through a table."""
 
     kernel: str
     blobs: list[str]
+    tabled: bool = False
+    fence: Fence | None = None
+    secured: bool = False
+
+    def entry(self, n: int) -> tuple[LogEntry, dict[str, bytes]]:
+        frame = Frame(size=1, blobs=tuple(self.blobs))
+        component = Component(names=(f"x{len(self.blobs)}",), digest="d", frames=(frame,))
+        entry = LogEntry(n=n, kind="cell", components=(component,))
+        return tables.put_outside(entry, ()) if self.tabled else (entry, {})
+
+
+@dataclass
+class Fold:
+    """A fold on its way, which pushes everything into a table: what it will write, and its blobs."""
+
+    kernel: str
+    old_rev: int
+    state: Checkpoint
+    blobs: dict[str, bytes]
+    upto_rev: int
+    stored: bool = False
     fence: Fence | None = None
     secured: bool = False
 
@@ -79,6 +102,8 @@ class Collecting(RuleBasedStateMachine):
         super().__init__()
         self.etcd, self.store, self.now = FakeEtcd(), Store(), 0.0
         self.writers: list[Writer] = []
+        self.folds: list[Fold] = []
+        self.bytes: dict[str, bytes] = {}
         self.sweep: Sweep | None = None
         self.zombies: list[tuple[str, Stored]] = []
         for kernel in KERNELS:
@@ -109,10 +134,10 @@ class Collecting(RuleBasedStateMachine):
     def put(self, blob: str) -> None:
         self.store.sound[blob] = self.now
 
-    @rule(kernel=kernels, some=st.lists(blobs, min_size=1, max_size=3, unique=True))
-    def append_begins(self, kernel: str, some: list[str]) -> None:
+    @rule(kernel=kernels, some=st.lists(blobs, min_size=1, max_size=3, unique=True), tabled=st.booleans())
+    def append_begins(self, kernel: str, some: list[str], tabled: bool) -> None:
         if len(self.writers) < 3:
-            self.writers.append(Writer(kernel, some))
+            self.writers.append(Writer(kernel, some, tabled))
 
     @precondition(lambda self: self.writers)
     @rule(data=st.data())
@@ -122,7 +147,13 @@ class Collecting(RuleBasedStateMachine):
             fence = collecting.read_fence(FOLDER, self.etcd.commit(collecting.look(FOLDER)).responses)
             writer.fence = None if fence.locked else fence
         elif not writer.secured:
-            for blob in writer.blobs:
+            log = self._log(writer.kernel)
+            if not log:  # deleted; its claim ended with it, so that this append never comes to a kernel of the same id
+                self.writers.remove(writer)
+                return
+            table = writer.entry(max(log) + 1)[1]
+            self.bytes.update(table)
+            for blob in (*writer.blobs, *table):
                 if not self.store.have(blob, self.now):
                     self.store.sound[blob] = self.now  # `blobs_missing`: the replica puts it again
             writer.secured = True
@@ -135,9 +166,8 @@ class Collecting(RuleBasedStateMachine):
             self.writers.remove(writer)
             return
         n = max(log) + 1
-        frame = Frame(size=1, blobs=tuple(writer.blobs))
-        component = Component(names=(f"x{len(writer.blobs)}",), digest="d", frames=(frame,))
-        entry = LogEntry(n=n, kind="cell", components=(component,))
+        entry, table = writer.entry(n)
+        self.bytes.update(table)
         txn = Txn(
             [exists(keys.log_entry(writer.kernel, n - 1)), missing(keys.log_entry(writer.kernel, n))],
             [op_put(keys.log_entry(writer.kernel, n), records.encode(entry))],
@@ -153,14 +183,65 @@ class Collecting(RuleBasedStateMachine):
         log = self._log(kernel)
         if len(log) < 2:
             return
+        new, old_rev, upto_rev = self._folded(kernel, log)
+        assert self.etcd.commit(statelog.fold_txn(kernel, old_rev, new, new.upto, upto_rev=upto_rev)).succeeded
+
+    def _folded(self, kernel: str, log: dict[int, LogEntry]) -> tuple[Checkpoint, int, int]:
         kv = self.etcd.data.get(keys.checkpoint(kernel))
         old = records.decode(kv.value, Checkpoint) if kv is not None else None
         upto = max(log) - 1
-        entries = [log[n] for n in sorted(log) if n <= upto]
-        new = statelog.fold(old, entries)
-        assert self.etcd.commit(
-            statelog.fold_txn(kernel, kv.mod_revision if kv is not None else 0, new, upto)
-        ).succeeded
+        entries = [self._opened(log[n]) for n in sorted(log) if n <= upto]
+        upto_rev = self.etcd.data[keys.log_entry(kernel, upto)].mod_revision
+        return statelog.fold(old, entries), kv.mod_revision if kv is not None else 0, upto_rev
+
+    def _read(self, table: Table) -> Contents:
+        """As a daemon reads it: it must be there."""
+        assert all(self.store.there(digest) for digest in table.blobs), "a table that a record names is gone"
+        return tables.decode(table, b"".join(self.bytes[digest] for digest in table.blobs))
+
+    def _opened(self, entry: LogEntry) -> LogEntry:
+        return entry if entry.table is None else tables.put_inside(entry, self._read(entry.table))
+
+    @rule(kernel=kernels, data=st.data())
+    def fold_into_a_table_begins(self, kernel: str, data: st.DataObject) -> None:
+        log = self._log(kernel)
+        if len(log) < 2 or len(self.folds) >= 2:
+            return
+        state, old_rev, upto_rev = self._folded(kernel, log)
+        count = data.draw(st.integers(0, len(state.tables)))
+        newest = state.tables[len(state.tables) - count :]
+        state, made = tables.push(state, [self._read(table) for table in newest])
+        self.folds.append(Fold(kernel, old_rev, state, made, upto_rev))
+
+    @precondition(lambda self: self.folds)
+    @rule(data=st.data())
+    def fold_goes_on(self, data: st.DataObject) -> None:
+        fold = data.draw(st.sampled_from(self.folds))
+        if not fold.stored:
+            self.bytes.update(fold.blobs)
+            self.store.sound.update(dict.fromkeys(fold.blobs, self.now))
+            fold.stored = True
+        elif fold.fence is None:
+            fence = collecting.read_fence(FOLDER, self.etcd.commit(collecting.look(FOLDER)).responses)
+            fold.fence = None if fence.locked else fence
+        elif not fold.secured:
+            # Not there any more: the fold fails with `blobs_missing`, and is tried again after a later entry.
+            fold.secured = {blob for blob in fold.blobs if self.store.have(blob, self.now)} == set(fold.blobs)
+            if not fold.secured:
+                self.folds.remove(fold)
+        else:
+            txn = statelog.fold_txn(fold.kernel, fold.old_rev, fold.state, fold.state.upto, upto_rev=fold.upto_rev)
+            txn = collecting.fenced(FOLDER, fold.fence, txn) if fold.blobs else txn
+            result = self.etcd.commit(txn)
+            if result.succeeded or not fold.blobs or collecting.read_fence(FOLDER, result.responses[-2:]) == fold.fence:
+                self.folds.remove(fold)
+            else:
+                fold.fence, fold.secured = None, False
+
+    @precondition(lambda self: self.folds)
+    @rule(data=st.data())
+    def daemon_is_killed_while_it_folds(self, data: st.DataObject) -> None:
+        self.folds.remove(data.draw(st.sampled_from(self.folds)))
 
     @rule(kernel=kernels)
     def delete_kernel(self, kernel: str) -> None:
@@ -193,7 +274,7 @@ class Collecting(RuleBasedStateMachine):
         if sweep.stored is None:
             sweep.stored = self.store.contents()
         elif sweep.plan is None:
-            named = collecting.named(self.etcd.snapshot(keys.KERNELS).kvs, FOLDER)
+            named = self._named()
             sweep.plan = collecting.plan(sweep.stored, named, self.now, GRACE)
             if not self.etcd.commit(collecting.still_ours(FOLDER, sweep.token)).succeeded:
                 self.sweep = None
@@ -256,8 +337,23 @@ class Collecting(RuleBasedStateMachine):
 
     @invariant()
     def no_named_blob_is_gone(self) -> None:
-        for blob in collecting.named(self.etcd.snapshot(keys.KERNELS).kvs, FOLDER):
+        for blob in self._named():
             assert self.store.there(blob), blob
+
+    @invariant()
+    def whoever_starts_from_a_checkpoint_finds_its_values(self) -> None:
+        for kernel in KERNELS:
+            kv = self.etcd.data.get(keys.checkpoint(kernel))
+            if kv is not None:
+                state = records.decode(kv.value, Checkpoint)
+                for component in tables.whole(state, [self._read(table) for table in state.tables]).components:
+                    assert all(self.store.there(blob) for frame in component.frames for blob in frame.blobs)
+
+    def _named(self) -> set[str]:
+        kvs = self.etcd.snapshot(keys.KERNELS).kvs
+        found = collecting.tables_of(kvs, FOLDER)
+        assert set(found.values()) <= {OWNER}
+        return collecting.named(kvs, FOLDER, {table: tables.naming(self._read(table)) for table in found})
 
     def _log(self, kernel: str) -> dict[int, LogEntry]:
         found = self.etcd.snapshot(keys.log(kernel)).kvs
@@ -265,13 +361,12 @@ class Collecting(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """In the end garbage does go: two quiet collections, each a period of grace later, leave only what is named."""
-        self.sweep, self.zombies, self.writers = None, [], []
+        self.sweep, self.zombies, self.writers, self.folds = None, [], [], []
         for lease in list(self.etcd.leases):
             self.etcd.expire(lease)
         for _ in range(3):
             self.a_period_of_grace_and_a_whole_collection()
-        named = collecting.named(self.etcd.snapshot(keys.KERNELS).kvs, FOLDER)
-        assert {i.address for i in self.store.contents()} == named
+        assert {i.address for i in self.store.contents()} == self._named()
 
 
 Collecting.TestCase.settings = settings(max_examples=400, stateful_step_count=60, deadline=None)

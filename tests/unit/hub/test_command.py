@@ -224,6 +224,13 @@ def test_the_table_names_hosts_kernels_and_replicas() -> None:
     text = "\n".join(status.table({"hub_url": "http://h/", **found}))
     for words in ("H100", "kernel k1  owner ada  epoch 1  last committed 0", "missing", "standby"):
         assert words in text
+    (kernel,) = found["kernels"]
+    kernel["last"] = 7
+    for member, applied in zip(kernel["members"], (7, 5), strict=True):
+        member.update(state="ready", applied=applied)
+    text = "\n".join(status.table({"hub_url": "http://h/", **found}))
+    assert "5 (2 behind)" in text
+    assert text.count("behind") == 1
 
 
 @pytest.mark.parametrize(

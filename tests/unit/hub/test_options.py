@@ -27,6 +27,32 @@ def test_the_form_and_rest_give_the_same() -> None:
     assert form == parse_options({"replicas": 2, "tpcs": 8, "memory": 10 << 30}, LIMITS).as_dict()
 
 
+@pytest.mark.parametrize(
+    ("said", "size"),
+    [("on", 64 << 20), (True, 64 << 20), ("off", 0), (False, 0), ("0", 0), ("200M", 200 << 20), (1000, 1000)],
+)
+def test_lazy_is_a_switch_or_a_size(said: Any, size: int) -> None:
+    assert parse_options({"lazy": said}, LIMITS, lazy=7).lazy == size
+
+
+def test_lazy_is_what_the_site_says_unless_chosen() -> None:
+    assert parse_options({}, LIMITS).lazy == 0
+    assert parse_options({"lazy": ""}, LIMITS, lazy=7).lazy == 7
+    assert options_from_form({"replicas": ["2"]}, LIMITS, lazy=7)["lazy"] == 7
+    assert parse_options(parse_options({"lazy": "on"}, LIMITS).as_dict(), LIMITS, lazy=7).lazy == 64 << 20
+    assert "lazy" not in parse_options({"lazy": "on"}, LIMITS).resources()
+
+
+def test_a_wrong_lazy_says_how_to_write_it() -> None:
+    with pytest.raises(OptionError, match=r"lazy must be on, off, or the size .* 'sometimes' is no size"):
+        parse_options({"lazy": "sometimes"}, LIMITS)
+
+
+def test_the_form_shows_what_lazy_is() -> None:
+    assert 'name="lazy" maxlength="64" value="off"' in options_form(LIMITS, KernelOptions())
+    assert 'name="lazy" maxlength="64" value="64M"' in options_form(LIMITS, KernelOptions(lazy=64 << 20))
+
+
 @pytest.mark.parametrize("field", ["replicas", "gpus", "tpcs"])
 def test_too_much_names_the_thing_the_limit_and_the_way_out(field: str) -> None:
     bound = getattr(LIMITS, field)

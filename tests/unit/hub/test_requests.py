@@ -21,6 +21,14 @@ def test_a_kernel_id_alone_is_enough() -> None:
     assert options_of(read(), Limits()).replicas == 3
 
 
+def test_lazy_arrives_and_a_wrong_one_is_400() -> None:
+    assert options_of(read(lazy="16M"), Limits()).lazy == 16 << 20
+    assert options_of(read(), Limits()).lazy == 0
+    with pytest.raises(ApiError) as refused:
+        options_of(read(lazy="sometimes"), Limits())
+    assert (refused.value.status, refused.value.code) == (400, "malformed")
+
+
 def test_what_is_asked_for_arrives() -> None:
     wanted = read(replicas=2, resources={"tpcs": 8, "memory": "4G"}, cwd="/home/a", env={"A": "b"})
     options = options_of(wanted, Limits())

@@ -21,6 +21,13 @@ def pair() -> Pair:
     return Pair()
 
 
+@pytest.fixture
+def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries of a size that tests can fill."""
+    monkeypatch.setattr(oversize, "COMPONENT_BYTES", 192 * 1024)
+    monkeypatch.setattr(oversize, "DELETED_BYTES", 64 * 1024)
+
+
 def taken(pair: Pair, entry: dict[str, Any]) -> None:
     """The daemon takes this entry: it passes its checks, and fits once its values are blobs."""
     record = statelog.entry_from_wire(entry, pair.payload)
@@ -43,6 +50,7 @@ def test_thousands_of_variables_fit_one_entry(pair: Pair) -> None:
     assert pair.on_standby("w") == 1
 
 
+@pytest.mark.usefixtures("little_room")
 def test_names_without_room_are_lost_by_name_and_come_back(pair: Pair) -> None:
     entry = pair.cell("globals().update({f'variable_with_a_name_{i:06}': i for i in range(30_000)})")
     taken(pair, entry)
@@ -78,6 +86,7 @@ def test_lost_names_without_room_are_known_to_a_replica_that_starts_from_the_log
     assert pair.standby.replica.lost == {}
 
 
+@pytest.mark.usefixtures("little_room")
 def test_more_deletions_than_fit_follow_with_the_next_cells(pair: Pair) -> None:
     pair.cell("globals().update({f'variable_{i:06}': i for i in range(10_000)})")
     entry = pair.cell("for i in range(10_000): del globals()[f'variable_{i:06}']")
@@ -107,6 +116,7 @@ def test_a_long_cell_is_cut_in_the_history_and_says_so(pair: Pair) -> None:
     assert text.endswith("120000 characters here")
 
 
+@pytest.mark.usefixtures("little_room")
 def test_objects_without_room_are_examined_again_though_no_cell_touches_them(pair: Pair) -> None:
     pair.cell("globals().update({f'object_with_a_name_{i:06}': [i] for i in range(9_000)})")
     assert oversize.NO_ROOM in pair.standby.replica.lost.values()

@@ -18,6 +18,8 @@ DEFAULT = {"gpus": 1, "tpcs": 0, "memory": 0, "model": ""}
         ("%%gpu\nx", {"gpus": 1}),
         ("\n  %%gpu 2 model=H100\nx", {"gpus": 2, "model": "H100"}),
         ("%%gpu tpcs=16 mem=1.5G\nx", {"tpcs": 16, "memory": 3 * 2**29}),
+        ("%%replay\n%%gpu 2\nx", {"gpus": 2}),
+        ("%%gpu 2\n%%replay\nx", {"gpus": 2}),
         ("x\n%%gpu 2", {"gpus": 1}),
     ],
 )
@@ -66,3 +68,23 @@ def test_the_line_becomes_a_comment_unless_another_magic_follows() -> None:
     assert strip_resource_line(["%%gpu 1\n", "x\n"]) == ["# %%gpu 1\n", "x\n"]
     assert strip_resource_line(["%%gpu 1\n", "%%time\n", "x\n"]) == ["%%time\n", "x\n"]
     assert strip_resource_line(["%%gpu 99\n", "x\n"]) == ["%%gpu 99\n", "x\n"]
+
+
+@pytest.mark.parametrize(
+    ("held", "asked", "enough"),
+    [
+        ({}, {}, True),
+        ({}, {"gpus": 1}, False),
+        ({"gpus": 1}, {"gpus": 1}, True),
+        ({"gpus": 1}, {"gpus": 2}, False),
+        ({"gpus": 1}, {"tpcs": 16, "memory": 2**30}, True),
+        ({"tpcs": 8, "memory": 2**30}, {"tpcs": 16}, False),
+        ({"tpcs": 16, "memory": 2**30}, {"tpcs": 16, "memory": 2**31}, False),
+        ({"tpcs": 16}, {"gpus": 1}, False),
+        ({"gpus": 1, "model": "A100"}, {"gpus": 1, "model": "H100"}, False),
+    ],
+)
+def test_what_a_cell_holds_covers_what_another_asked_for(
+    held: dict[str, object], asked: dict[str, object], enough: bool
+) -> None:
+    assert resources.covers({**resources.NONE, **held}, {**resources.NONE, **asked}) is enough

@@ -62,9 +62,17 @@ class RouterMachine(RuleBasedStateMachine):
     def show(self, index: int) -> None:
         self.world.output(index)
 
+    @rule(index=REPLICA, status=st.sampled_from(["ok", "error"]), busy=st.booleans())
+    def finish(self, index: int, status: str, busy: bool) -> None:
+        self.world.finish(index, status, busy=busy)
+
     @rule(index=REPLICA, status=st.sampled_from(["ok", "error"]))
-    def finish(self, index: int, status: str) -> None:
-        self.world.finish(index, status)
+    def finish_durably(self, index: int, status: str) -> None:
+        self.world.finish_durably(index, status)
+
+    @rule(index=REPLICA)
+    def progress(self, index: int) -> None:
+        self.world.progress(index)
 
     @rule(index=REPLICA)
     def commit(self, index: int) -> None:
@@ -121,6 +129,7 @@ class RouterMachine(RuleBasedStateMachine):
         if hasattr(self, "world"):
             self.world.settle()
             self.world.check_outputs()
+            self.world.check_displays()
             for msg_id in self.world.sent:
                 counts = {what: self.world.counts[msg_id, what] for what in ("busy", "reply", "idle")}
                 assert counts == {"busy": 1, "reply": 1, "idle": 1}, (msg_id, counts)

@@ -38,6 +38,7 @@ class Replica:
     alive: bool = True
     linked: bool = False
     busy: bool = False
+    idle_due: bool = False
     token: int = 0
     inbox: list[tuple[str, list[Any]]] = field(default_factory=list)
     said: list[tuple[str, list[Any]]] = field(default_factory=list)
@@ -64,6 +65,7 @@ class World:
         self.refusals: set[tuple[str, int]] = set()
         self.sent_at: dict[str, float] = {}
         self.shown: list[str] = []
+        self.displays: defaultdict[str, list[tuple[str, str, str]]] = defaultdict(list)
         self.made = 0
         self.numbers: defaultdict[str, list[int]] = defaultdict(list)
         """The outputs that clients were given, by request."""
@@ -135,7 +137,10 @@ class World:
         if message.msg_type == "status":
             self.counts[parent["msg_id"], message.content["execution_state"]] += 1
         elif message.msg_type in ("display_data", "update_display_data"):
-            self.shown.append(message.content["data"]["text/plain"])
+            text = message.content["data"]["text/plain"]
+            self.shown.append(text)
+            display = message.content["transient"]["display_id"]
+            self.displays[display].append((message.msg_type, parent["msg_id"], text))
         elif message.msg_type == "made":
             made = message.content
             assert made["replica"] == self.core.fleet.executor, "output of a replica that is not the executor"
@@ -334,14 +339,53 @@ class World:
             content = {"replica": index, "token": replica.token, "number": self.made}
             self.show(index, "made", content, replica.running[0])
 
-    def finish(self, index: int, status: str) -> None:
+    def progress(self, index: int) -> None:
+        """The replica tells how far it is with the changes of the cell that it has run."""
+        replica = self.replicas[index]
+        if replica.uncommitted is not None and replica.linked:
+            parent, n = replica.uncommitted
+            self.made += 1
+            content = {"n": n, "what": "x", "text": f"replicating x: {self.made}", "seconds": 1.0}
+            _, frames = self.signers[replica.session].make("nbos_progress", content, parent.header)
+            replica.shown.append([b"nbos.%d.nbos_progress" % replica.token, *frames])
+
+    def check_displays(self) -> None:
+        """Each is made once, in one cell; that of a replication comes to one end."""
+        for steps in self.displays.values():
+            kinds = [kind for kind, _, _ in steps]
+            assert kinds == ["display_data", *["update_display_data"] * (len(steps) - 1)]
+            assert len({msg_id for _, msg_id, _ in steps}) == 1
+            texts = [text for _, _, text in steps]
+            if texts[0].startswith("NBOS: replicating"):
+                assert [text.startswith("NBOS: replicating") for text in texts] == [True] * (len(texts) - 1) + [False]
+                assert texts[-1].startswith(("NBOS: replicated x in", "NBOS: not replicated")), texts[-1]
+
+    def finish_durably(self, index: int, status: str) -> None:
+        """The entry is in the log before the reply."""
+        replica = self.replicas[index]
+        if replica.running is None:
+            return
+        parent, n = replica.running
+        if self.claims.get(n, (0, 0, ""))[2] != replica.session or n in self.log:
+            return
+        replica.running = None
+        self.log[n] = "ok"
+        del self.claims[n]
+        self.say(index, "nbos_committed", {"n": n, "reply": "follows"}, parent)
+        self.say(index, "execute_reply", {"status": status}, parent)
+        self.show(index, "status", {"execution_state": "idle"}, parent)
+
+    def finish(self, index: int, status: str, *, busy: bool = False) -> None:
+        """busy: its idle comes when the changes are stored."""
         replica = self.replicas[index]
         if replica.running is None:
             return
         parent, _ = replica.uncommitted = replica.running
         replica.running = None
         self.say(index, "execute_reply", {"status": status}, parent)
-        self.show(index, "status", {"execution_state": "idle"}, parent)
+        replica.idle_due = busy
+        if not busy:
+            self.show(index, "status", {"execution_state": "idle"}, parent)
 
     def commit(self, index: int) -> None:
         replica = self.replicas[index]
@@ -349,6 +393,9 @@ class World:
             return
         parent, n = replica.uncommitted
         replica.uncommitted = None
+        if replica.idle_due:
+            replica.idle_due = False
+            self.show(index, "status", {"execution_state": "idle"}, parent)
         if self.claims.get(n, (0, 0, ""))[2] == replica.session and n not in self.log:
             self.log[n] = "ok"
             del self.claims[n]

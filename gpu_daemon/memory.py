@@ -1,0 +1,28 @@
+"""How much memory this host has left, told roughly and looked up rarely: it travels in the replicas' records.
+
+Guarantees: read at most once in FRESH seconds, whoever asks; rounded down to STEP, so that it alone changes no record.
+"""
+
+from __future__ import annotations
+
+import time
+
+import psutil
+
+FRESH = 1.0
+STEP = 64 << 20
+
+
+class HostMemory:
+    def __init__(self) -> None:
+        self._read = (-FRESH, 0)
+
+    def available(self) -> int:
+        """Bytes that processes can still take without others being swapped out or ended."""
+        now = time.monotonic()
+        if now - self._read[0] >= FRESH:
+            self._read = now, psutil.virtual_memory().available // STEP * STEP
+        return self._read[1]
+
+
+host = HostMemory()

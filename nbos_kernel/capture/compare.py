@@ -1,0 +1,269 @@
+"""One comparison of the namespace with what the log holds of it: which components are written anew.
+
+Guarantees: nothing is remembered outside of the `Changes` it fills; a value that cannot be pickled costs its own name
+only. Values that can neither change nor share are compared by identity; of the others only those are pickled again
+that the code could have touched (`touch.py`) or that somebody outside the notebook refers to (`seal.py`); variables
+that turn out to share an object are put together (`groups.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from . import arrays, buffers, groups, hidden, names, touch
+from .buffers import Marks
+from .found import NOT_LOOKED_INTO, Changes, Packed, Unit, why_not
+from .known import Known
+from .pickling import Pickled, Roots, dump
+
+_ABSENT = object()
+
+ATOMS_ALONE = 256
+OBJECTS_ALONE = 1024
+"""Up to so many new plain values, and so many objects, each stands in a component of its own. Beyond it an entry could
+not name them all, so they are put together, always the same names."""
+
+
+LONG = 64 * 1024
+"""Bytes of a pickle stream from which it is worth looking whether another variable is part of it."""
+
+
+class Comparison:
+    """Fills `found` from one look at the namespace. `outside`: what functions name that stand in no variable."""
+
+    def __init__(self, known: Known, roots: Roots, found: Changes, outside: frozenset[str] = frozenset()) -> None:
+        self._known, self._roots, self._found, self._outside = known, roots, found, outside
+
+    def run(self, current: dict[str, Any]) -> set[str]:
+        """Compare `current`, from which names that the log cannot hold are taken; what stands for those."""
+        labels = self._unwritable(current)
+        self._compare_objects(self._compare_atoms(current))
+        self._compare_settings()
+        return labels
+
+    def packed(self, values: dict[str, Any]) -> Packed:
+        """A component of values that are no variables."""
+        self._emit(Unit(tuple(values), {}), dump(values, self._roots, arrays.Storages()), ())
+        (packed,) = self._found.components
+        return packed
+
+    def _unwritable(self, current: dict[str, Any]) -> set[str]:
+        """Take the names that the log cannot hold out of `current`; what stands for them among the lost."""
+        labels = set()
+        for name in [name for name in current if not names.writable(name)]:
+            label = names.label(name)
+            del current[name]
+            labels.add(label)
+            self._note_lost((label,), names.why_not_writable(name))
+        return labels
+
+    def _compare_atoms(self, current: Mapping[str, Any]) -> dict[str, Any]:
+        fresh: dict[str, Any] = {}
+        objects: dict[str, Any] = {}
+        known = self._known
+        for name, value in current.items():
+            held = known.atoms.get(name, _ABSENT) is value and name in known.digests
+            if held and not _grew(value, self._roots):
+                self._found.atoms[name] = value
+            elif names.is_atom(value):
+                self._found.atoms[name] = fresh[name] = value
+            else:
+                objects[name] = value
+        for group in groups.buckets(fresh, ATOMS_ALONE):
+            self._emit_atoms(group, fresh)
+        return objects
+
+    def _emit_atoms(self, group: tuple[str, ...], values: Mapping[str, Any]) -> None:
+        pickled = self._attempt({name: values[name] for name in group}, arrays.Storages())
+        if not isinstance(pickled, str):
+            self._emit(Unit(group, {}), pickled, ())
+        elif len(group) == 1:
+            self._note_lost(group, pickled)
+        else:  # one of them cannot be pickled, and only that one is lost
+            for name in group:
+                self._emit_atoms((name,), values)
+
+    def _compare_objects(self, objects: dict[str, Any]) -> None:
+        """Examine what could have changed; what is found in it may name more."""
+        examined: dict[str, tuple[Unit, Pickled]] = {}
+        within: dict[str, list[str]] = {}
+        done: set[str] = set()
+        storages = arrays.Storages()
+        for name in self._touched(objects):
+            if name in done:
+                continue
+            for unit in self._as_units(name, objects):
+                done.update(unit.names)
+                self._found.examined += 1
+                larger = _part_of(unit, objects, examined)
+                if larger:
+                    within.setdefault(larger, []).append(unit.names[0])
+                    continue
+                pickled = self._attempt({each: objects[each] for each in unit.names}, storages)
+                if isinstance(pickled, str):
+                    unit = self._fall_apart(unit, objects, storages, pickled, examined)
+                else:
+                    examined[unit.names[0]] = (unit, pickled)
+        self._emit_groups(list(examined.values()), within, objects, storages)
+
+    def _fall_apart(
+        self,
+        unit: Unit,
+        objects: Mapping[str, Any],
+        storages: arrays.Storages,
+        reason: str,
+        examined: dict[str, tuple[Unit, Pickled]],
+    ) -> Unit:
+        """One of a unit's variables cannot be pickled: each for itself, so that only that one is lost."""
+        for name in unit.names:
+            alone = Unit((name,), {name: identity_of(name, objects[name])})
+            pickled = self._attempt({name: objects[name]}, storages) if len(unit.names) > 1 else reason
+            if isinstance(pickled, str):
+                self._note_lost((name,), pickled)
+                self._found.units.append(alone)
+            else:
+                examined[name] = (alone, pickled)
+        return unit
+
+    def _touched(self, objects: Mapping[str, Any]) -> list[str]:
+        def reflective(word: str) -> bool:
+            value = self._found.atoms.get(word, _ABSENT)
+            if value is _ABSENT:
+                value = objects.get(word, _ABSENT)
+            known = value is not _ABSENT and (id(value) in self._roots.memo or touch.reflective_value(value))
+            return bool(known)
+
+        reached = None
+        if any(identity_of(name, objects.get(name)) != self._known.latest.get(name) for name in names.LATEST):
+            self._known.words.update(names.LATEST)  # IPython moved its results on
+        if not self._known.everything:
+            units: Mapping[str, touch.Mentioning] = self._known.units
+            reached = touch.touched(self._known.words | self._outside, units, reflective)
+        if reached is None:
+            return list(objects)
+        return [
+            name
+            for name, value in objects.items()
+            if name in reached
+            or (unit := self._known.units.get(name)) is None
+            or unit.identities.get(name) != identity_of(name, value)
+        ]
+
+    def _as_units(self, name: str, objects: Mapping[str, Any]) -> list[Unit]:
+        """The unit `name` stands in, as far as it still stands; its variables one by one when one was rebound."""
+        unit = self._known.units.get(name)
+        if unit is None:
+            return [Unit((name,), {name: identity_of(name, objects[name])})]
+        there = [each for each in unit.names if each in objects and self._known.units.get(each) is unit]
+        identities = {each: identity_of(each, objects[each]) for each in there}
+        if len(there) == len(unit.names) and identities == unit.identities:
+            again = Unit(unit.names, identities, unit.digest, unit.marks, patience=unit.patience)
+            if unit.exposed and unit.exposed != NOT_LOOKED_INTO and unit.skip and name not in self._known.words:
+                again.exposed, again.skip = unit.exposed, unit.skip - 1
+            return [again]
+        alone = [each for each in there if identities[each] != unit.identities.get(each)]
+        if not set(alone) <= set(names.LATEST):  # IPython moves those on; the results also stand in `_<n>`
+            alone = there
+        rest = tuple(each for each in there if each not in alone)
+        kept = [Unit(rest, {each: identities[each] for each in rest}, "", unit.marks)] if rest else []
+        return kept + [Unit((each,), {each: identities[each]}, "", unit.marks) for each in alone]
+
+    def _emit_groups(
+        self,
+        examined: list[tuple[Unit, Pickled]],
+        within: Mapping[str, list[str]],
+        objects: Mapping[str, Any],
+        storages: arrays.Storages,
+    ) -> None:
+        """`within`: variables that are part of what was examined under another's name, and were not on their own."""
+        singles: dict[str, tuple[Unit, Pickled]] = {}
+        for group in groups.groups([pickled for _, pickled in examined]):
+            unit, pickled = examined[group[0]]
+            more = [name for number in group for name in within.get(examined[number][0].names[0], ())]
+            if len(group) > 1 or more:
+                for number in group:
+                    examined[number][1].release()
+                members = tuple(sorted([*more, *(name for number in group for name in examined[number][0].names)]))
+                largest_first = sorted((examined[number][0] for number in group), key=lambda unit: -unit.size)
+                marks = tuple(each for unit in largest_first for each in unit.marks)
+                together = self._together(members, marks, objects, storages)
+                if isinstance(together, str):
+                    self._note_lost(members, together)
+                else:
+                    self._keep(*together)
+            elif len(unit.names) > 1 or pickled.buffers or hidden.is_pseudo(unit.names[0]):
+                self._keep(unit, pickled)
+            else:
+                singles[unit.names[0]] = unit, pickled
+        for names_together in groups.buckets(singles, OBJECTS_ALONE):
+            bucket = self._together(names_together, (), objects, storages) if len(names_together) > 1 else ""
+            for each in [singles[name] for name in names_together] if isinstance(bucket, str) else [bucket]:
+                self._keep(*each)
+
+    def _together(
+        self, members: tuple[str, ...], marks: tuple[Marks, ...], objects: Mapping[str, Any], storages: arrays.Storages
+    ) -> tuple[Unit, Pickled] | str:
+        pickled = self._attempt({name: objects[name] for name in members}, storages)
+        if isinstance(pickled, str):
+            return pickled
+        return Unit(members, {name: identity_of(name, objects[name]) for name in members}, "", marks), pickled
+
+    def _keep(self, unit: Unit, pickled: Pickled) -> None:
+        self._emit(unit, pickled, unit.marks)
+        self._found.units.append(unit)
+
+    def _compare_settings(self) -> None:
+        for name, value in self._found.settings.items():
+            if name not in self._known.settings or self._known.settings[name] != value:
+                pickled = self._attempt({name: value}, arrays.Storages())
+                if isinstance(pickled, str):
+                    self._note_lost((name,), pickled)
+                else:
+                    self._emit(Unit((name,), {}), pickled, ())
+
+    def _attempt(self, values: dict[str, Any], storages: arrays.Storages) -> Pickled | str:
+        try:
+            return dump(values, self._roots, storages)
+        except BaseException as err:  # noqa: BLE001 - the user's __reduce__ may raise anything, SystemExit included
+            return why_not(err, next(iter(values.values())))
+
+    def _note_lost(self, group: tuple[str, ...], reason: str) -> None:
+        for name in group:
+            if self._known.lost.get(name) != reason:
+                self._found.lost[name] = reason
+
+    def _emit(self, unit: Unit, pickled: Pickled, before: tuple[Marks, ...]) -> None:
+        parts: list[bytes | memoryview] = [pickled.stream, *pickled.buffers]
+        known = buffers.known(before) if len(before) != len(parts) else {}
+        frames = tuple(
+            buffers.frame(data, before[number] if not known and before else None, known)
+            for number, data in enumerate(parts)
+        )
+        digest = hashlib.blake2b(repr(unit.names).encode(), digest_size=16)
+        for frame in frames:
+            digest.update("".join(frame.hashes).encode())
+        unit.mentions, unit.functions = pickled.mentions, pickled.functions
+        unit.digest, unit.marks = digest.hexdigest(), tuple(frame.marks for frame in frames)
+        if any(self._known.digests.get(name) != unit.digest for name in unit.names):
+            self._found.components.append(Packed(unit.names, unit.digest, frames))
+
+
+def identity_of(name: str, value: Any) -> int:
+    return 0 if hidden.is_pseudo(name) else id(value)  # a pseudo-variable's value is gathered anew each time
+
+
+def _part_of(unit: Unit, objects: Mapping[str, Any], examined: Mapping[str, tuple[Unit, Pickled]]) -> str:
+    """Under which name a long pickle was made that the only variable of `unit` is a part of; most often none was."""
+    if len(unit.names) == 1 and not hidden.is_pseudo(unit.names[0]):
+        identity = id(objects[unit.names[0]])
+        for first, (_, pickled) in examined.items():
+            if len(pickled.stream) > LONG and identity in pickled.memo and pickled.shares(identity):
+                return first
+    return ""
+
+
+def _grew(value: Any, roots: Roots) -> bool:
+    """A package of which a cell imported one more submodule is written again."""
+    return type(value).__name__ == "module" and bool(roots.imported) and bool(roots.submodules(value.__name__))

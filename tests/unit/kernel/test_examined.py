@@ -1,0 +1,106 @@
+"""What a cell makes the capture look at, and how much of it counts as new: it costs what the cell touched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nbos_kernel.capture import buffers
+from nbos_kernel.entries import Memory
+from tests.unit.kernel.pair import Pair, Side
+
+
+def examined(side: Side, code: str) -> tuple[int, int]:
+    """How many components a cell made the capture look at, and the bytes in new chunks."""
+    side.run(code)
+    taken = side.replica.take_changes(code)
+    found, fresh = taken.changes.examined, sum(packed.fresh for packed in taken.changes.components)
+    side.replica.own(0)
+    del taken
+    for _ in side.replica.capture.settle():
+        pass
+    return found, fresh
+
+
+KEPT = [
+    "import matplotlib\nmatplotlib.use('agg')\nimport matplotlib.pyplot as plt\n"
+    "kept, ax = plt.subplots()\nax.plot([1, 2, 3], marker='o')\nax.set_title('t')\n"
+    "image = ax.imshow([[1, 2], [3, 4]], cmap='viridis')\nkept.colorbar(image)\n"
+    "kept.canvas.draw()\nplt.close('all')",
+    "import numpy as np\nkept = np.random.default_rng(7)",
+    "import numpy as np\nfrom sklearn.ensemble import RandomForestRegressor\n"
+    "kept = RandomForestRegressor(2, random_state=0).fit(np.eye(9), np.arange(9.0))",
+    "import numpy as np\nfrom sklearn.ensemble import HistGradientBoostingRegressor\n"
+    "kept = HistGradientBoostingRegressor(max_iter=2, random_state=0).fit(np.random.rand(50, 3), np.arange(50.0))",
+]
+
+
+@pytest.mark.parametrize("make", KEPT, ids=["figure", "generator", "forest", "boosting"])
+def test_what_only_library_constants_hold_is_left_alone(make: str) -> None:
+    side = Side({})
+    examined(side, make)
+    assert examined(side, "x = 1")[0] == 0
+    assert examined(side, "kept")[0] > 0  # but is looked at when it is named
+
+
+def test_a_tuple_with_something_in_it_that_a_library_can_change_exposes() -> None:
+    side = Side({})
+    examined(side, "import linecache\nlist_ = [1]\nkept = (list_,)\nlinecache.held = kept\ndel list_")
+    assert examined(side, "linecache.held[0].append(2)")[0] > 0
+
+
+def test_a_figure_that_did_not_change_is_not_written_again() -> None:
+    side = Side({})
+    examined(side, KEPT[0])
+    assert examined(side, "str(kept)")[1] < 1000  # the result itself
+
+
+def test_results_that_move_on_do_not_make_large_values_new() -> None:
+    side = Side({})
+    examined(side, "import pandas as pd, numpy as np\nframe = pd.DataFrame(np.random.rand(50_000, 4))")
+    examined(side, "frame.head()")
+    assert examined(side, "frame.tail()")[1] < 100_000
+    assert examined(side, "1 + 1")[1] < 100_000
+
+
+def test_chunks_are_known_wherever_they_stand() -> None:
+    parts = [np.random.default_rng(n).bytes(buffers.ALONE + n) for n in range(3)]
+    marks = [buffers.frame(part).marks for part in parts]
+    table = buffers.known(marks)
+    again = [buffers.frame(part, None, table) for part in parts]
+    assert [each.fresh for each in again] == [0, 0, 0]
+    assert [each.marks for each in again] == marks
+    assert buffers.frame(parts[0][:-1] + b"?", None, table).fresh > 0
+
+
+def test_parts_of_a_larger_object_are_replicated_with_it() -> None:
+    pair = Pair()
+    pair.cell("whole = {n: [n] for n in range(30_000)}\npart = whole[7]\nother = whole[8]")
+    pair.cell("part.append(1)")
+    pair.cell("other.append(2)")
+    assert pair.on_standby("part is whole[7] and other is whole[8] and part == [7, 1] and other == [8, 2]")
+
+
+def frames(*sizes: int) -> list[tuple[tuple[str, ...], Any]]:
+    return [((f"hash {number}",), np.zeros(size, np.uint8)) for number, size in enumerate(sizes)]
+
+
+def test_a_standby_keeps_what_is_the_same_and_uses_other_memory_again() -> None:
+    memory, held = Memory(), frames(8, 8)
+    memory.keep(["a"], held)
+    taken = memory.take(["a"], [(8, ("new",)), (8, ("hash 0",)), (8, ("newer",))])
+    assert taken[1][0] is held[0][1]
+    assert taken[1][1] == {0}
+    assert taken[0][0] is held[1][1]
+    assert taken[0][1] == set()
+    assert all(taken[2][0] is not each for _, each in held)
+
+
+def test_memory_of_other_variables_is_not_used() -> None:
+    memory, held = Memory(), frames(8)
+    memory.keep(["a"], held)
+    ((found, there),) = memory.take(["b"], [(8, ("hash 0",))])
+    assert found is not held[0][1]
+    assert there == set()

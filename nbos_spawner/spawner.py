@@ -59,7 +59,7 @@ class NBOSSpawnerMixin(Configurable):
         try:
             parse_lazy(proposal.value)
         except OptionError as err:
-            raise TraitError(f"NBOSSpawner.lazy: {err}") from err
+            raise TraitError(f"NBOSSpawnerMixin.lazy: {err}") from err
         return proposal.value
 
     @validate("limits")

@@ -124,6 +124,13 @@ class Machines:
         finally:
             await asyncio.to_thread(docker, "unpause", self.container(service))
 
+    def nbos(self, *arguments: str) -> str:
+        """Output of an `nbos` command of the administrator's, with their certificate."""
+        volume, net = f"{self.project}_certs:/certs:ro", f"{self.project}_nbos"
+        image = f"nbos/hub:{self._environment['NBOS_TAG']}"
+        more = ["--dir", "/certs", "--endpoints", ",".join(self.etcd)]
+        return docker("run", "--rm", "--user", "0:0", "-v", volume, "--network", net, image, "nbos", *arguments, *more)
+
     async def whole(self, timeout: float = 60.0) -> None:
         """Until hub and gateway answer and all hosts are there."""
 

@@ -6,6 +6,7 @@ the log under the number of its reply.
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 import pytest
@@ -188,3 +189,18 @@ async def test_two_hosts_of_three_die(machines: Machines, history: History) -> N
         await some_cells(history)
     await machines.whole()
     await history.notebook.settled(60)
+
+
+async def test_a_host_is_drained_while_cells_run(machines: Machines, history: History) -> None:
+    """Nothing fails for it, and the host can then be switched off without anybody's noticing."""
+    cell = await history.submit(LONG)
+    await cell.cell.text("begun")
+    host = await lead(history)
+    drained = asyncio.create_task(asyncio.to_thread(machines.nbos, "drain", host, "--wait", "60"))
+    result = await cell.done()
+    assert (result.status, result.stderr) == ("ok", "")
+    await some_cells(history)
+    assert "no replica is left there" in await drained
+    assert host not in {replica.host for replica in await history.notebook.settled(60)}
+    await asyncio.to_thread(machines.nbos, "drain", host, "--undo")
+    await some_cells(history)

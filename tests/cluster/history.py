@@ -37,6 +37,8 @@ class History:
 
     notebook: Notebook
     sent: list[Sent] = field(default_factory=list)
+    log: dict[tuple[int, str], None] = field(default_factory=dict)
+    """What was seen of the log: the checkpoint keeps the latest cells only."""
 
     async def begin(self) -> History:
         await self.notebook.run("import time, socket; ran = []; total = 0")
@@ -53,12 +55,17 @@ class History:
     async def run(self, before: str = "", after: str = "", timeout: float = 60.0) -> Result:
         return await (await self.submit(before, after)).done(timeout)
 
+    async def look(self, etcd: list[str], admin: TLSFiles) -> None:
+        """Note what stands in the log; to be called every few hundred cells."""
+        async with Etcd(etcd, admin) as client:
+            self.log.update(dict.fromkeys(await cells_of(client, self.notebook.kernel)))
+
     async def check(self, etcd: list[str], admin: TLSFiles) -> None:
         """All that was written down against the namespace and the log."""
         ran, total = ast.literal_eval(await self.notebook.run("(ran, total)", 60))
-        async with Etcd(etcd, admin) as client:
-            log = await cells_of(client, self.notebook.kernel)
-        assert problems(self.sent, ran, total, log) == []
+        await self.look(etcd, admin)
+        if found := problems(self.sent, ran, total, list(self.log)):
+            raise AssertionError(f"kernel {self.notebook.kernel}:\n" + "\n".join(found))
 
 
 def problems(sent: list[Sent], ran: list[int], total: int, log: list[tuple[int, str]]) -> list[str]:
@@ -95,16 +102,12 @@ async def cells_of(client: Etcd, kernel: str) -> list[tuple[int, str]]:
     entries: list[LogEntry] = []
     upto = 0
     for kv in kvs:
-        if kv.key == keys.checkpoint(kernel).encode() or kv.key == keys.checkpoint(kernel):
+        if kv.key == keys.checkpoint(kernel):
             checkpoint = records.decode(kv.value, Checkpoint)
             upto, cells = checkpoint.upto, list(checkpoint.history)
-        elif _text(kv.key).startswith(keys.log(kernel)):
+        elif kv.key.startswith(keys.log(kernel)):
             entries.append(records.decode(kv.value, LogEntry))
     return cells + [(e.execution_count, e.source) for e in entries if e.n > upto and e.kind == "cell"]
-
-
-def _text(key: str | bytes) -> str:
-    return key.decode() if isinstance(key, bytes) else key
 
 
 def admin_files(folder: Path) -> TLSFiles:

@@ -46,6 +46,8 @@ async def test_faults_in_random_order(machines: Machines) -> None:
         async with done(fault, machines):
             pass
         await machines.whole(90)
+        for history in histories:
+            await history.look(machines.etcd, machines.admin())
         await eventually(lambda: _no_load_ended(loads), "the load goes on", 1)
     stop.set()
     longest = await asyncio.gather(*loads)

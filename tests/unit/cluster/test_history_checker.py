@@ -32,11 +32,16 @@ def died(number: int) -> Sent:
     return sent(number, {"status": "error", "ename": "NBOSReplicaDied", "evalue": "", "execution_count": number})
 
 
+def lost(number: int) -> Sent:
+    return sent(number, {"status": "error", "ename": "NBOSReplyLost", "evalue": ""})
+
+
 LOG = [(1, "cell 1"), (2, "cell 2"), (3, "cell 3")]
 
 
 def test_a_right_history_has_no_problem() -> None:
     assert problems([ok(1), own(2), died(3), ok(4)], [1, 2, 4], 7, [*LOG[:2], (4, "cell 4")]) == []
+    assert problems([lost(1)], [1], 1, LOG) == problems([lost(1)], [], 0, []) == []
 
 
 @pytest.mark.parametrize(
@@ -45,6 +50,8 @@ def test_a_right_history_has_no_problem() -> None:
         ([ok(1), ok(2)], [1], 1, LOG, "cell 2 was answered ok  and ran 0 times"),
         ([ok(1)], [1, 1], 2, LOG, "ran 2 times"),
         ([died(1)], [1], 1, LOG, "ran 1 times"),
+        ([lost(1)], [1, 1], 2, LOG, "ran 2 times"),
+        ([lost(1)], [1], 1, [], "in the log: []"),
         ([own(1)], [], 0, LOG, "ran 0 times"),
         ([ok(1), ok(2)], [2, 1], 3, LOG, "in the order"),
         ([ok(1)], [1], 0, LOG, "torn state"),

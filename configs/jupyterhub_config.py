@@ -15,9 +15,9 @@ c = get_config()  # noqa: F821  JupyterHub provides it
 
 # --- What users may ask for
 # Per user and group: replicas (1 to 5), gpus (whole devices per cell), tpcs (of a slice), memory (GPU memory per
-# device), replica_memory (resident memory of one replica; 0: no bound), server_memory and server_cpus (of the user's Jupyter
-# Server, where that is a container; 0: no bound), kernels (at a time) and images (those that a
-# kernel may run in besides the hosts' own, where replicas run in Docker). A user's own entry wins over groups, of
+# device), replica_memory (resident memory of one replica; 0: no bound), server_memory and server_cpus (of the user's
+# Jupyter Server, where that is a container; 0: no bound), kernels (at a time) and images (those that a kernel may run
+# in besides the hosts' own, where replicas run in Docker). A user's own entry wins over groups, of
 # several groups the most generous value counts. NBOS_LIMITS may hold the same as JSON.
 limits = {
     "default": {"replicas": 5, "gpus": 4, "tpcs": 132, "memory": "192G", "replica_memory": 0, "kernels": 10},

@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status."""
     options = parser().parse_args(argv)
-    commands = {"up": _up, "status": _status, "doctor": _doctor, "certs": _certs, "etcd-setup": _etcd_setup, "drain": _drain}
+    commands = {
+        "up": _up,
+        "status": _status,
+        "doctor": _doctor,
+        "certs": _certs,
+        "etcd-setup": _etcd_setup,
+        "drain": _drain,
+    }
     return commands[options.command](options)
 
 

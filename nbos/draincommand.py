@@ -43,7 +43,9 @@ async def _run(options: argparse.Namespace) -> None:
     async with Etcd(endpoints, admin_files(options.dir), timeout=10.0) as etcd:
         for host in options.hosts:
             await set_draining(etcd, keys.checked(host, "host name"), not options.undo)
-            print(f"host {host} takes {'new cells and replicas again' if options.undo else 'no new cells and replicas'}")
+            print(
+                f"host {host} takes {'new cells and replicas again' if options.undo else 'no new cells and replicas'}"
+            )
         if options.wait and not options.undo:
             await _until_empty(etcd, options.hosts, options.wait)
 
@@ -75,7 +77,7 @@ async def _until_empty(etcd: Etcd, hosts: list[str], seconds: float) -> None:
             said = left
         if time.monotonic() > deadline:
             raise DrainFailed(
-                f"{left} replicas are still on {', '.join(hosts)} after {seconds:g} s; the other hosts may have no room "
+                f"{left} replicas are still on {', '.join(hosts)} after {seconds:g} s; the others may have no room "
                 "(nbos status, the gateway's log). The host goes on draining; take it back with --undo"
             )
         await asyncio.sleep(0.5)

@@ -1,4 +1,4 @@
-"""The arguments of `nbos certs`, `nbos etcd-setup` and `nbos drain`, apart from what they do: reading them imports nothing heavy."""
+"""The arguments of `nbos certs`, `etcd-setup` and `drain`, apart from what they do: it is quick to import."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def drain_arguments(commands: Commands) -> None:
     drain.add_argument("--undo", action="store_true", help="let it take cells and replicas again")
     drain.add_argument("--wait", type=float, metavar="SECONDS", help="until no replica is left there, so long at most")
     drain.add_argument("--endpoints", required=True, metavar="HOST:PORT,...", help="etcd's members")
-    drain.add_argument("--dir", type=Path, default=Path(DEFAULT_DIR), help=f"with the admin's certificate ({DEFAULT_DIR})")
+    drain.add_argument(
+        "--dir", type=Path, default=Path(DEFAULT_DIR), help=f"with the admin's certificate ({DEFAULT_DIR})"
+    )
 
 
 def _days(text: str) -> int:

@@ -24,8 +24,8 @@ class LimitsError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds for one user. Sizes are bytes. 0 means: none of it at all; for `memory`, `replica_memory`, `server_memory` and
-    `server_cpus`: no bound.
+    """Bounds for one user. Sizes are bytes. 0 means: none of it at all; for `memory`, `replica_memory`, `server_memory`
+    and `server_cpus`: no bound.
 
     gpus, tpcs, memory: what one cell may hold (whole devices, or a slice's TPCs; device memory on each
     device). replica_memory: resident memory of one replica. kernels: how many the user may have at a time. images:

@@ -33,7 +33,7 @@ c.Spawner.http_timeout = 60
 
 
 def make_home(spawner):  # type: ignore[no-untyped-def]
-    """On the file system that hub and hosts share. Users' ids are all the same here; on a real site they have their own."""
+    """On the file system that hub and hosts share. All users have the same id here; on a real site, their own."""
     (Path("/shared/home") / spawner.user.name).mkdir(mode=0o700, exist_ok=True)
 
 

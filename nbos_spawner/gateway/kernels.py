@@ -121,8 +121,8 @@ class Kernels:
         """Place the kernel's replicas that stand on `lost` (or draining) hosts elsewhere; what was done, for
         the log.
 
-        Empty when there was nothing to do, or nowhere to go. A cell on a draining host is let end first. Hosts that are away but not given up yet stay in
-        the plan.
+        Empty when there was nothing to do, or nowhere to go. A cell on a draining host is let end first. Hosts
+        that are away but not given up yet stay in the plan.
         """
         view = self.copy.kernel(kernel_id)
         if view is None or view.spec is None:

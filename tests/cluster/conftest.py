@@ -38,10 +38,10 @@ def _machines(engine: None) -> Iterator[Machines]:
 
 
 @pytest.fixture
-async def machines(_machines: Machines) -> AsyncIterator[Machines]:
-    """Whole before the test; what it says of itself when the test failed is in docker/cluster logs."""
+async def machines(_machines: Machines) -> Machines:
+    """Whole before the test."""
     await _machines.whole()
-    yield _machines
+    return _machines
 
 
 @pytest.fixture

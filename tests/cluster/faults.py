@@ -1,5 +1,5 @@
-"""The faults of the random run: what is done to the cluster, and how it is mended. Chosen by a seed, so that a run can be
-repeated.
+"""The faults of the random run: what is done to the cluster, and how it is mended. A seed chooses them, so that a run
+can be repeated.
 """
 
 from __future__ import annotations
@@ -77,7 +77,10 @@ async def done(fault: Fault, machines: Machines) -> AsyncIterator[None]:
                 machines.kill("hub", "jupyterhub", "--config")
             case "replica killed":
                 machines.inside(
-                    fault.where, "bash", "-c", "docker ps -q --filter label=nbos.kernel | head -n 1 | xargs -r docker kill"
+                    fault.where,
+                    "bash",
+                    "-c",
+                    "docker ps -q --filter label=nbos.kernel | head -n 1 | xargs -r docker kill",
                 )
         await after(fault.seconds)
         yield

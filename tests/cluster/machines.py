@@ -41,9 +41,7 @@ class Machines:
     def command(self, *arguments: str, timeout: float = 900.0) -> str:
         """Output of docker/cluster."""
         run = [str(ROOT / "docker" / "cluster"), *arguments]
-        done = subprocess.run(
-            run, capture_output=True, text=True, timeout=timeout, check=False, env=self._environment
-        )
+        done = subprocess.run(run, capture_output=True, text=True, timeout=timeout, check=False, env=self._environment)
         if done.returncode:
             raise RuntimeError(f"docker/cluster {' '.join(arguments)}: {done.stdout[-1500:]}{done.stderr[-3000:]}")
         return done.stdout

@@ -46,7 +46,7 @@ async def test_a_cell_runs_and_holds_its_slice(history: History) -> None:
 
 
 async def test_user_code_reaches_no_other_machine(machines: Machines, history: History) -> None:
-    """Neither etcd, nor the hub's API, nor another host's replicas; a router reaches them, as every other test shows."""
+    """Neither etcd, nor the hub's API, nor another host's replicas; a router reaches them, as all other tests show."""
     (other,) = (await history.notebook.model())["members"][1:2]
     assert other["host"] != await lead(history)
     code = (

@@ -1,5 +1,5 @@
-"""A number that is decided while a replica that was asked is silent: it may have been that very cell, which must not run
-under another number as well.
+"""A number that is decided while a replica that was asked is silent: it may have been that very cell, which must not
+run under another number as well.
 """
 
 from __future__ import annotations

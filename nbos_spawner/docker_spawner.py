@@ -20,6 +20,9 @@ class NBOSDockerSpawner(NBOSSpawnerMixin, DockerSpawner):
 
     pids_limit = Integer(1024, min=64, help="Processes and threads that a user's server may have.").tag(config=True)
 
+    _own_bounds: tuple[Any, Any] | None = None
+    """mem_limit and cpu_limit as the site configured them, for users whose limits name none."""
+
     @default("image")
     def _default_image(self) -> str:
         return "nbos/singleuser"
@@ -44,10 +47,11 @@ class NBOSDockerSpawner(NBOSSpawnerMixin, DockerSpawner):
         return str(self.image)
 
     async def start(self) -> Any:
+        if self._own_bounds is None:
+            self._own_bounds = (self.mem_limit, self.cpu_limit)
+        memory, cpus = self._own_bounds
         limits = self.limits_of_user()
         # As the limits are now: the user's groups may have changed since the last start.
-        if limits.server_memory:
-            self.mem_limit = limits.server_memory
-        if limits.server_cpus:
-            self.cpu_limit = float(limits.server_cpus)
+        self.mem_limit = limits.server_memory or memory
+        self.cpu_limit = float(limits.server_cpus) if limits.server_cpus else cpus
         return await super().start()

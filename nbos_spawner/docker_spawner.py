@@ -20,6 +20,8 @@ class NBOSDockerSpawner(NBOSSpawnerMixin, DockerSpawner):
 
     pids_limit = Integer(1024, min=64, help="Processes and threads that a user's server may have.").tag(config=True)
 
+    mem_limit: Any
+    cpu_limit: Any
     _own_bounds: tuple[Any, Any] | None = None
     """mem_limit and cpu_limit as the site configured them, for users whose limits name none."""
 

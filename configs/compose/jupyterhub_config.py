@@ -2,6 +2,9 @@
 import os
 from pathlib import Path
 
+from jupyterhub.services import service as hub_service
+from traitlets import Integer
+
 from nbos.places import drop_in_config
 
 c = get_config()  # noqa: F821  JupyterHub provides it
@@ -55,3 +58,13 @@ c.JupyterHub.proxy_check_interval = 5
 c.JupyterHub.services.append(
     {"name": "nbos-command", "api_token": secret("api-token"), "admin": True, "display": False}
 )
+
+
+class QuickServiceSpawner(hub_service._ServiceSpawner):
+    """JupyterHub looks after its services every 30 s and has no option for that; a dead gateway should not last so
+    long."""
+
+    poll_interval = Integer(1)
+
+
+hub_service._ServiceSpawner = QuickServiceSpawner

@@ -58,7 +58,8 @@ class History:
 
     async def look(self, etcd: list[str], admin: TLSFiles) -> None:
         """Note what stands in the log; to be called every few hundred cells."""
-        async with Etcd(etcd, admin) as client:
+        # A member that was cut off a moment ago may answer late.
+        async with Etcd(etcd, admin, timeout=30) as client:
             self.log.update(dict.fromkeys(await cells_of(client, self.notebook.kernel)))
 
     async def check(self, etcd: list[str], admin: TLSFiles) -> None:

@@ -15,8 +15,9 @@ c = get_config()  # noqa: F821  JupyterHub provides it
 
 # --- What users may ask for
 # Per user and group: replicas (1 to 5), gpus (whole devices per cell), tpcs (of a slice), memory (GPU memory per
-# device), replica_memory (resident memory of one replica; 0: no bound), kernels (at a time) and images (those that a
-# kernel may run in besides the hosts' own, where replicas run in Docker). A user's own entry wins over groups, of
+# device), replica_memory (resident memory of one replica; 0: no bound), server_memory and server_cpus (of the user's
+# Jupyter Server, where that is a container; 0: no bound), kernels (at a time) and images (those that a kernel may run
+# in besides the hosts' own, where replicas run in Docker). A user's own entry wins over groups, of
 # several groups the most generous value counts. NBOS_LIMITS may hold the same as JSON.
 limits = {
     "default": {"replicas": 5, "gpus": 4, "tpcs": 132, "memory": "192G", "replica_memory": 0, "kernels": 10},
@@ -34,15 +35,20 @@ if os.environ.get("NBOS_LIMITS"):
 # --- Single-user servers
 # Started as processes on the hub's machine, as the hub's own user: for one machine and for trying out.
 c.JupyterHub.spawner_class = "nbos_spawner.spawner.NBOSSpawner"
-c.NBOSSpawner.limits = limits
+# As containers of the hub machine's Docker Engine (pip install 'nbos[dockerspawner]'; docs/cluster.md):
+#
+#     c.JupyterHub.spawner_class = "nbos_spawner.docker_spawner.NBOSDockerSpawner"
+#
+# In any form:
+c.NBOSSpawnerMixin.limits = limits
 # Whether standbys leave large variables in the store until a cell uses them (docs/state.md): off, on (from 64M), or
 # the size from which. A user may choose otherwise in the form.
-c.NBOSSpawner.lazy = os.environ.get("NBOS_LAZY", "off")
+c.NBOSSpawnerMixin.lazy = os.environ.get("NBOS_LAZY", "off")
 
 # --- The gateway: a service that JupyterHub starts and watches
 # Where it listens. Single-user servers must be able to reach it.
 gateway = os.environ.get("NBOS_GATEWAY", "http://127.0.0.1:8765")
-c.NBOSSpawner.gateway_url = f"{gateway}/services/nbos/"
+c.NBOSSpawnerMixin.gateway_url = f"{gateway}/services/nbos/"
 
 # Where etcd is (host:port, separated by commas), and the PEM files with which the gateway proves who it is.
 # Only the gateway gets them; no user's process ever does.

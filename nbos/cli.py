@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .trustarguments import certs_arguments, etcd_arguments
+from .trustarguments import certs_arguments, drain_arguments, etcd_arguments
 
 if TYPE_CHECKING:
     from .layout import UpOptions
@@ -22,8 +22,15 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status."""
     options = parser().parse_args(argv)
-    run = {"up": _up, "status": _status, "doctor": _doctor, "certs": _certs, "etcd-setup": _etcd_setup}[options.command]
-    return run(options)
+    commands = {
+        "up": _up,
+        "status": _status,
+        "doctor": _doctor,
+        "certs": _certs,
+        "etcd-setup": _etcd_setup,
+        "drain": _drain,
+    }
+    return commands[options.command](options)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("--certs", metavar="DIR", help="look at a cluster's certificates in DIR instead")
     certs_arguments(commands)
     etcd_arguments(commands)
+    drain_arguments(commands)
     return top
 
 
@@ -171,6 +179,12 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _certs(options: argparse.Namespace) -> int:
     from .certcommand import run
+
+    return run(options)
+
+
+def _drain(options: argparse.Namespace) -> int:
+    from .draincommand import run
 
     return run(options)
 

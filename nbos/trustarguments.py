@@ -1,4 +1,4 @@
-"""The arguments of `nbos certs` and `nbos etcd-setup`, apart from what they do: reading them imports nothing heavy."""
+"""The arguments of `nbos certs`, `etcd-setup` and `drain`, apart from what they do: it is quick to import."""
 
 from __future__ import annotations
 
@@ -47,6 +47,17 @@ def etcd_arguments(commands: Commands) -> None:
     setup.add_argument("--dir", type=Path, default=Path(DEFAULT_DIR), help=f"certificates, admin's too ({DEFAULT_DIR})")
     setup.add_argument("--remove", action="append", default=[], metavar="HOST", help="a host that left for good")
     setup.add_argument("--disable", action="store_true", help="turn access control off: every certificate may do all")
+
+
+def drain_arguments(commands: Commands) -> None:
+    drain = commands.add_parser("drain", help="have a host take nothing new and move its replicas away")
+    drain.add_argument("hosts", nargs="+", metavar="HOST")
+    drain.add_argument("--undo", action="store_true", help="let it take cells and replicas again")
+    drain.add_argument("--wait", type=float, metavar="SECONDS", help="until no replica is left there, so long at most")
+    drain.add_argument("--endpoints", required=True, metavar="HOST:PORT,...", help="etcd's members")
+    drain.add_argument(
+        "--dir", type=Path, default=Path(DEFAULT_DIR), help=f"with the admin's certificate ({DEFAULT_DIR})"
+    )
 
 
 def _days(text: str) -> int:

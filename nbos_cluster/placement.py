@@ -9,7 +9,7 @@ what it has.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .records import HostRecord, KernelSpec, Resources
@@ -93,15 +93,19 @@ def place(spec: KernelSpec, hosts: Mapping[str, HostLoad], existing: Mapping[str
     return dict(sorted(plan.items(), key=lambda item: int(item[0])))
 
 
-def replace_lost(spec: KernelSpec, hosts: Mapping[str, HostLoad]) -> dict[str, str] | None:
+def replace_lost(
+    spec: KernelSpec, hosts: Mapping[str, HostLoad], running: Container[str] = ()
+) -> dict[str, str] | None:
     """A new placement when replicas stand on hosts that are not in `hosts` (lost) or drain; None when all is
     well.
 
-    A replica on a draining host moves only when another host has room; on a lost host NoRoom is raised as in
-    `place`. `hosts` counts this kernel's replicas, as `loads` gives it.
+    A replica on a draining host moves only when another host has room, and when its cell has ended (running: those
+    that execute one); on a lost host NoRoom is raised as in `place`. `hosts` counts this kernel's replicas, as `loads`
+    gives it.
     """
     lost = {i for i, host in spec.placement.items() if host not in hosts}
-    leaving = {i for i, host in spec.placement.items() if host in hosts and hosts[host].record.draining}
+    draining = {i for i, host in spec.placement.items() if host in hosts and hosts[host].record.draining}
+    leaving = {i for i in draining if i not in running}
     missing = {str(i) for i in range(spec.replicas)} - set(spec.placement)
     if not lost and not leaving and not missing:
         return None

@@ -115,6 +115,19 @@ class Election:
         highest = max((number for number in follow if number is not None), default=n)
         return highest if highest < n else None
 
+    def passed(self, n: int) -> int | None:
+        """The number to use when n was decided by somebody else's execution; None while it may have been this one.
+
+        A replica that was asked and has not answered may be the one that decided it: its lead is on its way, or it
+        ran the execution to its end and then its host was cut off, which nobody has noticed yet. It will lead, yield,
+        or be found lost.
+        """
+        if self.open_asks() or self.unknown:
+            return None
+        follow = [ask.following for ask in self.asks.values() if ask.code == "stale" and ask.following is not None]
+        highest = max(follow, default=n)
+        return highest if highest > n else None
+
     def open_asks(self) -> list[int]:
         return [index for index, ask in self.asks.items() if ask.open()]
 

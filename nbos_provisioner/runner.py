@@ -187,12 +187,13 @@ class Runner:
             return self.conclude(mine, error("NBOSResourceError", reason))
         following = content.get("next") if isinstance(content.get("next"), int) else None
         mine.election.answer(replica, code, reason, following)
-        decided = code == "stale" and (mine.led or (bool(mine.election.unknown) and following == mine.n + 1))
+        decided = code == "stale" and (mine.led or bool(mine.election.unknown))
         if decided or (code == "taken" and mine.election.unknown):
             lost = mine.executor if mine.led else min(mine.election.unknown)
             return self.settling.begin(mine, lost if lost is not None else -1, "it was lost as it was asked", now)
-        if code == "stale" and following is not None and following > mine.n:
-            self.next_n = following
+        taken = mine.election.passed(mine.n)
+        if taken is not None:
+            self.next_n = taken
         elif code == "behind" and self.unsettled is None:
             self.next_n = mine.election.too_high(mine.n) or self.next_n
         self._step_election(mine, now)

@@ -24,11 +24,13 @@ class LimitsError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds for one user. Sizes are bytes. 0 means: none of it at all; for `memory` and `replica_memory`: no bound.
+    """Bounds for one user. Sizes are bytes. 0 means: none of it at all; for `memory`, `replica_memory`, `server_memory`
+    and `server_cpus`: no bound.
 
     gpus, tpcs, memory: what one cell may hold (whole devices, or a slice's TPCs; device memory on each
     device). replica_memory: resident memory of one replica. kernels: how many the user may have at a time. images:
-    those that a kernel may run in besides the hosts' own (replicas in Docker only).
+    those that a kernel may run in besides the hosts' own (replicas in Docker only). server_memory, server_cpus: of the
+    user's Jupyter Server, where that is a container.
     """
 
     replicas: int = MAX_REPLICAS
@@ -38,9 +40,11 @@ class Limits:
     replica_memory: int = 0
     kernels: int = 10
     images: tuple[str, ...] = ()
+    server_memory: int = 0
+    server_cpus: int = 0
 
 
-_SIZES = ("memory", "replica_memory")
+_SIZES = ("memory", "replica_memory", "server_memory")
 _NAMES = tuple(f.name for f in fields(Limits))
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from jupyterhub.spawner import SimpleLocalProcessSpawner
 from tornado import web
-from traitlets import Dict, HasTraits, TraitError, Unicode, default, validate
+from traitlets import Dict, TraitError, Unicode, default, validate
+from traitlets.config import Configurable
 
 from .form import options_form
 from .limits import Limits, LimitTable, read_limits
@@ -34,8 +35,8 @@ SERVER_ARGS = (
 """As arguments, not as a file: they reach the server in a container, too."""
 
 
-class NBOSSpawnerMixin(HasTraits):
-    """NBOS's part of a spawner: put it before any Spawner class."""
+class NBOSSpawnerMixin(Configurable):
+    """NBOS's part of a spawner: put it before any Spawner class. Options for every form: c.NBOSSpawnerMixin.…"""
 
     gateway_url = Unicode(
         f"http://127.0.0.1:8765/services/{SERVICE}/",
@@ -58,7 +59,7 @@ class NBOSSpawnerMixin(HasTraits):
         try:
             parse_lazy(proposal.value)
         except OptionError as err:
-            raise TraitError(f"NBOSSpawner.lazy: {err}") from err
+            raise TraitError(f"NBOSSpawnerMixin.lazy: {err}") from err
         return proposal.value
 
     @validate("limits")

@@ -17,7 +17,7 @@ CHECKS = (
     ("format", ["ruff", "format", "--check", "."]),
     ("types", ["mypy"]),
 )
-SECOND_TRY = ("tests/system/", "tests/browser/")
+SECOND_TRY = ("tests/system/", "tests/browser/", "tests/cluster/test_faults.py")
 MOST = 3
 """More failures than this are no stall."""
 

@@ -122,8 +122,8 @@ class Kernels:
         """Place the kernel's replicas that stand on `lost` (or draining) hosts elsewhere; what was done, for
         the log.
 
-        Empty when there was nothing to do, or nowhere to go. Hosts that are away but not given up yet stay in
-        the plan.
+        Empty when there was nothing to do, or nowhere to go. A cell on a draining host is let end first. Hosts
+        that are away but not given up yet stay in the plan.
         """
         view = self.copy.kernel(kernel_id)
         if view is None or view.spec is None:
@@ -132,7 +132,7 @@ class Kernels:
         for host in set(view.spec.placement.values()) - set(hosts) - lost:
             hosts[host] = _full(host)
         try:
-            plan = replace_lost(view.spec, hosts)
+            plan = replace_lost(view.spec, hosts, {str(held.record.replica) for held in view.claims.values()})
         except NoRoom as err:
             if self._said.get(kernel_id) != str(err):  # the next round comes in a second; say it once
                 log.warning("%s", err)

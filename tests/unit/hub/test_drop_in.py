@@ -62,14 +62,14 @@ def test_the_service_is_one_jupyterhub_takes(tmp_path: Path) -> None:
 def test_gateway_and_spawner_have_the_same_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NBOS_LIMITS", '{"default": {"gpus": 1}}')
     config = loaded(tmp_path)
-    assert config.NBOSSpawner.limits == json.loads(services(config)[0]["environment"]["NBOS_LIMITS"])
+    assert config.NBOSSpawnerMixin.limits == json.loads(services(config)[0]["environment"]["NBOS_LIMITS"])
 
 
 def test_only_the_gateway_is_given_what_reaches_etcd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NBOS_ETCD_KEY", "/secret/etcd.key")
     config = loaded(tmp_path)
     assert services(config)[0]["environment"]["NBOS_ETCD_KEY"] == "/secret/etcd.key"
-    assert "etcd" not in str(config.NBOSSpawner).lower()
+    assert "etcd" not in str([config.NBOSSpawner, config.NBOSSpawnerMixin]).lower()
     assert "NBOS_ETCD_KEY" not in NBOSSpawner().env_keep
 
 

@@ -1,0 +1,63 @@
+"""One compose cluster for the session; skipped, with the reason, where none can run.
+
+$NBOS_TEST_CLUSTER=project:port:network:tag: of a cluster that `docker/cluster up` started, to be used as it is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from tests.cluster.history import History
+from tests.cluster.machines import Machines
+from tests.system.cluster import Notebook
+from tests.system.containers.engine import docker, running_engine
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[None]:
+    yield from running_engine()
+
+
+@pytest.fixture(scope="session")
+def _machines(engine: None) -> Iterator[Machines]:
+    if not docker("compose", "version", check=False):
+        pytest.skip("Docker's compose plugin is not installed")
+    if given := os.environ.get("NBOS_TEST_CLUSTER"):
+        project, port, network, tag = given.split(":")
+        yield Machines(project, int(port), network, tag)
+        return
+    machines = Machines()
+    try:
+        machines.up()
+        yield machines
+    finally:
+        machines.down()
+
+
+@pytest.fixture
+async def machines(_machines: Machines) -> Machines:
+    """Whole before the test."""
+    await _machines.whole()
+    return _machines
+
+
+@pytest.fixture
+async def notebook(machines: Machines) -> AsyncIterator[Notebook]:
+    notebook = await Notebook.open(machines, "ada")
+    yield notebook
+    await machines.whole()
+    await notebook.close()
+
+
+@pytest.fixture
+async def history(machines: Machines, notebook: Notebook) -> AsyncIterator[History]:
+    """Of one notebook with three replicas, settled; checked against the log after the test."""
+    history = await History(notebook).begin()
+    await history.run()
+    await notebook.settled()
+    yield history
+    await machines.whole()
+    await history.check(machines.etcd, machines.admin())

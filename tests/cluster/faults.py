@@ -1,0 +1,86 @@
+"""The faults of the random run: what is done to the cluster, and how it is mended. A seed chooses them, so that a run
+can be repeated.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from tests.cluster.machines import HOSTS, Machines
+from tests.system.cluster import after
+
+MEMBERS = ("etcd-1", "etcd-2", "etcd-3")
+KINDS = (
+    "host dead",
+    "host cut off",
+    "host paused",
+    "daemon killed",
+    "replica killed",
+    "etcd member dead",
+    "etcd member cut off",
+    "etcd quorum lost",
+    "gateway killed",
+    "hub killed",
+    "host's Engine killed",
+)
+
+
+@dataclass(frozen=True)
+class Fault:
+    kind: str
+    where: str
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.where}, {self.seconds:.1f} s"
+
+
+def plan(seed: int, count: int) -> list[Fault]:
+    """Every kind as often as the others, in an order of the seed's."""
+    chance = random.Random(seed)
+    kinds = [KINDS[n % len(KINDS)] for n in range(count)]
+    chance.shuffle(kinds)
+    return [Fault(kind, _where(kind, chance), chance.choice([0.5, 2.0, 4.0, 8.0])) for kind in kinds]
+
+
+def _where(kind: str, chance: random.Random) -> str:
+    if kind in ("gateway killed", "hub killed"):
+        return "hub"
+    return chance.choice(MEMBERS if kind.startswith("etcd") else HOSTS)
+
+
+@asynccontextmanager
+async def done(fault: Fault, machines: Machines) -> AsyncIterator[None]:
+    """Does it, and mends it at the end of the block."""
+    async with AsyncExitStack() as stack:
+        match fault.kind:
+            case "host dead" | "etcd member dead":
+                await stack.enter_async_context(machines.dead(fault.where))
+            case "host cut off" | "etcd member cut off":
+                await stack.enter_async_context(machines.cut_off(fault.where))
+            case "host paused":
+                await stack.enter_async_context(machines.paused(fault.where))
+            case "etcd quorum lost":
+                for member in MEMBERS:
+                    if member != fault.where:
+                        await stack.enter_async_context(machines.dead(member))
+            case "daemon killed":
+                machines.kill(fault.where, "gpu_daemon", "--config")
+            case "host's Engine killed":
+                machines.kill(fault.where, "dockerd", "--host")
+            case "gateway killed":
+                machines.kill("hub", "nbos_spawner.gateway")
+            case "hub killed":
+                machines.kill("hub", "jupyterhub", "--config")
+            case "replica killed":
+                machines.inside(
+                    fault.where,
+                    "bash",
+                    "-c",
+                    "docker ps -q --filter label=nbos.kernel | head -n 1 | xargs -r docker kill",
+                )
+        await after(fault.seconds)
+        yield

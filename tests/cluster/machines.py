@@ -1,0 +1,153 @@
+"""The compose cluster of `docker/cluster`, for tests: brought up, looked into, hurt and mended.
+
+Guarantees: it has a project, a network, a port and image tags of its own, so that a cluster that somebody uses on this
+machine is not touched; `down` leaves nothing but images; a machine that a test hurt is mended at the end of its block.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nbos_cluster.etcd import TLSFiles
+from tests.cluster.history import admin_files
+from tests.system.cluster import free_port
+from tests.system.containers.engine import base_image, docker
+from tests.system.hubclient import Hub, eventually
+from tests.system.nbosenv import ROOT
+
+NETWORK = "172.30.78"
+HOSTS = ("host-1", "host-2", "host-3")
+
+
+class Machines:
+    """project, port: of a cluster that is up already; else one is made."""
+
+    def __init__(self, project: str = "", port: int = 0, network: str = NETWORK, tag: str = "test") -> None:
+        self.project, self.network = project or "nbos-test", network
+        self.port = port or free_port()
+        own = {"NBOS_PROJECT": self.project, "NBOS_NET": network, "NBOS_PORT": str(self.port), "NBOS_TAG": tag}
+        self._admin: Path | None = None
+        self._environment = {**os.environ, **own}
+
+    def command(self, *arguments: str, timeout: float = 900.0) -> str:
+        """Output of docker/cluster."""
+        run = [str(ROOT / "docker" / "cluster"), *arguments]
+        done = subprocess.run(run, capture_output=True, text=True, timeout=timeout, check=False, env=self._environment)
+        if done.returncode:
+            raise RuntimeError(f"docker/cluster {' '.join(arguments)}: {done.stdout[-1500:]}{done.stderr[-3000:]}")
+        return done.stdout
+
+    def up(self) -> None:
+        base = ["--base", base_image()] if base_image() else []
+        self.command("up", *base)
+
+    def down(self) -> None:
+        self.command("down", "--volumes", timeout=180)
+        if self._admin is not None:
+            shutil.rmtree(self._admin)
+
+    def container(self, service: str) -> str:
+        return f"{self.project}-{service}-1"
+
+    def inside(self, service: str, *command: str, check: bool = True) -> str:
+        return docker("exec", self.container(service), *command, check=check)
+
+    def engine(self, service: str, *command: str) -> str:
+        """Output of `docker` on that machine's own Engine."""
+        return self.inside(service, "docker", *command)
+
+    @cached_property
+    def hub(self) -> Hub:
+        return Hub(f"http://127.0.0.1:{self.port}", self.inside("hub", "cat", "/etc/nbos-secrets/api-token"))
+
+    async def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = await self.hub.service("GET", "nbos/api/status")
+        return found
+
+    def process(self, service: str, *words: str) -> int:
+        """The process id, on that machine, of the eldest process whose command line holds all words."""
+        script = (
+            "import glob\nfor f in sorted(glob.glob('/proc/[0-9]*/cmdline'), key=lambda f: int(f.split('/')[2])):\n"
+            " try: line = open(f).read().replace(chr(0), ' ')\n"
+            " except OSError: continue\n"
+            f" if all(w in line for w in {words!r}) and 'import glob' not in line and '/machine' not in line:\n"
+            "  print(f.split('/')[2]); break"
+        )
+        found = self.inside(service, "python3", "-c", script)
+        if not found:
+            raise LookupError(f"no process with {words} on {service}")
+        return int(found)
+
+    def kill(self, service: str, *words: str, signal: str = "KILL") -> None:
+        """Signal one process of a machine."""
+        self.inside(service, "bash", "-c", f"kill -{signal} {self.process(service, *words)}")
+
+    # -- machines hurt, and mended -------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def dead(self, service: str) -> AsyncIterator[None]:
+        """Without power; started again afterwards."""
+        await asyncio.to_thread(docker, "kill", self.container(service))
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(docker, "start", self.container(service))
+
+    @asynccontextmanager
+    async def cut_off(self, service: str) -> AsyncIterator[None]:
+        """Without a network: nothing answers, nobody is told."""
+        last = {"hub": 10, "etcd-1": 21, "etcd-2": 22, "etcd-3": 23} | {h: 11 + n for n, h in enumerate(HOSTS)}
+        net, container = f"{self.project}_nbos", self.container(service)
+        await asyncio.to_thread(docker, "network", "disconnect", net, container)
+        try:
+            yield
+        finally:
+            address = f"{self.network}.{last[service]}"
+            await asyncio.to_thread(docker, "network", "connect", "--ip", address, net, container)
+
+    @asynccontextmanager
+    async def paused(self, service: str) -> AsyncIterator[None]:
+        await asyncio.to_thread(docker, "pause", self.container(service))
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(docker, "unpause", self.container(service))
+
+    def nbos(self, *arguments: str) -> str:
+        """Output of an `nbos` command of the administrator's, with their certificate."""
+        volume, net = f"{self.project}_certs:/certs:ro", f"{self.project}_nbos"
+        image = f"nbos/hub:{self._environment['NBOS_TAG']}"
+        more = ["--dir", "/certs", "--endpoints", ",".join(self.etcd)]
+        return docker("run", "--rm", "--user", "0:0", "-v", volume, "--network", net, image, "nbos", *arguments, *more)
+
+    async def whole(self, timeout: float = 60.0) -> None:
+        """Until hub and gateway answer and all hosts are there."""
+
+        async def there() -> bool:
+            try:
+                found = await self.status()
+            except RuntimeError:
+                return False
+            return {host["name"] for host in found["hosts"]} == set(HOSTS) and not found["away"]
+
+        await eventually(there, "hub, gateway and all hosts are there", timeout, every=0.3)
+
+    @property
+    def etcd(self) -> list[str]:
+        return [f"{self.network}.2{n}:2379" for n in (1, 2, 3)]
+
+    def admin(self) -> TLSFiles:
+        """The administrator's certificate, from the volume that only the first jobs of the cluster see."""
+        if self._admin is None:
+            self._admin = Path(tempfile.mkdtemp(prefix="nbos-test-"))
+            docker("cp", f"{self.container('certs')}:/certs/admin/.", str(self._admin))
+        return admin_files(self._admin)

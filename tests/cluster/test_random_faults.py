@@ -1,0 +1,65 @@
+"""Faults in random order under the load of several notebooks; afterwards every notebook's history is checked.
+
+The seed is printed and taken from $NBOS_TEST_SEED, the number of faults from $NBOS_TEST_FAULTS.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+
+import pytest
+
+from tests.cluster.faults import done, plan
+from tests.cluster.history import History
+from tests.cluster.machines import Machines
+from tests.system.cluster import Notebook, after
+from tests.system.hubclient import eventually
+
+FAULTS = int(os.environ.get("NBOS_TEST_FAULTS", "25"))
+NOTEBOOKS = 3
+
+pytestmark = pytest.mark.timeout(120 + 40 * FAULTS)
+
+
+async def load(history: History, seed: int, stop: asyncio.Event) -> float:
+    """Cells, one after the other, until told to stop; the longest time that one took."""
+    chance, longest = random.Random(seed), 0.0
+    while not stop.is_set():
+        before = chance.choice(["", "", f"time.sleep({chance.random():.2f})", "%%gpu tpcs=8"])
+        result = await history.run(before, chance.choice(["", "", "time.sleep(0.5)", "1/0"]), timeout=120)
+        longest = max(longest, result.seconds)
+        await after(chance.random() / 2)
+    return longest
+
+
+async def test_faults_in_random_order(machines: Machines) -> None:
+    seed = int(os.environ.get("NBOS_TEST_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 31)
+    print(f"\nNBOS_TEST_SEED={seed} NBOS_TEST_FAULTS={FAULTS}")
+    histories = [await History(await Notebook.open(machines, "ada")).begin() for _ in range(NOTEBOOKS)]
+    stop, began = asyncio.Event(), time.monotonic()
+    loads = [asyncio.create_task(load(history, seed + n, stop)) for n, history in enumerate(histories)]
+    for number, fault in enumerate(plan(seed, FAULTS)):
+        print(f"{time.monotonic() - began:6.1f} s  {number}: {fault}", flush=True)
+        async with done(fault, machines):
+            pass
+        await machines.whole(90)
+        for history in histories:
+            await history.look(machines.etcd, machines.admin())
+        await eventually(lambda: _no_load_ended(loads), "the load goes on", 1)
+    stop.set()
+    longest = await asyncio.gather(*loads)
+    print(f"{sum(len(h.sent) for h in histories)} cells, the longest {max(longest):.1f} s")
+    for history in histories:
+        await history.check(machines.etcd, machines.admin())
+        await history.notebook.settled(90)
+        await history.notebook.close()
+
+
+async def _no_load_ended(loads: list[asyncio.Task[float]]) -> bool:
+    for one in loads:
+        if one.done():
+            one.result()
+    return True

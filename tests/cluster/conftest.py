@@ -1,6 +1,7 @@
-"""One compose cluster for the session; skipped, with the reason, where none can run.
+"""One compose cluster for the session; skipped, with the reason, where none is asked for or can run.
 
-$NBOS_TEST_CLUSTER=project:port:network:tag: of a cluster that `docker/cluster up` started, to be used as it is.
+$NBOS_TEST_CLUSTER=up: one is brought up, and down at the end. $NBOS_TEST_CLUSTER=project:port:network:tag: of a cluster
+that `docker/cluster up` started, to be used as it is.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ def engine() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def _machines(engine: None) -> Iterator[Machines]:
+    given = os.environ.get("NBOS_TEST_CLUSTER", "")
+    if not given:
+        pytest.skip("a compose cluster takes its time: set NBOS_TEST_CLUSTER=up to have one brought up")
     if not docker("compose", "version", check=False):
         pytest.skip("Docker's compose plugin is not installed")
-    if given := os.environ.get("NBOS_TEST_CLUSTER"):
+    if given != "up":
         project, port, network, tag = given.split(":")
         yield Machines(project, int(port), network, tag)
         return

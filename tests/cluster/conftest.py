@@ -27,7 +27,9 @@ def _machines(engine: None) -> Iterator[Machines]:
         pytest.skip("Docker's compose plugin is not installed")
     if given := os.environ.get("NBOS_TEST_CLUSTER"):
         project, port, network, tag = given.split(":")
-        yield Machines(project, int(port), network, tag)
+        machines = Machines(project, int(port), network, tag)
+        yield machines
+        machines.forget()
         return
     machines = Machines()
     try:
@@ -35,6 +37,7 @@ def _machines(engine: None) -> Iterator[Machines]:
         yield machines
     finally:
         machines.down()
+        machines.forget()
 
 
 @pytest.fixture

@@ -31,7 +31,9 @@ def _machines(engine: None) -> Iterator[Machines]:
         pytest.skip("Docker's compose plugin is not installed")
     if given != "up":
         project, port, network, tag = given.split(":")
-        yield Machines(project, int(port), network, tag)
+        machines = Machines(project, int(port), network, tag)
+        yield machines
+        machines.forget()
         return
     machines = Machines()
     try:
@@ -39,6 +41,7 @@ def _machines(engine: None) -> Iterator[Machines]:
         yield machines
     finally:
         machines.down()
+        machines.forget()
 
 
 @pytest.fixture

@@ -52,6 +52,9 @@ class Machines:
 
     def down(self) -> None:
         self.command("down", "--volumes", timeout=180)
+
+    def forget(self) -> None:
+        """The copy of the administrator's certificate."""
         if self._admin is not None:
             shutil.rmtree(self._admin)
 

@@ -82,8 +82,8 @@ async def replicas(hub: Hub, kernel: str) -> list[Replica]:
 
 
 async def executor(hub: Hub, kernel: str) -> Replica:
-    """The replica that ran the last cell."""
-    return next(r for r in await replicas(hub, kernel) if r.role == "executor")
+    """The replica that ran the last cell; it has a process."""
+    return next(r for r in await replicas(hub, kernel) if r.role == "executor" and r.pid)
 
 
 async def settled(hub: Hub, kernel: str, timeout: float = 30.0) -> list[Replica]:

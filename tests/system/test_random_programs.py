@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 
 from tests.fidelity import programs
 from tests.system.cluster import Cluster, Notebook
+from tests.system.hubclient import eventually
 from tests.system.nbosenv import ROOT
 
 EXAMPLES = int(os.environ.get("NBOS_RANDOM_EXAMPLES", "0"))
@@ -117,10 +118,14 @@ class Example:
         assert result.error.startswith("NBOSReplicaDied"), result.error
 
     async def _kill(self, role: str) -> None:
-        found = [replica for replica in (await self.notebook.model())["members"] if replica["role"] == role]
-        for replica in found[:1]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(replica["pid"], signal.SIGKILL)
+        async def there() -> int | None:
+            """Its pid; one that is not there yet has 0, and to kill that would be to kill this test and its parents."""
+            members = (await self.notebook.model())["members"]
+            return next((replica["pid"] for replica in members if replica["role"] == role and replica["pid"]), None)
+
+        pid = await eventually(there, f"there is a process that is the {role}")
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
     async def _compare(self) -> None:
         result = await self.notebook.channels.execute(f"print({LOOK})", 60)

@@ -326,8 +326,12 @@ class Execution:
     async def _settle(self) -> None:
         """Look into what the cell touched, so that the next capture may leave it out: in slices, while the user thinks.
 
-        Ends as soon as another execution or entry begins; what is not known by then is simply examined again.
+        Ends as soon as another execution or entry begins; what is not known by then is simply examined again. Cells
+        that follow each other without a pause would go on like that: what has been examined in vain is looked
+        into at once, which takes about as long as examining it.
         """
+        for _ in self._replica.capture.settle(in_vain=1):
+            pass
         work = self._replica.capture.settle()
         try:
             while True:

@@ -24,6 +24,9 @@ from .grants import COOPERATIVE, GREEN, PERCENTAGE, Share
 from .slices import Slices
 
 LIMIT = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
+PIPE = "CUDA_MPS_PIPE_DIRECTORY"
+NO_PIPE = "/dev/null"
+"""Without the variable CUDA takes any MPS daemon that it finds at the usual place, also one that it must not share."""
 
 
 @dataclass(frozen=True)
@@ -48,21 +51,23 @@ class Confinement:
         self._open_driver = open_driver
         self._driver: Driver | None = None
         self._slices: dict[int, Slices] = {}
-        self._started_with: int | None = None
+        self._started_with: tuple[int, str] | None = None
+        """The MPS limit and pipe folder of CUDA's start in this process."""
         self._entered: tuple[Any, Any] | None = None
         """The slice's stream and the one that was current before."""
 
     def prepare(self, environ: MutableMapping[str, str], shares: Sequence[Share]) -> None:
         """CUDA has not started in this process: set what it reads then."""
         limit = percentage(shares)
+        environ[PIPE] = next((share.mps for share in shares if share.mps), NO_PIPE)
         if limit < 100:
             environ[LIMIT] = str(limit)
         else:
             environ.pop(LIMIT, None)
 
     def started(self) -> None:
-        """CUDA starts in this process now, with the limit that stands in the environment."""
-        self._started_with = int(os.environ.get(LIMIT, "100"))
+        """CUDA starts in this process now, with what stands in the environment."""
+        self._started_with = (int(os.environ.get(LIMIT, "100")), os.environ.get(PIPE, ""))
 
     def enter(self, torch: Any, number: int, share: Share) -> Held:
         """Hold this thread's work on torch's device `number` to the share. Never raises for want of a mechanism."""
@@ -72,6 +77,9 @@ class Confinement:
             return Held(share.mechanism, len(share.tpcs))
         if share.mechanism != GREEN:
             return Held(share.mechanism, 0 if share.mechanism == COOPERATIVE else len(share.tpcs), share.why)
+        limit, pipe = self._start()
+        if pipe != share.mps or limit != 100:
+            return Held(COOPERATIVE, reason=f"CUDA started in this process {_under(limit, pipe)}; restart the kernel")
         if threading.current_thread() is not threading.main_thread():
             return Held(COOPERATIVE, reason="CUDA was started by another thread than the cell's own")
         try:
@@ -97,16 +105,22 @@ class Confinement:
             torch.cuda.set_stream(before)
 
     def _capped(self, share: Share) -> Held:
-        wanted, has = percentage([share]), self._started_with
-        if has is None or has == wanted:
+        wanted, (has, pipe) = percentage([share]), self._start()
+        if (has, pipe) == (wanted, share.mps):
             return Held(PERCENTAGE, len(share.tpcs))
         reason = (
-            f"CUDA started in this process with {has} % of the device's SMs, and keeps that; restart the kernel for "
-            f"the {wanted} % of this grant"
+            f"CUDA started in this process {_under(has, pipe)}, and keeps that; restart the kernel for the {wanted} % "
+            "of this grant"
         )
-        if has == 100:
+        if has == 100 or pipe != share.mps:
             return Held(COOPERATIVE, reason=reason)
         return Held(PERCENTAGE, share.of * has // 100, reason)
+
+    def _start(self) -> tuple[int, str]:
+        if self._started_with is None:
+            self.started()  # by a library that did not tell; what stands in the environment is the best guess
+        assert self._started_with is not None
+        return self._started_with
 
     def _slices_of(self, number: int) -> Slices:
         if self._driver is None:
@@ -114,3 +128,10 @@ class Confinement:
         if number not in self._slices:
             self._slices[number] = Slices(self._driver, number)
         return self._slices[number]
+
+
+def _under(limit: int, pipe: str) -> str:
+    """How CUDA's start was, for people."""
+    if pipe in ("", NO_PIPE):
+        return "before this host's MPS daemon was there"
+    return f"with {limit} % of the device's SMs" if limit < 100 else f"under the MPS daemon of {pipe}, without a limit"

@@ -17,7 +17,8 @@ MIG = "mig"
 class Share:
     """The part of one device: its uuid, index on the host, model, TPC numbers, bytes of device memory.
 
-    mechanism: how the host offers to hold a slice of it, `why` it is not a stronger one; of: TPCs of the whole device.
+    mechanism: how the host offers to hold a slice of it, `why` it is not a stronger one; of: TPCs of the whole device;
+    mps: pipe folder of the MPS daemon to use, '' for none.
     """
 
     uuid: str
@@ -30,6 +31,7 @@ class Share:
     mechanism: str = COOPERATIVE
     why: str = ""
     of: int = 0
+    mps: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def from_wire(raw: Mapping[str, Any] | None) -> Grant | None:
             mechanism=share.get("mechanism") or COOPERATIVE,
             why=share.get("why", ""),
             of=share.get("of", 0),
+            mps=share.get("mps", ""),
         )
         for share in raw.get("shares", ())
     )

@@ -134,7 +134,7 @@ def test_the_played_driver_declares_what_cuda_h_does() -> None:
 # -- confinement ------------------------------------------------------------------------------------------------------
 
 PLAYED_TORCH = """
-import ctypes, json
+import ctypes, json, os
 from types import SimpleNamespace
 from nbos_kernel.gpu.confine import Confinement
 from nbos_kernel.gpu.grants import Share
@@ -153,7 +153,8 @@ def sms():
     out = (ctypes.c_int * 512)()
     return list(out[:library.fake_sms_of(ctypes.c_void_p(state[0].handle), out)])
 def share(tpcs, whole=False):
-    return Share("GPU-a", 0, "m", tuple(tpcs), 1, whole, False, "green", "", 66)
+    return Share("GPU-a", 0, "m", tuple(tpcs), 1, whole, False, "green", "", 66, "/mps")
+os.environ["CUDA_MPS_PIPE_DIRECTORY"] = "/mps"
 confinement = Confinement()
 """
 
@@ -197,7 +198,7 @@ def test_a_slice_that_cannot_be_made_is_called_cooperative_and_the_cell_runs() -
 
 
 def share(mechanism: str, tpcs: int, whole: bool = False) -> Share:
-    return Share("GPU-a", 0, "m", tuple(range(tpcs)), 1, whole, False, mechanism, "no MPS", 66)
+    return Share("GPU-a", 0, "m", tuple(range(tpcs)), 1, whole, False, mechanism, "no MPS", 66, "/mps")
 
 
 def no_driver() -> Any:
@@ -212,8 +213,9 @@ def test_the_mps_limit_is_set_while_cuda_has_not_started(monkeypatch: pytest.Mon
     environ: dict[str, str] = {}
     held = Confinement(no_driver)
     held.prepare(environ, [share(PERCENTAGE, 33)])
-    assert environ == {confine.LIMIT: "50"}
-    monkeypatch.setenv(confine.LIMIT, environ[confine.LIMIT])
+    assert environ == {confine.LIMIT: "50", confine.PIPE: "/mps"}
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
     held.started()
     assert held.enter(None, 0, share(PERCENTAGE, 33)) == Held(PERCENTAGE, 33)
     wider = held.enter(None, 0, share(PERCENTAGE, 66, whole=True))
@@ -226,10 +228,24 @@ def test_a_process_that_started_without_the_mps_limit_is_cooperative(monkeypatch
     held = Confinement(no_driver)
     environ = {confine.LIMIT: "20"}
     held.prepare(environ, [share(GREEN, 33)])
-    assert environ == {}  # green contexts want it unset
+    assert environ == {confine.PIPE: "/mps"}  # green contexts want no limit
+    monkeypatch.setenv(confine.PIPE, "/mps")
     monkeypatch.delenv(confine.LIMIT, raising=False)
     held.started()
     assert held.enter(None, 0, share(PERCENTAGE, 33)).mechanism == COOPERATIVE
+
+
+def test_a_process_that_started_before_mps_was_there_is_cooperative(monkeypatch: pytest.MonkeyPatch) -> None:
+    held, environ = Confinement(no_driver), dict[str, str]()
+    held.prepare(environ, [])
+    assert environ == {confine.PIPE: confine.NO_PIPE}  # an MPS daemon at the usual place is not joined by chance
+    monkeypatch.setenv(confine.PIPE, confine.NO_PIPE)
+    held.started()
+    for mechanism in (GREEN, PERCENTAGE):
+        is_held = held.enter(None, 0, share(mechanism, 33))
+        assert is_held.mechanism == COOPERATIVE
+        assert "before this host's MPS daemon was there" in is_held.reason
+        assert "restart the kernel" in is_held.reason
 
 
 def test_limits_of_disjoint_slices_never_exceed_the_device() -> None:

@@ -27,6 +27,8 @@ from gpu_daemon.runtime import ReplicaRuntime, RuntimeFailed
 from gpu_daemon.simulated import simulated
 from gpu_daemon.site import Settings
 from gpu_daemon.sizes import parse_bytes
+from gpu_daemon.slicing.config import Slicing
+from gpu_daemon.slicing.offers import Offers, facts
 from nbos_cluster import keys
 from nbos_cluster.etcd import Etcd, TLSFiles
 from nbos_cluster.records import Device
@@ -99,7 +101,7 @@ class GPUDaemon(Application):
         config=True
     )
 
-    classes: Any = [Docker]  # noqa: RUF012  as traitlets wants it
+    classes: Any = [Docker, Slicing]  # noqa: RUF012  as traitlets wants it
     aliases: Any = {  # noqa: RUF012  as traitlets wants it
         **Application.aliases,
         "config": "GPUDaemon.config_file",
@@ -177,7 +179,17 @@ class GPUDaemon(Application):
         )
         devices, blobs = self.find_devices(), open_store(self.blob_store, self.blob_store_options)
         runtime = self.make_runtime(host, devices, endpoints)
-        return Daemon(settings, Etcd(endpoints, tls), devices, blobs, runtime, _health_of(devices))
+        etcd, offers = Etcd(endpoints, tls), self.make_offers(devices)
+        return Daemon(settings, etcd, devices, blobs, runtime, _health_of(devices), offers)
+
+    def make_offers(self, devices: tuple[Device, ...]) -> Offers:
+        """What may hold slices of the devices. Simulated ones are held by nothing."""
+        slicing = Slicing(parent=self)
+        if not any(device.kind == "nvml" for device in devices):
+            return Offers()
+        pipe, domain, inside = slicing.mps_pipe, slicing.one_trust_domain, self.runtime == "docker"
+        at_most: Any = slicing.at_most
+        return Offers(lambda: facts(pipe, domain, inside), at_most)
 
     def make_runtime(self, host: str, devices: tuple[Device, ...], etcd: list[str]) -> ReplicaRuntime:
         if self.runtime == "process":

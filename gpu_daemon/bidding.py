@@ -186,7 +186,8 @@ class Bidding:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if bid.over and not granted.done():
                 bid.ended.result()
-            return replace(granted.result(), since=time.time())
+            grant, site = granted.result(), self._site
+            return replace(grant, since=time.time(), shares=site.offers.held(grant.shares, site.ledger.devices))
         finally:
             bid.granted = None
             self._queued.pop(bid.grant_name, None)

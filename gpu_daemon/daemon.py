@@ -25,6 +25,7 @@ from gpu_daemon.replicas import Replicas
 from gpu_daemon.rundir import RunDir
 from gpu_daemon.runtime import ReplicaRuntime
 from gpu_daemon.site import Settings, Site, log
+from gpu_daemon.slicing.offers import Offers
 from nbos_cluster import keys, records
 from nbos_cluster.etcd import Etcd, EtcdError, EtcdUnavailable, Lease
 from nbos_cluster.kernelview import Delta
@@ -38,7 +39,8 @@ STOP_WITHIN = 2.0
 class Daemon:
     """Not started until `run`. etcd need not answer yet; the daemon waits for it.
 
-    health: reads how the devices are (blocking); None where they cannot fall ill.
+    health: reads how the devices are (blocking); None where they cannot fall ill. offers: what holds slices of them;
+    None where there are no real ones.
     """
 
     def __init__(
@@ -49,11 +51,12 @@ class Daemon:
         blobs: BlobStore,
         runtime: ReplicaRuntime,
         health: Callable[[], Reasons] | None = None,
+        offers: Offers | None = None,
     ) -> None:
         ledger = Ledger(settings.host, devices)
         rundir = RunDir(settings.run_dir)
         desk = BlobDesk(blobs, settings.blob_grace, settings.blob_patience)
-        self._site = Site(settings, etcd, ledger, FairQueue(ledger), desk, rundir)
+        self._site = Site(settings, etcd, ledger, FairQueue(ledger), desk, rundir, offers or Offers())
         self._devices = devices
         self._publisher = Publisher(self._site)
         self._bidding = Bidding(self._site, self._publisher)
@@ -101,6 +104,7 @@ class Daemon:
         self._site.spawn(collector.run(), "collecting blobs")
         if self._health is not None:
             self._site.spawn(self._health.run(), "watching the GPUs' health")
+        self._site.spawn(self._site.offers.watch(self._publish_host), "looking at what holds slices")
 
     async def _end(self) -> None:
         site = self._site
@@ -154,7 +158,7 @@ class Daemon:
             name=site.host,
             address=site.settings.address,
             pid=os.getpid(),
-            devices=tuple(site.ledger.devices),
+            devices=site.offers.published(site.ledger.devices),
             cpus=os.cpu_count() or 0,
             memory=psutil.virtual_memory().total,
             max_replicas=site.settings.max_replicas,

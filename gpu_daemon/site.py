@@ -20,6 +20,7 @@ from gpu_daemon.fleet import ReplicaId
 from gpu_daemon.ledger import Ledger
 from gpu_daemon.queue import FairQueue
 from gpu_daemon.rundir import RunDir
+from gpu_daemon.slicing.offers import Offers
 from nbos_cluster.etcd import Etcd, EtcdError, EtcdUnavailable, Lease, LeaseGone
 from nbos_cluster.kernelview import KernelView, KernelViews
 from nbos_cluster.kv import Txn, TxnResult
@@ -75,6 +76,7 @@ class Site:
     queue: FairQueue
     blobs: BlobDesk
     rundir: RunDir
+    offers: Offers = field(default_factory=Offers)
     views: KernelViews = field(default_factory=KernelViews)
     replicas: dict[ReplicaId, LocalReplica] = field(default_factory=dict)
     draining: bool = False

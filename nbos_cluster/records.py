@@ -47,6 +47,10 @@ class Device(Record, frozen=True):
     tpcs: int
     memory: int
     kind: Literal["nvml", "simulated"]
+    mechanism: str = ""
+    """What holds slices of it: green, percentage or cooperative (docs/slices.md); '' where that is not known yet."""
+    why: str = ""
+    """What stands in the way of a stronger one."""
     healthy: bool = True
     reason: str = ""
 
@@ -74,6 +78,14 @@ class DeviceShare(Record, frozen=True):
     memory: int
     whole: bool
     kind: Literal["nvml", "simulated"]
+    mechanism: str = ""
+    """What holds it: mig, green, percentage, cooperative, or '' where that is not known."""
+    why: str = ""
+    """What stands in the way of a stronger one."""
+    of: int = 0
+    """TPCs of the whole device."""
+    mps: str = ""
+    """Pipe folder of the MPS daemon to use, '' for none."""
 
 
 class GrantRecord(Record, frozen=True, tag="grant"):

@@ -161,7 +161,9 @@ class Execution:
         running = self.running
         if running is not None and running.granted:
             running.granted = False
-            binding.unbind()
+            notice = binding.unbind()
+            if notice:
+                self._appender.tell_user(notice)
             self._link.tell({"type": "release", "n": running.n})
 
     async def replied(self, status: str) -> None:

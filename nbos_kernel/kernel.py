@@ -22,11 +22,12 @@ from typing import Any, ClassVar
 from ipykernel.zmqshell import ZMQInteractiveShell
 from traitlets import Type, Unicode
 
-from . import __version__, lost, magics, oversize
+from . import __version__, binding, lost, magics, oversize
 from .blobchannel import BlobChannel, BlobFailed, Target
 from .capture import names
 from .entries import has_blobs
 from .execution import Execution
+from .gpu import budget
 from .iopub import MEMBERS_TOPIC
 from .lazy.kernel import PERMANENT, LoadingKernel
 from .lazy.loading import BlobMissing, Lazy, NotLoadedError
@@ -50,14 +51,16 @@ DIRECT = (
 
 
 class NBOSShell(RecordingShell, ZMQInteractiveShell):
-    """IPython's shell; a NameError about a lost name gets the reason."""
+    """IPython's shell; a NameError about a lost name gets the reason, an error for want of device memory its budget."""
 
     lost_names: dict[str, str] | None = None
     lazy: Lazy | None = None
 
     def showtraceback(self, exc_tuple: Any = None, *args: Any, **kwargs: Any) -> None:
+        error = exc_tuple[1] if exc_tuple else sys.exc_info()[1]
         if self.lost_names or self.lazy:
-            lost.explain(exc_tuple[1] if exc_tuple else sys.exc_info()[1], self.lost_names or {}, self.lazy)
+            lost.explain(error, self.lost_names or {}, self.lazy)
+        budget.explain(error, binding.grant())
         super().showtraceback(exc_tuple, *args, **kwargs)
 
     def ask_exit(self) -> None:

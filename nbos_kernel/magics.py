@@ -1,4 +1,4 @@
-"""What users type: `%nbos status`, `%nbos state`, `%%gpu …`, `%%cpu`.
+"""What users type: `%nbos status`, `%nbos state`, `%nbos gpu`, `%%gpu …`, `%%cpu`.
 
 `%%gpu` and `%%cpu` are read before the cell is run (`resources.py`), so their line is turned into a comment by
 an input transformer, which keeps line numbers right and lets another cell magic follow. The registered magics
@@ -15,6 +15,7 @@ from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
 from IPython.display import display
 
 from . import binding, resources
+from .gpu import shown
 from .reports import stateview
 
 Status = Callable[[], dict[str, Any]]
@@ -47,18 +48,21 @@ class NBOSMagics(Magics):
     @line_magic
     def nbos(self, line: str) -> dict[str, Any] | None:
         """%nbos status: the kernel's replicas, what they have applied, what cannot be replicated, and what is
-        granted. %nbos state [--json]: the variables by size, which share objects, what is replicated, pending or not,
-        and what the last cell wrote; with --json as a dict."""
+        granted. %nbos gpu: what this cell may use of the GPUs, and what holds it to that. %nbos state [--json]: the
+        variables by size, which share objects, what is replicated, pending or not, and what the last cell wrote; with
+        --json as a dict."""
         asked = line.split()
         if asked == ["state", "--json"]:
             return self._survey()
         if asked == ["state"]:
             state = self._survey()
             display({"text/plain": stateview.as_text(state), "text/html": stateview.as_html(state)}, raw=True)
+        elif asked == ["gpu"]:
+            print(shown.describe(binding.grant(), binding.held()))
         elif asked in ([], ["status"]):
             print(describe(self._status()))
         else:
-            raise UsageError(f"%nbos knows `status` and `state [--json]`, not {line.strip()!r}")
+            raise UsageError(f"%nbos knows `status`, `gpu` and `state [--json]`, not {line.strip()!r}")
         return None
 
     @cell_magic
@@ -91,10 +95,8 @@ def describe(status: dict[str, Any]) -> str:
         applied = f"applied {member.get('applied', '?')}"
         who = f"  replica {member['index']}  {member['host']:<16}"
         lines.append(f"{who} {member.get('state', ''):<9} {role:<9} {applied}")
-    held = binding.grant()
-    if held is not None:
-        kind = "simulated " if held.simulated else ""
-        lines.append(f"  grant: {held.tpcs} TPCs, {held.memory / 2**30:.1f} GiB on {kind}{', '.join(held.devices)}")
+    if binding.grant() is not None:
+        lines += [f"  grant: {line}" for line in shown.lines(binding.grant(), binding.held())]
     for waiting in status.get("queue") or ():
         lines.append(f"  queue: {waiting}")
     if status["lost"]:

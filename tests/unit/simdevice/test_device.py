@@ -75,6 +75,26 @@ def test_a_moved_slice_waits_for_the_kernel_that_stands_on_it_and_grows_when_it_
     ]
 
 
+def test_two_that_wait_for_the_same_tpcs_do_not_both_get_them() -> None:
+    device = Device(66)
+    for client in "abc":
+        device.open(client)
+        device.launch(client, Kernel(m=0.66), client)
+    device.advance(0.015)
+    assert [len(device.holds(client)) for client in "abc"] == [0, 66, 0]
+    assert [d.at for d in device.advance(1)] == [pytest.approx(0.02), pytest.approx(0.03)]
+
+
+def test_a_fault_frees_the_tpcs_of_what_ran() -> None:
+    device = Device(66)
+    for client in "ab":
+        device.open(client)
+        device.launch(client, Kernel(m=0.66), client)
+    device.advance(0.005)
+    device.fault("an illegal access", "a")
+    assert [(o.tag, o.at) for o in device.advance(1)] == [("a", 0.005), ("b", pytest.approx(0.015))]
+
+
 def test_equal_shares_give_what_one_cannot_fill_to_the_others() -> None:
     device = Device(60, sharing=EqualShares())
     device.open("a")

@@ -45,6 +45,13 @@ class Played(RuleBasedStateMachine):
             if isinstance(outcome, Done):
                 assert outcome.at - self.launched[outcome.tag] >= least * (1 - 1e-9) - 1e-12
 
+    @rule(kernels=st.lists(KERNELS, min_size=3, max_size=3), later=st.floats(0.1, 2))
+    def crowd(self, kernels: list[Kernel], later: float) -> None:
+        """Everybody has a kernel, and some time passes: what ends makes room for those that overlap with it."""
+        for client, kernel in zip("abc", kernels, strict=True):
+            self.launch(client, kernel)
+        self.take(self.device.now + later)
+
     @rule(client=CLIENTS, kernel=KERNELS)
     def launch(self, client: str, kernel: Kernel) -> None:
         try:

@@ -22,8 +22,8 @@ KERNELS = st.builds(Kernel, m=st.floats(0.001, 5), b=st.floats(0, 1), width=st.i
 class Played(RuleBasedStateMachine):
     @initialize(way=st.sampled_from([Slices, EqualShares, TimeSlices]))
     def start(self, way: type[Slices] | type[EqualShares] | type[TimeSlices]) -> None:
-        self.device = Device(TPCS, MEMORY, way(), bandwidth=100.0)
-        self.way = way
+        sharing = TimeSlices(turn=0.3, switch=0.02) if way is TimeSlices else way()
+        self.device = Device(TPCS, MEMORY, sharing, bandwidth=100.0)
         self.names = 0
         self.open: dict[int, tuple[str, float]] = {}
         """Jobs that have not ended: client, and the time they need at least."""

@@ -25,6 +25,8 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True)
 class HelloRequest:
+    format: int
+    nbos: str
     pid: int
     python: str
     ip: str
@@ -55,6 +57,8 @@ def hello(message: Message) -> HelloRequest:
             raise RequestError("ports must be an object")
         ports = Ports(**{name: number(raw, name, most=65535) for name in Ports.__struct_fields__})
     return HelloRequest(
+        format=number(message, "format") if message.get("format") is not None else 1,
+        nbos=text(message, "nbos", ""),
         pid=number(message, "pid"),
         python=text(message, "python", ""),
         ip=text(message, "ip", ""),

@@ -22,6 +22,8 @@ from typing import Any, ClassVar
 from ipykernel.zmqshell import ZMQInteractiveShell
 from traitlets import Type, Unicode
 
+from nbos_cluster.wire import FORMAT
+
 from . import __version__, binding, lost, magics, oversize
 from .blobchannel import BlobChannel, BlobFailed, Target
 from .capture import names
@@ -122,6 +124,8 @@ class NBOSKernel(LoadingKernel):
     def _hello(self) -> Message:
         ports = {name.removesuffix("_port"): port for name, port in self._recorded_ports.items()}
         return {
+            "format": FORMAT,
+            "nbos": __version__,
             "pid": os.getpid(),
             "python": sys.version.split()[0],
             "ports": ports,

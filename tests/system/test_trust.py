@@ -308,6 +308,8 @@ def test_no_request_breaks_the_gateway(fuzz: tuple[Any, str], path: str, method:
             and len(case.path_parameters["kernel_id"]) % 2
         ):
             case.path_parameters["kernel_id"] = MINE  # often one that is there
+        if isinstance(case.query.get("within", 25), int):
+            case.query["within"] = 0  # a wait that finds nothing to tell is not what is tried here
         response = case.call(headers={"Authorization": f"token {token}"}, timeout=40)
         case.validate_response(response, checks=CHECKS)
 

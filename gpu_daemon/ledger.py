@@ -11,11 +11,12 @@ devices stay whole for as long as possible.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import msgspec
 
+from gpu_daemon.book import Book, bits_of
 from nbos_cluster.records import Device, DeviceShare, GrantRecord, Resources
 
 GIB = 1 << 30
@@ -48,7 +49,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Request:
-    """What one execution asks for. `grant` is the name its grant will have."""
+    """What one execution asks for. `grant` is the name its grant will have; groups: those of its owner."""
 
     grant: str
     owner: str
@@ -56,27 +57,14 @@ class Request:
     replica: int
     n: int
     resources: Resources
+    groups: tuple[str, ...] = ()
 
 
-@dataclass
-class _Book:
-    """One device's accounts: the grant that holds each TPC, and the bytes each grant may use."""
+Kept = Mapping[str, tuple[int, int]]
+"""By device: how many TPCs and bytes of what is free are kept for somebody else (a reservation)."""
 
-    device: Device
-    tpcs: dict[int, str] = field(default_factory=dict)
-    memory: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def free_tpcs(self) -> int:
-        return self.device.tpcs - len(self.tpcs)
-
-    @property
-    def free_memory(self) -> int:
-        return self.device.memory - sum(self.memory.values())
-
-    @property
-    def idle(self) -> bool:
-        return not self.tpcs and not self.memory
+SHAPES = 4096
+"""Shapes of requests that are remembered with the devices they fit on."""
 
 
 def describe(resources: Resources) -> str:
@@ -93,15 +81,19 @@ class Ledger:
 
     def __init__(self, host: str, devices: Iterable[Device] = ()) -> None:
         self.host = host
-        self._books = {device.uuid: _Book(device) for device in devices}
+        self._books = {device.uuid: Book(device) for device in sorted(devices, key=lambda d: d.index)}
         self._grants: dict[str, GrantRecord] = {}
-        self._story: deque[str] = deque(maxlen=50)
+        self._shapes: dict[Resources, list[Book] | Impossible] = {}
+        self._story: deque[tuple[str, object]] = deque(maxlen=50)
 
     # -- what is held -------------------------------------------------------------------------------------------------
 
     @property
     def grants(self) -> dict[str, GrantRecord]:
         return dict(self._grants)
+
+    def holds(self, grant: str) -> bool:
+        return grant in self._grants
 
     @property
     def devices(self) -> list[Device]:
@@ -114,7 +106,7 @@ class Ledger:
     def copy(self) -> Ledger:
         """An independent ledger in the same state, to play out what would happen."""
         twin = Ledger(self.host)
-        twin._books = {u: _Book(b.device, dict(b.tpcs), dict(b.memory)) for u, b in self._books.items()}
+        twin._books = {uuid: book.copy() for uuid, book in self._books.items()}
         twin._grants = dict(self._grants)
         return twin
 
@@ -122,11 +114,51 @@ class Ledger:
 
     def possible(self, resources: Resources) -> Impossible | None:
         """Why no wait would ever make room for `resources` on this host, or None when one would."""
+        found = self._suitable(resources)
+        return found if isinstance(found, Impossible) else None
+
+    def fit(
+        self, resources: Resources, closed: Collection[str] = (), kept: Kept | None = None
+    ) -> Fit | Busy | Impossible:
+        """The shares `resources` would get now. Devices named in `closed`, and the parts in `kept`, are somebody
+        else's."""
+        books = self._suitable(resources)
+        if isinstance(books, Impossible):
+            return books
+        if not resources.wants_gpu:
+            return Fit(())
+        if closed:
+            books = [b for b in books if b.uuid not in closed]
+        if resources.gpus:
+            return self._fit_whole(resources, [b for b in books if b.uuid not in kept] if kept else books)
+        return self._fit_slice(resources, books, kept or {})
+
+    def drain_targets(self, resources: Resources) -> frozenset[str]:
+        """The devices to keep free for a request that must wait: those that come closest to having room.
+
+        While nobody new gets a part of them, the request's wait is bounded by what runs on them already.
+        """
+        books = self._suitable(resources)
+        if not resources.wants_gpu or isinstance(books, Impossible):
+            return frozenset()
+        nearest = sorted(books, key=lambda b: (b.used_tpcs, b.device.index))
+        return frozenset(b.uuid for b in nearest[: max(resources.gpus, 1)])
+
+    def _suitable(self, resources: Resources) -> list[Book] | Impossible:
+        """The devices that have room for `resources` when nothing runs on them, by index; or why there is none."""
+        found = self._shapes.get(resources)
+        if found is None:
+            if len(self._shapes) > SHAPES:
+                self._shapes.clear()
+            found = self._shapes[resources] = self._look_for(resources)
+        return found
+
+    def _look_for(self, resources: Resources) -> list[Book] | Impossible:
         malformed = _malformed(resources)
         if malformed:
             return Impossible(malformed)
         if not resources.wants_gpu:
-            return None
+            return []
         books = [b for b in self._books.values() if b.device.healthy and _model_is(b.device, resources.model)]
         if not books:
             return Impossible(self._without_device(resources))
@@ -147,52 +179,20 @@ class Ledger:
             return Impossible(
                 f"the cell asks for {ask}, a device of host {self.host} has {memory / GIB:.1f} GiB; ask for less memory"
             )
-        return None
-
-    def fit(self, resources: Resources, closed: Collection[str] = ()) -> Fit | Busy | Impossible:
-        """The shares `resources` would get now. Devices named in `closed` are kept for somebody else."""
-        impossible = self.possible(resources)
-        if impossible:
-            return impossible
-        if not resources.wants_gpu:
-            return Fit(())
-        books = [
-            b
-            for u, b in self._books.items()
-            if b.device.healthy and u not in closed and _model_is(b.device, resources.model)
-        ]
-        if resources.gpus:
-            return self._fit_whole(resources, books)
-        return self._fit_slice(resources, books)
-
-    def drain_targets(self, resources: Resources) -> frozenset[str]:
-        """The devices to keep free for a request that must wait: those that come closest to having room.
-
-        While nobody new gets a part of them, the request's wait is bounded by what runs on them already.
-        """
-        if not resources.wants_gpu or self.possible(resources):
-            return frozenset()
-        books = [
-            b
-            for b in self._books.values()
-            if b.device.healthy
-            and _model_is(b.device, resources.model)
-            and b.device.memory >= resources.memory
-            and b.device.tpcs >= resources.tpcs
-        ]
-        books.sort(key=lambda b: (len(b.tpcs), b.device.index))
-        return frozenset(b.device.uuid for b in books[: max(resources.gpus, 1)])
+        return big_enough
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
-    def reserve(self, request: Request, closed: Collection[str] = ()) -> GrantRecord | Busy | Impossible:
+    def reserve(
+        self, request: Request, closed: Collection[str] = (), kept: Kept | None = None
+    ) -> GrantRecord | Busy | Impossible:
         """Take what the request asks for, or say why not. A second request under the same grant name is a mistake.
 
         The record has no time yet: this module knows no clock.
         """
         if request.grant in self._grants:
             raise self._error(f"grant {request.grant} is held already")
-        fit = self.fit(request.resources, closed)
+        fit = self.fit(request.resources, closed, kept)
         if not isinstance(fit, Fit):
             return fit
         record = GrantRecord(
@@ -203,6 +203,7 @@ class Ledger:
             replica=request.replica,
             n=request.n,
             shares=fit.shares,
+            groups=request.groups,
         )
         self._enter(record)
         return record
@@ -215,7 +216,7 @@ class Ledger:
             book = self._books.get(share.uuid)
             if book is None:
                 return Busy(f"device {share.uuid} of grant {record.grant} is not on host {self.host} any more")
-            if any(t in book.tpcs or t >= book.device.tpcs for t in share.tpcs) or share.memory > book.free_memory:
+            if not book.has_room_for(share):
                 return Busy(f"a part of device {share.uuid} of grant {record.grant} is held by another grant")
         self._enter(record)
         return None
@@ -225,50 +226,49 @@ class Ledger:
         record = self._grants.pop(grant, None)
         if record is None:
             return None
-        self._story.append(f"release {grant}")
+        self._story.append(("release", grant))
         for share in record.shares:
-            book = self._books[share.uuid]
-            for tpc in share.tpcs:
-                if book.tpcs.pop(tpc, None) != grant:
-                    raise self._error(f"TPC {tpc} of {share.uuid} was not held by {grant}")
-            book.memory.pop(grant, None)
+            if not self._books[share.uuid].leave(grant, share):
+                raise self._error(f"{share.uuid} was not held by {grant} as its record says")
         return record
 
     def set_health(self, uuid: str, healthy: bool, reason: str = "") -> None:
         """A device failed or recovered. Its grants stand; nobody new gets a part of it while it is unhealthy."""
         book = self._books[uuid]
         book.device = msgspec.structs.replace(book.device, healthy=healthy, reason=reason)
-        self._story.append(f"device {uuid} {'healthy' if healthy else 'unhealthy: ' + reason}")
+        self._shapes.clear()
+        self._story.append((f"device {uuid} is", "healthy" if healthy else f"unhealthy: {reason}"))
 
     def validate_state(self) -> None:
         """Promise 3, spelt out. Raises LedgerError when it is broken."""
         for uuid, book in self._books.items():
-            by_grants: dict[int, str] = {}
+            taken, memory, holders = 0, 0, set()
             for name, record in self._grants.items():
                 for share in (s for s in record.shares if s.uuid == uuid):
-                    for tpc in share.tpcs:
-                        if tpc in by_grants or not 0 <= tpc < book.device.tpcs:
-                            raise self._error(f"TPC {tpc} of {uuid} is granted twice or does not exist")
-                        by_grants[tpc] = name
+                    bits = bits_of(share.tpcs)
+                    if bits & taken or bits >> book.device.tpcs or bits.bit_count() != len(share.tpcs):
+                        raise self._error(f"a TPC of {uuid} is granted twice (grant {name}) or does not exist")
                     if share.whole and len(share.tpcs) != book.device.tpcs:
                         raise self._error(f"grant {name} holds {uuid} whole, but not all of its TPCs")
-            if by_grants != book.tpcs:
+                    taken, memory = taken | bits, memory + share.memory
+                    holders.add(name)
+            if holders != set(book.holders) or book.free != ((1 << book.device.tpcs) - 1) & ~taken:
                 raise self._error(f"the accounts of {uuid} are not those of the grants")
-            if not set(book.memory) <= set(self._grants) or book.free_memory < 0:
-                raise self._error(f"memory of {uuid} is granted twice, or to nobody")
+            if (book.free_tpcs, book.free_memory) != (book.free.bit_count(), book.device.memory - memory):
+                raise self._error(f"what is free of {uuid} was counted wrong")
+            if book.free_memory < 0:
+                raise self._error(f"memory of {uuid} is granted twice")
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _enter(self, record: GrantRecord) -> None:
-        self._story.append(f"grant {record.grant} to {record.kernel}/{record.replica} n={record.n}: {record.shares}")
+        self._story.append(("grant", record))
         self._grants[record.grant] = record
         for share in record.shares:
-            book = self._books[share.uuid]
-            book.tpcs.update(dict.fromkeys(share.tpcs, record.grant))
-            book.memory[record.grant] = share.memory
+            self._books[share.uuid].enter(record.grant, share)
 
-    def _fit_whole(self, resources: Resources, books: Sequence[_Book]) -> Fit | Busy:
-        idle = [b for b in books if b.idle and b.device.memory >= resources.memory]
+    def _fit_whole(self, resources: Resources, books: Sequence[Book]) -> Fit | Busy:
+        idle = [b for b in books if not b.holders]
         if len(idle) < resources.gpus:
             count = sum(b.idle for b in self._books.values())
             return Busy(
@@ -278,18 +278,20 @@ class Ledger:
         chosen = sorted(idle, key=lambda b: (b.device.memory, b.device.index))[: resources.gpus]
         return Fit(tuple(_whole(b.device, resources.memory) for b in sorted(chosen, key=lambda b: b.device.index)))
 
-    def _fit_slice(self, resources: Resources, books: Sequence[_Book]) -> Fit | Busy:
-        fitting = [b for b in books if b.free_tpcs >= resources.tpcs and b.free_memory >= share_of(b.device, resources)]
-        if not fitting:
+    def _fit_slice(self, resources: Resources, books: Sequence[Book], kept: Kept) -> Fit | Busy:
+        tpcs, best, least = resources.tpcs, None, 1 << 62
+        for book in books:  # by index, so that of equals the first is taken
+            free = book.free_tpcs
+            if tpcs <= free < least and _leaves(book, resources, kept.get(book.uuid)):
+                best, least = book, free
+        if best is None:
             free = max((b.free_tpcs for b in books), default=0)
             memory = max((b.free_memory for b in books), default=0)
             return Busy(
                 f"{describe(resources)} asked, at most {free} TPCs and {memory / GIB:.1f} GiB of one GPU "
                 f"of host {self.host} free" + self._users()
             )
-        book = min(fitting, key=lambda b: (b.free_tpcs, b.device.index))
-        tpcs = _choose_tpcs(book, resources.tpcs)
-        return Fit((_share(book.device, tpcs, share_of(book.device, resources), whole=False),))
+        return Fit((_share(best.device, best.choose(tpcs), share_of(best.device, resources), whole=False),))
 
     def _users(self) -> str:
         count = len(self._grants)
@@ -308,7 +310,7 @@ class Ledger:
         )
 
     def _error(self, what: str) -> LedgerError:
-        return LedgerError(what + "\nlatest steps:\n  " + "\n  ".join(self._story))
+        return LedgerError(what + "\nlatest steps:\n  " + "\n  ".join(f"{did} {it}" for did, it in self._story))
 
 
 def _malformed(resources: Resources) -> str:
@@ -320,7 +322,7 @@ def _malformed(resources: Resources) -> str:
 
 
 def _model_is(device: Device, wanted: str) -> bool:
-    return wanted.lower() in device.model.lower()
+    return not wanted or wanted.lower() in device.model.lower()
 
 
 def share_of(device: Device, resources: Resources) -> int:
@@ -330,13 +332,10 @@ def share_of(device: Device, resources: Resources) -> int:
     return device.memory * resources.tpcs // max(device.tpcs, 1)
 
 
-def _choose_tpcs(book: _Book, count: int) -> tuple[int, ...]:
-    """The lowest free run of neighbours, since TPCs of one GPC share paths; scattered ones where there is no run."""
-    free = [t for t in range(book.device.tpcs) if t not in book.tpcs]
-    for i in range(len(free) - count + 1):
-        if free[i + count - 1] - free[i] == count - 1:
-            return tuple(free[i : i + count])
-    return tuple(free[:count])
+def _leaves(book: Book, resources: Resources, kept: tuple[int, int] | None) -> bool:
+    """Whether the slice fits beside what is kept. Its TPCs alone are known to fit."""
+    tpcs, memory = kept or (0, 0)
+    return book.free_tpcs - tpcs >= resources.tpcs and book.free_memory - memory >= share_of(book.device, resources)
 
 
 def _whole(device: Device, memory: int) -> DeviceShare:

@@ -97,6 +97,7 @@ class GrantRecord(Record, frozen=True, tag="grant"):
     n: int
     shares: tuple[DeviceShare, ...]
     since: float = 0.0
+    groups: tuple[str, ...] = ()
 
 
 class KernelSpec(Record, frozen=True, tag="kernel"):
@@ -106,7 +107,7 @@ class KernelSpec(Record, frozen=True, tag="kernel"):
     processes. key and the CurveZMQ pair (Z85) belong to this kernel alone and are given to its own replicas
     and router. memory_limit: bytes of resident memory per replica, 0 = none. lazy: bytes from which standbys leave
     variables in the store until they are looked up, 0 = never. server: which of its owner's Jupyter Servers takes it up
-    again; '' is the default one.
+    again; '' is the default one. groups: those of the owner when the kernel was made, for its shares and accounts.
     """
 
     kernel: str
@@ -128,6 +129,7 @@ class KernelSpec(Record, frozen=True, tag="kernel"):
     cwd: str = ""
     env: dict[str, str] = {}
     created: float = 0.0
+    groups: tuple[str, ...] = ()
 
 
 class Epoch(Record, frozen=True, tag="epoch"):

@@ -23,7 +23,7 @@ from gpu_daemon.replica import Held, LocalReplica
 from gpu_daemon.requests import BidRequest
 from gpu_daemon.site import Site, plain
 from gpu_daemon.transactions import withdraw
-from nbos_cluster import election, keys
+from nbos_cluster import election, keys, moving
 from nbos_cluster.etcd import EtcdError, EtcdUnavailable, LeaseGone
 from nbos_cluster.kernelview import KernelView
 from nbos_cluster.records import ClaimRecord, GrantRecord, KernelSpec, QueueTicket
@@ -117,8 +117,12 @@ class Bidding:
                 self._site.host,
             ):
                 bid.end("taken", f"replica {held.record.replica} on {held.record.host} runs execution {n}")
+            elif (
+                view.spec is not None and bid.request.kind == "cell" and moving.leaves(view.spec, bid.replica.id.index)
+            ):
+                bid.end("draining", _moved_away(bid))
 
-    def drain(self) -> None:
+    def stop(self) -> None:
         for bid in self._open.values():
             bid.end("draining", f"host {self._site.host} takes no new cells")
 
@@ -155,13 +159,15 @@ class Bidding:
     def _check(self, bid: OpenBid) -> KernelSpec:
         """What is known without asking anybody. Raises Yielded."""
         request, replica, site = bid.request, bid.replica, self._site
-        if site.draining or site.stopping:
+        if site.stopping:
             raise Yielded("draining", f"host {site.host} takes no new cells")
         view = site.view(replica.id.kernel)
         if view is None or view.spec is None or view.epoch is None:
             raise Yielded("unavailable", f"kernel {replica.id.kernel} is not (or no longer) known")
         if view.spec.placement.get(str(replica.id.index)) != site.host:
-            raise Yielded("draining", f"replica {replica.id.index} is being moved away from host {site.host}")
+            raise Yielded("draining", f"replica {replica.id.index} is no member on host {site.host} any more")
+        if request.kind == "cell":
+            self._check_leaving(bid, view.spec)
         if request.n <= view.last:
             raise Yielded("stale", f"execution {request.n} is decided already", view.last + 1)
         if request.applied < request.n - 1:
@@ -171,6 +177,15 @@ class Bidding:
         if over:
             raise Yielded("impossible", over)
         return view.spec
+
+    def _check_leaving(self, bid: OpenBid, spec: KernelSpec) -> None:
+        """Raises Yielded. What changed between cells may still be replicated by a replica that leaves: only it has
+        that."""
+        if moving.leaves(spec, bid.replica.id.index):
+            raise Yielded("draining", _moved_away(bid))
+        if self._site.draining and not bid.request.wait:
+            # The others first. When none of them can run it either, the question comes again, willing to wait.
+            raise Yielded("busy", f"host {self._site.host} drains")
 
     async def _reserve(self, bid: OpenBid, spec: KernelSpec) -> GrantRecord:
         """Room on the devices, waiting for it where the bid says so. Raises Yielded."""
@@ -327,6 +342,10 @@ class Bidding:
         while len(self._site.queue):
             await asyncio.sleep(REPEAT)
             self._carry_out(list(self._site.queue.tell_all(self._site.now())))
+
+
+def _moved_away(bid: OpenBid) -> str:
+    return f"replica {bid.replica.id.index} is being moved away"
 
 
 def waiting(n: int, reason: str) -> Message:

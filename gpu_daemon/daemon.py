@@ -109,7 +109,7 @@ class Daemon:
     async def _end(self) -> None:
         site = self._site
         site.stopping = True
-        self._bidding.drain()
+        self._bidding.stop()
         stop_replicas = site.settings.stop_replicas_on_exit
         if stop_replicas:
             await self._replicas.stop_all(STOP_WITHIN)
@@ -180,7 +180,11 @@ class Daemon:
         site = self._site
         async for item in site.etcd.watch(keys.KERNELS):
             site.note_back()
-            for kernel, delta in site.views.apply(item).items():
+            deltas = site.views.apply(item)
+            if not site.synced.is_set():
+                # What must not run here any more goes first, and makes room.
+                self._replicas.remove_unwanted()
+            for kernel, delta in deltas.items():
                 self._kernel_changed(kernel, delta)
             if not site.synced.is_set():
                 site.synced.set()
@@ -242,9 +246,7 @@ class Daemon:
     def _obey(self, record: HostRecord) -> None:
         if record.draining != self._site.draining:
             self._site.draining = record.draining
-            log.info("host %s %s new cells", self._site.host, "takes no" if record.draining else "takes")
-            if record.draining:
-                self._bidding.drain()
+            log.info("host %s %s", self._site.host, "drains" if record.draining else "does not drain any more")
             self._publish_host()
 
 

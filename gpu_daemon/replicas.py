@@ -46,17 +46,29 @@ class Replicas:
     def kernel_changed(self, kernel: str, view: KernelView | None) -> None:
         """The records of a kernel are as in `view`; None: it is gone."""
         spec = view.spec if view is not None else None
-        indexes: set[int] = set()
+        indexes = self._placed(spec)
         if spec is not None:
-            indexes = {int(i) for i, host in spec.placement.items() if host == self._site.host}
             indexes -= self._no_room(spec, indexes)
         self._forget_refused(kernel, spec)
         usable = view is not None and any(r.state == "ready" for r in view.replicas.values())
         incarnation = spec.incarnation if spec is not None else 0
-        wanted = fleet.Wanted(kernel, frozenset(indexes), incarnation, usable, self._site.now())
+        first = min(map(int, spec.placement), default=0) if spec is not None else 0
+        wanted = fleet.Wanted(kernel, frozenset(indexes), incarnation, usable, self._site.now(), first)
         if indexes or any(id.kernel == kernel for id in self._site.replicas):
             self._handle(wanted)
         self.log_changed(kernel, members=True)
+
+    def _placed(self, spec: KernelSpec | None) -> set[int]:
+        placement = spec.placement if spec is not None else {}
+        return {int(i) for i, host in placement.items() if host == self._site.host}
+
+    def remove_unwanted(self) -> None:
+        """Once, when the records have been read for the first time: replicas of before that are placed elsewhere now,
+        or whose kernel is gone, are ended before any new one is started."""
+        for id in list(self._site.replicas):
+            view = self._site.view(id.kernel)
+            if id.index not in self._placed(view.spec if view is not None else None):
+                self._handle(fleet.Unwanted(id))
 
     def log_changed(self, kernel: str, members: bool = False) -> None:
         """There are entries (or members) to push."""

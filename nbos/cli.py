@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .trustarguments import certs_arguments, drain_arguments, etcd_arguments
+from .trustarguments import certs_arguments, drain_arguments, etcd_arguments, move_arguments
 
 if TYPE_CHECKING:
     from .layout import UpOptions
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "certs": _certs,
         "etcd-setup": _etcd_setup,
         "drain": _drain,
+        "move": _move,
     }
     return commands[options.command](options)
 
@@ -53,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     certs_arguments(commands)
     etcd_arguments(commands)
     drain_arguments(commands)
+    _state_argument(move_arguments(commands))
     return top
 
 
@@ -185,6 +187,12 @@ def _certs(options: argparse.Namespace) -> int:
 
 def _drain(options: argparse.Namespace) -> int:
     from .draincommand import run
+
+    return run(options)
+
+
+def _move(options: argparse.Namespace) -> int:
+    from .movecommand import run
 
     return run(options)
 

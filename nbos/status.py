@@ -63,14 +63,15 @@ def _get(url: str, token: str, *, running: bool) -> dict[str, Any]:
             return dict(json.load(reply))
     except urllib.error.HTTPError as err:
         if err.code in (502, 503, 504):
-            raise NotRunning(f"the gateway at {url} does not answer yet ({err.code}: {_message(err)})") from err
-        raise NotRunning(f"{url} refuses with {err.code}: {_message(err)}; look into the logs") from err
+            raise NotRunning(f"the gateway at {url} does not answer yet ({err.code}: {message_of(err)})") from err
+        raise NotRunning(f"{url} refuses with {err.code}: {message_of(err)}; look into the logs") from err
     except (OSError, ValueError) as err:
         way_out = "it is starting, or its log says why" if running else "start it with `nbos up`"
         raise NotRunning(f"the gateway at {url} does not answer ({err}); {way_out}") from err
 
 
-def _message(err: urllib.error.HTTPError) -> str:
+def message_of(err: urllib.error.HTTPError) -> str:
+    """What the gateway says about a refusal."""
     try:
         return str(json.load(err)["message"])
     except (ValueError, KeyError, TypeError):
@@ -128,8 +129,9 @@ def _ticket(ticket: dict[str, Any]) -> str:
 
 
 def _kernel(kernel: dict[str, Any]) -> list[str]:
+    notebook = f"notebook {kernel['owner']}/{kernel['notebook'].lstrip('/')}  " if kernel["notebook"] else ""
     head = (
-        f"kernel {kernel['kernel_id']}  owner {kernel['owner']}  epoch {kernel['epoch']}  "
+        f"kernel {kernel['kernel_id']}  owner {kernel['owner']}  {notebook}epoch {kernel['epoch']}  "
         f"last committed {kernel['last']}"
     )
     rows = [
@@ -137,7 +139,10 @@ def _kernel(kernel: dict[str, Any]) -> list[str]:
         for m in kernel["members"]
     ]
     lost = [f"  not replicated: {name}: {reason}" for name, reason in sorted(kernel["lost"].items())]
-    return [head, *_columns(["  REPLICA", "HOST", "PID", "STATE", "ROLE", "APPLIED", ""], _indent(rows)), *lost]
+    move = kernel["move"]
+    moves = [f"  moving {move['source']} to {move['to_host']}: {move['progress']}"] if move else []
+    table = _columns(["  REPLICA", "HOST", "PID", "STATE", "ROLE", "APPLIED", ""], _indent(rows))
+    return [head, *table, *moves, *lost]
 
 
 def _applied(member: dict[str, Any], kernel: dict[str, Any]) -> str:

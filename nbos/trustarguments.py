@@ -1,4 +1,4 @@
-"""The arguments of `nbos certs`, `etcd-setup` and `drain`, apart from what they do: it is quick to import."""
+"""The arguments of `nbos certs`, `etcd-setup`, `drain` and `move`, apart from what they do: it is quick to import."""
 
 from __future__ import annotations
 
@@ -58,6 +58,18 @@ def drain_arguments(commands: Commands) -> None:
     drain.add_argument(
         "--dir", type=Path, default=Path(DEFAULT_DIR), help=f"with the admin's certificate ({DEFAULT_DIR})"
     )
+
+
+def move_arguments(commands: Commands) -> argparse.ArgumentParser:
+    move = commands.add_parser("move", help="move one replica of a kernel to another host while cells run")
+    move.add_argument("kernel", metavar="KERNEL", help="its id, or USER/NOTEBOOK, as nbos status shows them")
+    move.add_argument("--from", dest="source", default="", metavar="HOST", help="the replica there (most loaded host)")
+    move.add_argument("--to", default="", metavar="HOST", help="where it goes (least loaded host without one)")
+    move.add_argument("--back", action="store_true", help="have a replica that is on its way stay where it was")
+    move.add_argument("--no-wait", action="store_true", help="do not wait until it has moved")
+    move.add_argument("--url", default="", help="the hub of a cluster, http://HOST:PORT/ (this machine's nbos up)")
+    move.add_argument("--token-file", default="", metavar="FILE", help="with an administrator's JupyterHub token")
+    return move
 
 
 def _days(text: str) -> int:

@@ -100,6 +100,29 @@ class GrantRecord(Record, frozen=True, tag="grant"):
     groups: tuple[str, ...] = ()
 
 
+class Move(Record, frozen=True):
+    """A replica that goes from one host to another: `target`, a new index, takes the place of `source`.
+
+    joining: both run cells, the target catches up. leaving: the source takes no new cells. returning: the target takes
+    none, the source stays. done, undone: how it ended. why: an administrator asked for it, or the source's host drains.
+    since: Unix seconds, for people. reason: why it returned.
+    """
+
+    source: int
+    target: int
+    from_host: str
+    to_host: str
+    why: Literal["asked", "drain"] = "asked"
+    phase: Literal["joining", "leaving", "returning", "done", "undone"] = "joining"
+    since: float = 0.0
+    reason: str = ""
+
+    @property
+    def leaver(self) -> int | None:
+        """The replica that takes no new cells now."""
+        return {"leaving": self.source, "returning": self.target}.get(self.phase)
+
+
 class KernelSpec(Record, frozen=True, tag="kernel"):
     """What a kernel should be. Written by the gateway; the daemons carry out the part `placement` gives them.
 
@@ -130,6 +153,8 @@ class KernelSpec(Record, frozen=True, tag="kernel"):
     env: dict[str, str] = {}
     created: float = 0.0
     groups: tuple[str, ...] = ()
+    move: Move | None = None
+    moved: Move | None = None
 
 
 class Epoch(Record, frozen=True, tag="epoch"):

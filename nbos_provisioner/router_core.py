@@ -291,7 +291,7 @@ class RouterCore:
     def _lost(self, event: Lost, now: float) -> None:
         if event.replica not in self.fleet.up:
             return
-        self.fleet.lost(event.replica)
+        self._extend(self.fleet.lost(event.replica))
         self._asked = {msg_id: replica for msg_id, replica in self._asked.items() if replica != event.replica}
         self.out.log(f"{self.fleet.name(event.replica)} was lost: {event.reason}")
         if event.replica == self.fleet.executor:

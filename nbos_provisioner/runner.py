@@ -79,12 +79,13 @@ class Runner:
         if execution.n != self.next_n:
             execution.n, execution.election = self.next_n, Election()
         current = self.fleet.current()
-        up = self.fleet.up if execution.cell else {current} & self.fleet.up
+        up = self.fleet.candidates() if execution.cell else {current} & self.fleet.up
         if not execution.cell and (execution.tries > SYNC_TRIES or now > execution.started + SYNC_PATIENCE):
             return self._drop_sync(execution)
         if self.fleet.debugged is not None and self.fleet.debugged == current:
             execution.election.patience = DEBUGGED
-        step = execution.election.step(up, current, now, self.fleet.absent())  # type: ignore[arg-type]
+        preferred = current if current in up else self.fleet.best()
+        step = execution.election.step(up, preferred, now, self.fleet.absent())  # type: ignore[arg-type]
         execution.wake = step.wake
         for replica, wait in step.asks:
             self._ask(execution, replica, wait)

@@ -21,6 +21,7 @@ from .auth import REMEMBER, HubUsers
 from .config import ConfigError, GatewayConfig, read_config
 from .copy import ClusterCopy
 from .kernels import Kernels
+from .moves import Moves
 from .repair import Repair
 from .watching import ClusterWatch
 
@@ -44,6 +45,7 @@ def make_app(kernels: Kernels, watch: ClusterWatch, users: HubUsers, prefix: str
         (f"{prefix}api/kernels", handlers.KernelsHandler, parts),
         (f"{prefix}{kernel}", handlers.KernelHandler, parts),
         (f"{prefix}{kernel}/restart", handlers.RestartHandler, parts),
+        (f"{prefix}{kernel}/move", handlers.MoveHandler, parts),
     ]
     # The same for every gateway of this service, so that a login holds on all of them.
     cookie_secret = hashlib.sha256(b"nbos dashboard cookie" + users.auth.api_token.encode()).digest()
@@ -73,16 +75,18 @@ async def run(config: GatewayConfig) -> None:
         copy = ClusterCopy()
         watch = ClusterWatch(etcd, copy)
         kernels = Kernels(etcd, copy, watch, config)
-        repair = Repair(kernels, watch, config.host_grace)
+        repair = Repair(kernels, watch, config.host_grace, config.at_a_time)
+        moves = Moves(kernels, watch, config.host_grace, config.at_a_time)
         await watch.start()
         server = HTTPServer(make_app(kernels, watch, users, config.prefix), max_body_size=_HARD_BODY_LIMIT)
         server.listen(config.port, config.address, reuse_port=True)
         log.info("the gateway serves http://%s:%d%s", config.address, config.port, config.prefix)
         repairing = asyncio.create_task(repair.run(), name="repair")
         stopping = asyncio.create_task(stopped.wait(), name="stop")
-        # Watches and repair never end by themselves. Should one fail, the whole gateway ends and is started afresh:
-        # better than one that answers from an old copy.
-        parts = {repairing, *watch.tasks}
+        moving = asyncio.create_task(moves.run(), name="moves")
+        # Watches, repair and moves never end by themselves. Should one fail, the whole gateway ends and is started
+        # afresh: better than one that answers from an old copy.
+        parts = {repairing, moving, *watch.tasks}
         await asyncio.wait({stopping, *parts}, return_when=asyncio.FIRST_COMPLETED)
         server.stop()
         failed = [task for task in parts if task.done()]

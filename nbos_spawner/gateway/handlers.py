@@ -20,6 +20,7 @@ from .auth import Caller, HubUsers, check_may_change
 from .errors import ApiError, unavailable
 from .kernels import Kernels
 from .models import is_ready, kernel_model, may_see, status_model
+from .moverequests import read_move_wanted
 from .requests import MAX_BODY, read_kernel_wanted
 from .watching import ClusterWatch
 
@@ -187,6 +188,18 @@ class RestartHandler(AuthenticatedHandler):
         self.body()
         await self.kernels.restart(self.caller, kernel_id)
         self.answer(self.model(kernel_id))
+
+
+class MoveHandler(AuthenticatedHandler):
+    """POST api/kernels/<id>/move: begin it (202). DELETE: take it back."""
+
+    async def post(self, kernel_id: str) -> None:
+        await self.kernels.move(self.caller, kernel_id, read_move_wanted(self.body()))
+        self.answer(self.model(kernel_id), 202)
+
+    async def delete(self, kernel_id: str) -> None:
+        await self.kernels.take_back(self.caller, kernel_id)
+        self.answer(self.model(kernel_id), 202)
 
 
 class StatusHandler(AuthenticatedHandler):

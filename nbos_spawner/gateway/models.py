@@ -10,8 +10,9 @@ from typing import Any
 
 import msgspec
 
+from nbos_cluster import moving
 from nbos_cluster.kernelview import KernelView
-from nbos_cluster.records import GrantRecord, HostRecord, KernelSpec
+from nbos_cluster.records import GrantRecord, HostRecord, KernelSpec, Move
 from nbos_cluster.statelog import fold_unread
 
 from .auth import Caller
@@ -44,6 +45,9 @@ def kernel_model(view: KernelView, *, secrets: bool) -> dict[str, Any]:
         "last": view.last,
         "executor": view.executor,
         "lost": lost_names(view),
+        "notebook": spec.env.get("JPY_SESSION_NAME", ""),
+        "move": move_model(spec.move, moving.progress(view)) if spec.move is not None else None,
+        "moved": move_model(spec.moved, "") if spec.moved is not None else None,
     }
     if secrets:
         model["connection"] = {
@@ -80,6 +84,11 @@ def member_model(view: KernelView, spec: KernelSpec, index: str) -> dict[str, An
             "reason": record.reason,
         }
     return model
+
+
+def move_model(move: Move, progress: str) -> dict[str, Any]:
+    """A move under way, or how the latest one ended (phase done or undone)."""
+    return {**msgspec.to_builtins(move), "progress": progress}
 
 
 def lost_names(view: KernelView) -> dict[str, str]:

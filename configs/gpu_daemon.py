@@ -21,7 +21,8 @@ c.GPUDaemon.blob_store = "file:///shared/nbos/blobs"  # on a file system that al
 c.GPUDaemon.runtime = "docker"
 c.GPUDaemon.stop_replicas_on_exit = False  # an upgrade of the daemon leaves kernels running; True: the host shuts down
 
-# Slices of a GPU run side by side only under MPS, and only where all users of this host trust each other (docs/slices.md).
+# Slices of a GPU run side by side only under MPS, and only where all users of this host trust each other:
+# docs/slices.md.
 c.Slicing.one_trust_domain = False
 
 # The image of kernels whose users chose none. What users may choose stands in the hub's `limits` ("images").

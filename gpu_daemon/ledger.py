@@ -96,6 +96,10 @@ class Ledger:
         return grant in self._grants
 
     @property
+    def books(self) -> Collection[Book]:
+        return self._books.values()
+
+    @property
     def devices(self) -> list[Device]:
         return [book.device for book in self._books.values()]
 
@@ -133,16 +137,35 @@ class Ledger:
             return self._fit_whole(resources, [b for b in books if b.uuid not in kept] if kept else books)
         return self._fit_slice(resources, books, kept or {})
 
-    def drain_targets(self, resources: Resources) -> frozenset[str]:
-        """The devices to keep free for a request that must wait: those that come closest to having room.
+    def drain_targets(self, resources: Resources, kept: Kept | None = None) -> frozenset[str]:
+        """The devices to keep free for a request that must wait: those that come closest to having room, beside what is
+        `kept`.
 
         While nobody new gets a part of them, the request's wait is bounded by what runs on them already.
         """
         books = self._suitable(resources)
         if not resources.wants_gpu or isinstance(books, Impossible):
             return frozenset()
+        if kept:
+            books = [b for b in books if b.device.tpcs - kept.get(b.uuid, (0, 0))[0] >= resources.tpcs]
+            if resources.gpus:
+                books = [b for b in books if b.uuid not in kept]
         nearest = sorted(books, key=lambda b: (b.used_tpcs, b.device.index))
         return frozenset(b.uuid for b in nearest[: max(resources.gpus, 1)])
+
+    def serves(self, resources: Resources, uuids: Collection[str]) -> bool:
+        """Whether these devices, once nothing runs on them, are what the request needs."""
+        books = self._suitable(resources)
+        if isinstance(books, Impossible) or len(uuids) < max(resources.gpus, 1):
+            return False
+        return set(uuids) <= {b.uuid for b in books}
+
+    def memory_of(self, resources: Resources) -> int:
+        """The bytes that the request would get in all; of devices that differ, the most."""
+        books = self._suitable(resources)
+        if isinstance(books, Impossible):
+            return 0
+        return max((share_of(b.device, resources) for b in books), default=0) * max(resources.gpus, 1)
 
     def _suitable(self, resources: Resources) -> list[Book] | Impossible:
         """The devices that have room for `resources` when nothing runs on them, by index; or why there is none."""

@@ -17,6 +17,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from gpu_daemon import ledger, queue
+from gpu_daemon.accounting import Accounting
 from gpu_daemon.fleet import ReplicaId
 from gpu_daemon.limits import over_limit
 from gpu_daemon.publishing import Publisher
@@ -72,8 +73,8 @@ class OpenBid:
 
 
 class Bidding:
-    def __init__(self, site: Site, publisher: Publisher) -> None:
-        self._site, self._publisher = site, publisher
+    def __init__(self, site: Site, publisher: Publisher, accounting: Accounting) -> None:
+        self._site, self._publisher, self._accounting = site, publisher, accounting
         self._open: dict[ReplicaId, OpenBid] = {}
         self._queued: dict[str, OpenBid] = {}
         self._repeater: asyncio.Task[None] | None = None
@@ -287,6 +288,7 @@ class Bidding:
 
     def grant_ended(self, name: str, used: bool = True) -> None:
         """A grant is given back; whoever waits for the room gets it."""
+        self._accounting.end(name, used)
         self._carry_out(self._site.queue.handle(queue.Ended(name, self._site.now(), used)))
 
     def room_changed(self) -> None:
@@ -296,6 +298,8 @@ class Bidding:
     def _carry_out(self, instructions: list[queue.Instruction]) -> None:
         for step in instructions:
             name = step.grant.grant if isinstance(step, queue.Admit) else step.grant
+            if isinstance(step, queue.Admit):
+                self._accounting.begin(step.grant)
             bid = self._queued.get(name)
             granted = bid.granted if bid is not None else None
             if granted is None or granted.done():

@@ -63,14 +63,14 @@ def _get(url: str, token: str, *, running: bool) -> dict[str, Any]:
             return dict(json.load(reply))
     except urllib.error.HTTPError as err:
         if err.code in (502, 503, 504):
-            raise NotRunning(f"the gateway at {url} does not answer yet ({err.code}: {_message(err)})") from err
-        raise NotRunning(f"{url} refuses with {err.code}: {_message(err)}; look into the logs") from err
+            raise NotRunning(f"the gateway at {url} does not answer yet ({err.code}: {message_of(err)})") from err
+        raise NotRunning(f"{url} refuses with {err.code}: {message_of(err)}; look into the logs") from err
     except (OSError, ValueError) as err:
         way_out = "it is starting, or its log says why" if running else "start it with `nbos up`"
         raise NotRunning(f"the gateway at {url} does not answer ({err}); {way_out}") from err
 
 
-def _message(err: urllib.error.HTTPError) -> str:
+def message_of(err: urllib.error.HTTPError) -> str:
     try:
         return str(json.load(err)["message"])
     except (ValueError, KeyError, TypeError):

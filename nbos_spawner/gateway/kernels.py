@@ -108,6 +108,7 @@ class Kernels:
             env=wanted.env,
             server=wanted.server,
             created=time.time(),
+            groups=tuple(sorted(caller.groups)),
         )
         try:
             return replace(spec, placement=place(spec, self._loads()))

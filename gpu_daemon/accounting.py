@@ -19,10 +19,11 @@ from gpu_daemon.site import Site, log
 from gpu_daemon.use import DAY
 from nbos_cluster import keys, records
 from nbos_cluster.etcd import EtcdError, EtcdUnavailable
-from nbos_cluster.kv import Txn, op_delete_range
+from nbos_cluster.kv import Txn, op_delete_range, op_put
 from nbos_cluster.records import GrantRecord, HourRecord
 
 EVERY = 1.0
+GATHER = 0.05
 PUBLISH_EVERY = 5.0
 PUBLISH_WITHIN = 5.0
 AT_THE_END = 0.5
@@ -42,6 +43,7 @@ class Accounting:
         """Grants that were open when the last daemon ended."""
         self._unpublished: set[int] = set()
         self._pruned = float("-inf")
+        self._changes: list[Change] = []
         self._wake = asyncio.Event()
         self._said = ""
 
@@ -50,13 +52,13 @@ class Accounting:
     def begin(self, record: GrantRecord) -> None:
         now = self._wall()
         self._accounts.begin(record, now)
-        self._journal.write(Change(begun=record, at=now))
+        self._note(Change(begun=record, at=now))
         self._wake.set()
 
     def end(self, grant: str, used: bool) -> None:
         lines = self._accounts.end(grant, self._wall(), used)
         if lines:
-            self._journal.write(Change(lines, ended=grant))
+            self._note(Change(lines, ended=grant))
             self._unpublished |= {line.hour for line in lines}
 
     def energy(self, joules: Mapping[str, float]) -> None:
@@ -82,10 +84,10 @@ class Accounting:
         for grant, record in held.items():
             at = self._left[grant][1] if grant in self._left else record.since or self._wall()
             self._accounts.begin(record, at)
-            self._journal.write(Change(begun=record, at=at))
+            self._note(Change(begun=record, at=at))
         for grant in set(self._left) - set(held):
             log.info("grant %s ended while this daemon was away; it is accounted until the last moment known", grant)
-            self._journal.write(Change(ended=grant))
+            self._note(Change(ended=grant))
         self._left = {}
         self._wake.set()
 
@@ -106,6 +108,7 @@ class Accounting:
         """What is open stays open in the journal: replicas may live on."""
         if self._journal.works:
             self._settle()
+            self._write()
             await self._publish(AT_THE_END)
             await self._journal.close(CLOSE_WITHIN)
 
@@ -113,8 +116,19 @@ class Accounting:
         if len(self._accounts):
             now = self._wall()
             lines = self._accounts.settle(now)
-            self._journal.write(Change(lines, settled=now))
+            self._note(Change(lines, settled=now))
             self._unpublished |= {line.hour for line in lines}
+
+    def _note(self, change: Change) -> None:
+        """Changes gather for a moment: waking the thread costs more than all of the accounting, and a bid waits."""
+        self._changes.append(change)
+        if len(self._changes) == 1:
+            asyncio.get_running_loop().call_later(GATHER, self._write)
+
+    def _write(self) -> None:
+        changes, self._changes = self._changes, []
+        if changes:
+            self._journal.write(changes)
 
     # -- etcd ---------------------------------------------------------------------------------------------------------
 
@@ -131,10 +145,12 @@ class Accounting:
 
     async def _publish_hour(self, hour: int) -> None:
         self._unpublished.discard(hour)
+        self._write()
         try:
             lines = await self._journal.lines(hour, hour + 1)
             record = HourRecord(host=self._site.host, lines=tuple(lines))
-            await self._site.etcd.put(keys.account(self._site.host, hour, self._name), records.encode(record))
+            key = keys.account(self._site.host, hour, self._name)
+            await self._site.commit(Txn([], [op_put(key, records.encode(record))]))
             if hour not in self._unpublished:
                 await self._journal.published(hour)
         except BaseException:
@@ -148,5 +164,5 @@ class Accounting:
         first = int(self._wall() // HOUR) - 24 * self._kept_days
         host = self._site.host
         old = op_delete_range(keys.accounts(host), keys.account_hour(host, max(0, first)))
-        await self._site.etcd.commit(Txn([], [old]))
+        await self._site.commit(Txn([], [old]))
         self._pruned = self._site.now()

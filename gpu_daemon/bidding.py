@@ -8,6 +8,7 @@ process. A repeated bid (the socket was lost, the answer with it) joins the firs
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 import uuid
 from collections.abc import Callable
@@ -34,7 +35,7 @@ from nbos_cluster.wire import Message
 REPEAT = 2.0
 """Seconds after which a waiting bid is told again how things stand."""
 
-NEWS_AFTER = 0.02
+NEWS_AFTER = 0.1
 """Seconds in which changes of the queue gather before those who wait are told: whoever gets a grant goes first."""
 
 ETCD_PAUSE = 0.3
@@ -77,6 +78,8 @@ class Bidding:
         self._site, self._publisher, self._accounting = site, publisher, accounting
         self._open: dict[ReplicaId, OpenBid] = {}
         self._queued: dict[str, OpenBid] = {}
+        self._names, self._numbers = uuid.uuid4().hex[:12], itertools.count()
+        """Names of grants: random for this daemon's life, then counted, since every random number is a system call."""
         self._repeater: asyncio.Task[None] | None = None
         self._news: asyncio.TimerHandle | None = None
         self.sized: Callable[[ledger.Request], ledger.Request] = lambda wish: wish
@@ -96,7 +99,7 @@ class Bidding:
             bid.end("cancelled", f"the replica bids for execution {request.n} now")
             bid = None
         if bid is None or bid.over:
-            bid = OpenBid(replica, request, uuid.uuid4().hex[:16])
+            bid = OpenBid(replica, request, f"{self._names}{next(self._numbers):08x}")
             self._open[replica.id] = bid
             bid.task = self._site.spawn(self._run(bid), f"bid of {replica.name} for {request.n}")
         assert bid.task is not None
@@ -175,7 +178,7 @@ class Bidding:
         if request.applied < request.n - 1:
             reason = f"replica {replica.id.index} has applied the log up to {request.applied}, not {request.n - 1}"
             raise Yielded("behind", reason, max(view.last, request.applied) + 1)
-        over = over_limit(request.resources, view.spec.max_resources, site.ledger.devices)
+        over = over_limit(request.resources, view.spec.max_resources, site.ledger.kinds)
         if over:
             raise Yielded("impossible", over)
         return view.spec

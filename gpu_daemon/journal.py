@@ -51,7 +51,7 @@ _ADD = f"INSERT INTO uses VALUES ({', '.join('?' * 10)}) ON CONFLICT DO UPDATE S
 
 @dataclass(frozen=True)
 class Change:
-    """One step, whole or not at all. settled: up to when open grants are accounted, 0: unchanged."""
+    """One step. settled: up to when open grants are accounted, 0: unchanged."""
 
     lines: Sequence[UseLine] = ()
     settled: float = 0.0
@@ -74,7 +74,9 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._work: queue.SimpleQueue[Change | Callable[[sqlite3.Connection], None] | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Sequence[Change] | Callable[[sqlite3.Connection], None] | None] = (
+            queue.SimpleQueue()
+        )
         self._thread = threading.Thread(target=self._run, name="writing the accounts", daemon=True)
         self._failing = False
 
@@ -111,9 +113,9 @@ class Journal:
         """Opened, and not closed yet."""
         return self._thread.is_alive()
 
-    def write(self, change: Change) -> None:
-        """Soon; returns at once."""
-        self._work.put(change)
+    def write(self, changes: Sequence[Change]) -> None:
+        """Soon, whole or not at all; returns at once."""
+        self._work.put(changes)
 
     async def lines(self, since: int, until: int) -> list[UseLine]:
         """Those of the hours from `since` up to, not including, `until`."""
@@ -154,12 +156,12 @@ class Journal:
             try:
                 item = self._work.get(timeout=SYNC if dirty else None)
             except queue.Empty:
-                item = Change()
-            if isinstance(item, Change):
+                item = ()
+            if callable(item):
+                item(db)
+            elif item:
                 self._until_written(db, item)
                 dirty = True
-            elif item is not None:
-                item(db)
             if dirty and (item is None or time.monotonic() - synced >= SYNC):
                 self._try(lambda: db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall())
                 synced, dirty = time.monotonic(), False
@@ -167,8 +169,8 @@ class Journal:
                 db.close()
                 return
 
-    def _until_written(self, db: sqlite3.Connection, change: Change) -> None:
-        while not self._try(lambda: _carry_out(db, change)):
+    def _until_written(self, db: sqlite3.Connection, changes: Sequence[Change]) -> None:
+        while not self._try(lambda: _carry_out(db, changes)):
             time.sleep(RETRY)
 
     def _try(self, step: Callable[[], object]) -> bool:
@@ -194,19 +196,24 @@ def _connect(path: Path) -> sqlite3.Connection:
     return db
 
 
-def _carry_out(db: sqlite3.Connection, change: Change) -> None:
+def _carry_out(db: sqlite3.Connection, changes: Sequence[Change]) -> None:
     with db:
-        for line in change.lines:
-            amounts = [getattr(line, name) for name in _AMOUNTS]
-            db.execute(_ADD, (line.hour, line.owner, json.dumps(line.groups), line.kernel, *amounts))
-            db.execute("INSERT OR IGNORE INTO unpublished VALUES (?)", (line.hour,))
-        if change.settled:
-            db.execute("INSERT OR REPLACE INTO meta VALUES ('settled', ?)", (change.settled,))
-        if change.begun is not None:
-            raw = records.encode(change.begun)
-            db.execute("INSERT OR REPLACE INTO open VALUES (?, ?, ?)", (change.begun.grant, raw, change.at))
-        if change.ended:
-            db.execute("DELETE FROM open WHERE grant_id = ?", (change.ended,))
+        for change in changes:
+            _enter(db, change)
+
+
+def _enter(db: sqlite3.Connection, change: Change) -> None:
+    for line in change.lines:
+        amounts = [getattr(line, name) for name in _AMOUNTS]
+        db.execute(_ADD, (line.hour, line.owner, json.dumps(line.groups), line.kernel, *amounts))
+        db.execute("INSERT OR IGNORE INTO unpublished VALUES (?)", (line.hour,))
+    if change.settled:
+        db.execute("INSERT OR REPLACE INTO meta VALUES ('settled', ?)", (change.settled,))
+    if change.begun is not None:
+        raw = records.encode(change.begun)
+        db.execute("INSERT OR REPLACE INTO open VALUES (?, ?, ?)", (change.begun.grant, raw, change.at))
+    if change.ended:
+        db.execute("DELETE FROM open WHERE grant_id = ?", (change.ended,))
 
 
 def _read(db: sqlite3.Connection, since: int, until: int) -> list[UseLine]:

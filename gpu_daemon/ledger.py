@@ -84,6 +84,9 @@ class Ledger:
         self._books = {device.uuid: Book(device) for device in sorted(devices, key=lambda d: d.index)}
         self._grants: dict[str, GrantRecord] = {}
         self._shapes: dict[Resources, list[Book] | Impossible] = {}
+        self._memory: dict[Resources, int] = {}
+        self.kinds = tuple({(b.device.memory, b.device.tpcs): b.device for b in self._books.values()}.values())
+        """One device of each size."""
         self._story: deque[tuple[str, object]] = deque(maxlen=50)
 
     # -- what is held -------------------------------------------------------------------------------------------------
@@ -162,19 +165,27 @@ class Ledger:
 
     def memory_of(self, resources: Resources) -> int:
         """The bytes that the request would get in all; of devices that differ, the most."""
-        books = self._suitable(resources)
-        if isinstance(books, Impossible):
-            return 0
-        return max((share_of(b.device, resources) for b in books), default=0) * max(resources.gpus, 1)
+        found = self._memory.get(resources)
+        if found is None:
+            books = self._suitable(resources)
+            most = (
+                0 if isinstance(books, Impossible) else max((share_of(b.device, resources) for b in books), default=0)
+            )
+            found = self._memory[resources] = most * max(resources.gpus, 1)
+        return found
 
     def _suitable(self, resources: Resources) -> list[Book] | Impossible:
         """The devices that have room for `resources` when nothing runs on them, by index; or why there is none."""
         found = self._shapes.get(resources)
         if found is None:
             if len(self._shapes) > SHAPES:
-                self._shapes.clear()
+                self._forget_shapes()
             found = self._shapes[resources] = self._look_for(resources)
         return found
+
+    def _forget_shapes(self) -> None:
+        self._shapes.clear()
+        self._memory.clear()
 
     def _look_for(self, resources: Resources) -> list[Book] | Impossible:
         malformed = _malformed(resources)
@@ -259,7 +270,7 @@ class Ledger:
         """A device failed or recovered. Its grants stand; nobody new gets a part of it while it is unhealthy."""
         book = self._books[uuid]
         book.device = msgspec.structs.replace(book.device, healthy=healthy, reason=reason)
-        self._shapes.clear()
+        self._forget_shapes()
         self._story.append((f"device {uuid} is", "healthy" if healthy else f"unhealthy: {reason}"))
 
     def validate_state(self) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from gpu_daemon.ledger import Ledger, Request
 from gpu_daemon.reservations import Reservation
 from gpu_daemon.seats import Seats
-from gpu_daemon.shares import Holdings, Principal, Shares
+from gpu_daemon.shares import Holdings, Principal, Shares, Standing
 from gpu_daemon.use import DAY, Use
 from nbos_cluster.records import GrantRecord
 
@@ -65,6 +65,7 @@ class Order:
     def __init__(self, policy: Policy, ledger: Ledger, holdings: Holdings, seats: Seats) -> None:
         self._policy, self._ledger, self._holdings, self._seats = policy, ledger, holdings, seats
         self._use: dict[str, Use] = {}
+        self._standings: dict[tuple[str, tuple[str, ...], str], Standing] = {}
         self._turn = ""
         self._turn_given = float("-inf")
         self._owed: str | None = ""
@@ -92,9 +93,10 @@ class Order:
 
     def guarantee(self, waiting: Waiting, wall: float) -> Principal | Reservation | None:
         """Whose quota, or which course's seat, the request would stay within."""
-        request = waiting.request
-        standing = self._policy.shares.of(request.owner, request.groups, request.kernel)
-        within = self._holdings.within(standing, request.resources, waiting.memory) if standing.quotas else None
+        request, quotas = waiting.request, self._standing(waiting.request).quotas
+        within = self._holdings.within(quotas, request.resources, waiting.memory) if quotas else None
+        if not self._policy.reservations:
+            return within
         return within or self._seats.seated(request.owner, request.groups, request.resources, wall)
 
     def rank(self, waiting: Waiting, now: float, wall: float, head: bool) -> Rank:
@@ -107,10 +109,19 @@ class Order:
             return (GUARANTEED, 0, first, 0, since, waiting.number)
         if self.overdue(waiting, now):
             return (OVERDUE, 0, first, 0, since, waiting.number)
-        standing = self._policy.shares.of(request.owner, request.groups, request.kernel)
+        standing = self._standing(request)
         use = self._use.get(request.owner)
         share = (use.value(now) + use.rate * IN_HAND) / standing.weight if use is not None else 0.0
         return (FAIR, -standing.priority, first, int(share // STEP), since, waiting.number)
+
+    def _standing(self, request: Request) -> Standing:
+        key = (request.owner, request.groups, request.kernel)
+        found = self._standings.get(key)
+        if found is None:
+            if len(self._standings) > 10_000:
+                self._standings.clear()
+            found = self._standings[key] = self._policy.shares.of(*key)
+        return found
 
     def overdue(self, waiting: Waiting, now: float) -> bool:
         return now - waiting.since >= self._policy.overdue_after

@@ -202,9 +202,9 @@ class Holdings:
         """Who holds something, with their groups."""
         return self._groups
 
-    def within(self, standing: Standing, resources: Resources, memory: int) -> Principal | None:
+    def within(self, quotas: Iterable[tuple[Principal, Entry]], resources: Resources, memory: int) -> Principal | None:
         """Whose quota the request would stay within; memory: the bytes that it would get in all."""
-        for principal, quota in standing.quotas:
+        for principal, quota in quotas:
             held = self._held.get(principal, _NOTHING)
             if resources.gpus:
                 fits = held.devices + resources.gpus <= quota.devices

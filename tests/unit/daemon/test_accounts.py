@@ -122,7 +122,7 @@ async def test_lines_of_one_key_are_added_up_and_found_by_the_hour(tmp_path: Pat
     journal = Journal(tmp_path / "accounts.db")
     known = journal.open()
     for _ in range(3):
-        journal.write(Change([line(7, "ann", 1.5), line(8, "ann", 2.0)], settled=9.0))
+        journal.write([Change([line(7, "ann", 1.5), line(8, "ann", 2.0)], settled=9.0)])
     assert await journal.lines(7, 8) == [UseLine(hour=7, owner="ann", kernel="k", groups=("g",), cells=3, seconds=4.5)]
     await journal.published(7)
     await journal.close(5)
@@ -136,9 +136,9 @@ async def test_open_grants_are_found_again_with_the_last_moment_known(tmp_path: 
     journal = Journal(tmp_path / "accounts.db")
     journal.open()
     for name, at in (("a", 10.0), ("b", 30.0), ("c", 31.0)):
-        journal.write(Change(begun=grant(name), at=at))
-    journal.write(Change([line(0, "ann", 5.0)], settled=25.0))
-    journal.write(Change(ended="c"))
+        journal.write([Change(begun=grant(name), at=at)])
+    journal.write([Change([line(0, "ann", 5.0)], settled=25.0)])
+    journal.write([Change(ended="c")])
     await journal.close(5)
     again = Journal(tmp_path / "accounts.db")
     assert {record.grant: at for record, at in again.open().open} == {"a": 25.0, "b": 30.0}
@@ -149,7 +149,7 @@ async def test_a_file_that_is_no_database_is_set_aside(tmp_path: Path, caplog: p
     (tmp_path / "accounts.db").write_bytes(b"x" * 5000)
     journal = Journal(tmp_path / "accounts.db")
     journal.open()
-    journal.write(Change([line(1, "ann", 1.0)]))
+    journal.write([Change([line(1, "ann", 1.0)])])
     assert len(await journal.lines(0, 2)) == 1
     await journal.close(5)
     assert "set aside" in caplog.text
@@ -168,7 +168,7 @@ import asyncio, itertools
 async def work():
     for n in itertools.count(1):
         line = UseLine(hour=1, owner="ann", kernel="k", seconds=1.0)
-        journal.write(Change([line], settled=float(n)))
+        journal.write([Change([line], settled=float(n))])
         await journal.lines(1, 2)
         print(n, flush=True)
 asyncio.run(work())

@@ -21,9 +21,12 @@ from gpu_daemon.blobs import open_store
 from gpu_daemon.daemon import Daemon
 from gpu_daemon.docker_config import Docker
 from gpu_daemon.health import NVMLHealth, Reasons
+from gpu_daemon.order import Policy
 from gpu_daemon.process_runtime import ProcessRuntime
+from gpu_daemon.reservations import ReservationError, read_reservations
 from gpu_daemon.rundir import RunDirError
 from gpu_daemon.runtime import ReplicaRuntime, RuntimeFailed
+from gpu_daemon.shares import SharesError, read_shares
 from gpu_daemon.simulated import simulated
 from gpu_daemon.site import Settings
 from gpu_daemon.sizes import parse_bytes
@@ -80,6 +83,37 @@ class GPUDaemon(Application):
     simulated_model = Unicode("Simulated GPU", help="Their model.").tag(config=True)
     simulated_tpcs = Integer(66, min=1, help="TPCs of each.").tag(config=True)
     simulated_memory = Unicode("80G", help="Memory of each, for example 80G.").tag(config=True)
+    shares = Dict(
+        help="Who is owed what of this host's GPUs: {'default': {...}, 'users': {name: {...}}, 'groups': {...}, "
+        "'kernels': {id: {...}}}; each may set weight (of the fair share), priority, and a guaranteed quota: tpcs (in "
+        "slices), devices (whole ones), memory. docs/sharing.md."
+    ).tag(config=True)
+    reservations = List(
+        Dict(),
+        help="Room kept for courses: a list of {'name', 'users', 'groups', 'seats', 'tpcs' or 'gpus', 'memory', "
+        "'days', 'from', 'to', 'timezone', 'first', 'last'}. docs/sharing.md.",
+    ).tag(config=True)
+    overdue_after = Float(
+        3600.0,
+        min=10.0,
+        help="Seconds after which a waiting cell gets its turn whatever others' priorities, shares and quotas.",
+    ).tag(config=True)
+    fair_window = Float(
+        24.0, min=1.0, max=720.0, help="Hours of use that count in the fair share: who used less goes first."
+    ).tag(config=True)
+    unknown_run = Float(
+        3600.0,
+        min=1.0,
+        help="Seconds that a cell is taken to run, of whose kernel and owner none was seen yet: it gets room that is "
+        "reserved later only if it ends before.",
+    ).tag(config=True)
+    accounts_days = Integer(
+        100,
+        min=1,
+        max=3660,
+        help="Days that this host's accounts stay in etcd, where `nbos accounts` reads them; the daemon's own journal "
+        "keeps them all.",
+    ).tag(config=True)
     lease_ttl = Float(3.0, help="Seconds without a sign of this daemon after which its host counts as lost.").tag(
         config=True
     )
@@ -125,6 +159,14 @@ class GPUDaemon(Application):
         if proposal["value"] < 1:
             raise TraitError("lease_ttl is at least 1 second, the least that etcd counts")
         return float(proposal["value"])
+
+    @validate("shares", "reservations")
+    def _valid_sharing(self, proposal: Any) -> Any:
+        try:
+            (read_shares if proposal["trait"].name == "shares" else read_reservations)(proposal["value"])
+        except (SharesError, ReservationError) as err:
+            raise TraitError(f"GPUDaemon.{err}") from err
+        return proposal["value"]
 
     def initialize(self, argv: Any = None) -> None:
         self.parse_command_line(argv)
@@ -176,11 +218,19 @@ class GPUDaemon(Application):
             blob_grace=self.blob_grace,
             blob_patience=self.blob_patience,
             collect_every=self.collect_every,
+            accounts_days=self.accounts_days,
         )
         devices, blobs = self.find_devices(), open_store(self.blob_store, self.blob_store_options)
         runtime = self.make_runtime(host, devices, endpoints)
+        policy = Policy(
+            shares=read_shares(self.shares),
+            reservations=read_reservations(self.reservations),
+            overdue_after=self.overdue_after,
+            unknown_run=self.unknown_run,
+            window=self.fair_window * 3600,
+        )
         etcd, offers = Etcd(endpoints, tls), self.make_offers(devices)
-        return Daemon(settings, etcd, devices, blobs, runtime, _health_of(devices), offers)
+        return Daemon(settings, etcd, devices, blobs, runtime, _health_of(devices), offers, policy)
 
     def make_offers(self, devices: tuple[Device, ...]) -> Offers:
         """What may hold slices of the devices. Simulated ones are held by nothing."""

@@ -8,14 +8,17 @@ process. A repeated bid (the socket was lost, the answer with it) joins the firs
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from msgspec.structs import replace
 
 from gpu_daemon import ledger, queue
+from gpu_daemon.accounting import Accounting
 from gpu_daemon.fleet import ReplicaId
 from gpu_daemon.limits import over_limit
 from gpu_daemon.publishing import Publisher
@@ -31,6 +34,9 @@ from nbos_cluster.wire import Message
 
 REPEAT = 2.0
 """Seconds after which a waiting bid is told again how things stand."""
+
+NEWS_AFTER = 0.1
+"""Seconds in which changes of the queue gather before those who wait are told: whoever gets a grant goes first."""
 
 ETCD_PAUSE = 0.3
 EPOCH_TRIES = 5
@@ -68,11 +74,16 @@ class OpenBid:
 
 
 class Bidding:
-    def __init__(self, site: Site, publisher: Publisher) -> None:
-        self._site, self._publisher = site, publisher
+    def __init__(self, site: Site, publisher: Publisher, accounting: Accounting) -> None:
+        self._site, self._publisher, self._accounting = site, publisher, accounting
         self._open: dict[ReplicaId, OpenBid] = {}
         self._queued: dict[str, OpenBid] = {}
+        self._names, self._numbers = uuid.uuid4().hex[:12], itertools.count()
+        """Names of grants: random for this daemon's life, then counted, since every random number is a system call."""
         self._repeater: asyncio.Task[None] | None = None
+        self._news: asyncio.TimerHandle | None = None
+        self.sized: Callable[[ledger.Request], ledger.Request] = lambda wish: wish
+        """May change what a request asks for before it is placed (right-sizing)."""
         self.told: dict[str, tuple[OpenBid, queue.Tell, float]] = {}
         """What each waiting bid was told last, by the name of its future grant, and since when it waits (Unix time)."""
 
@@ -88,7 +99,7 @@ class Bidding:
             bid.end("cancelled", f"the replica bids for execution {request.n} now")
             bid = None
         if bid is None or bid.over:
-            bid = OpenBid(replica, request, uuid.uuid4().hex[:16])
+            bid = OpenBid(replica, request, f"{self._names}{next(self._numbers):08x}")
             self._open[replica.id] = bid
             bid.task = self._site.spawn(self._run(bid), f"bid of {replica.name} for {request.n}")
         assert bid.task is not None
@@ -173,7 +184,7 @@ class Bidding:
         if request.applied < request.n - 1:
             reason = f"replica {replica.id.index} has applied the log up to {request.applied}, not {request.n - 1}"
             raise Yielded("behind", reason, max(view.last, request.applied) + 1)
-        over = over_limit(request.resources, view.spec.max_resources, site.ledger.devices)
+        over = over_limit(request.resources, view.spec.max_resources, site.ledger.kinds)
         if over:
             raise Yielded("impossible", over)
         return view.spec
@@ -190,7 +201,11 @@ class Bidding:
     async def _reserve(self, bid: OpenBid, spec: KernelSpec) -> GrantRecord:
         """Room on the devices, waiting for it where the bid says so. Raises Yielded."""
         id, request = bid.replica.id, bid.request
-        wish = ledger.Request(bid.grant_name, spec.owner, id.kernel, id.index, request.n, request.resources)
+        wish = self.sized(
+            ledger.Request(
+                bid.grant_name, spec.owner, id.kernel, id.index, request.n, request.resources, groups=spec.groups
+            )
+        )
         granted: asyncio.Future[GrantRecord] = asyncio.get_running_loop().create_future()
         bid.granted = granted
         self._queued[bid.grant_name] = bid
@@ -292,19 +307,19 @@ class Bidding:
 
     def grant_ended(self, name: str, used: bool = True) -> None:
         """A grant is given back; whoever waits for the room gets it."""
+        self._accounting.end(name, used)
         self._carry_out(self._site.queue.handle(queue.Ended(name, self._site.now(), used)))
 
     def room_changed(self) -> None:
+        self._site.queue.wall = time.time() - self._site.now()
         self._carry_out(self._site.queue.handle(queue.Room(self._site.now())))
 
     def _carry_out(self, instructions: list[queue.Instruction]) -> None:
         for step in instructions:
             name = step.grant.grant if isinstance(step, queue.Admit) else step.grant
+            if isinstance(step, queue.Admit):
+                self._accounting.begin(step.grant)
             bid = self._queued.get(name)
-            if isinstance(step, queue.Tell):
-                if bid is not None:
-                    self._tell(bid, step)
-                continue
             granted = bid.granted if bid is not None else None
             if granted is None or granted.done():
                 if isinstance(step, queue.Admit):
@@ -313,6 +328,18 @@ class Bidding:
                 granted.set_result(step.grant)
             else:
                 granted.set_exception(Yielded(step.code, step.reason))
+        if self._site.queue.stale and self._news is None:
+            self._news = asyncio.get_running_loop().call_later(NEWS_AFTER, self._tell_news)
+
+    def _tell_news(self) -> None:
+        self._news = None
+        self._tell_them(self._site.queue.news(self._site.now()))
+
+    def _tell_them(self, tells: list[queue.Tell]) -> None:
+        for tell in tells:
+            bid = self._queued.get(tell.grant)
+            if bid is not None:
+                self._tell(bid, tell)
 
     def _tell(self, bid: OpenBid, tell: queue.Tell) -> None:
         since = self.told[tell.grant][2] if tell.grant in self.told else time.time()
@@ -341,7 +368,9 @@ class Bidding:
         """Runs only while somebody waits, so an idle daemon sleeps."""
         while len(self._site.queue):
             await asyncio.sleep(REPEAT)
-            self._carry_out(list(self._site.queue.tell_all(self._site.now())))
+            # Time alone may change who is next: a course ends, somebody has waited for very long.
+            self.room_changed()
+            self._tell_them(self._site.queue.tell_all(self._site.now()))
 
 
 def _moved_away(bid: OpenBid) -> str:

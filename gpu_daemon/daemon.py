@@ -10,6 +10,7 @@ from importlib import metadata
 
 import psutil
 
+from gpu_daemon.accounting import Accounting
 from gpu_daemon.answers import Answers
 from gpu_daemon.bidding import Bidding
 from gpu_daemon.blobdesk import BlobDesk
@@ -19,6 +20,7 @@ from gpu_daemon.commits import Commits
 from gpu_daemon.fleet import ReplicaId
 from gpu_daemon.health import HealthWatch, Reasons
 from gpu_daemon.ledger import Ledger
+from gpu_daemon.order import Policy
 from gpu_daemon.publishing import Publisher
 from gpu_daemon.queue import FairQueue
 from gpu_daemon.replicas import Replicas
@@ -40,7 +42,8 @@ class Daemon:
     """Not started until `run`. etcd need not answer yet; the daemon waits for it.
 
     health: reads how the devices are (blocking); None where they cannot fall ill. offers: what holds slices of them;
-    None where there are no real ones.
+    None where there are no real ones. policy: who is owed what; raises SharesError or ReservationError where that is
+    more than the devices have.
     """
 
     def __init__(
@@ -52,14 +55,21 @@ class Daemon:
         runtime: ReplicaRuntime,
         health: Callable[[], Reasons] | None = None,
         offers: Offers | None = None,
+        policy: Policy | None = None,
     ) -> None:
+        policy = policy or Policy()
         ledger = Ledger(settings.host, devices)
         rundir = RunDir(settings.run_dir)
         desk = BlobDesk(blobs, settings.blob_grace, settings.blob_patience)
-        self._site = Site(settings, etcd, ledger, FairQueue(ledger), desk, rundir, offers or Offers())
+        policy.shares.check(settings.host, devices)
+        for reservation in policy.reservations:
+            reservation.check(settings.host, devices)
+        queue = FairQueue(ledger, policy, wall=time.time() - time.monotonic())
+        self._site = Site(settings, etcd, ledger, queue, desk, rundir, offers or Offers())
         self._devices = devices
         self._publisher = Publisher(self._site)
-        self._bidding = Bidding(self._site, self._publisher)
+        self._accounting = Accounting(self._site, settings.accounts_days)
+        self._bidding = Bidding(self._site, self._publisher, self._accounting)
         self._commits = Commits(self._site, self._bidding)
         self._runtime = runtime
         self._replicas = Replicas(self._site, runtime, self._commits, self._publisher)
@@ -85,7 +95,9 @@ class Daemon:
         await site.etcd.connect()
         log.info("host %s: %s", site.host, ", ".join(f"{d.model} ({d.kind})" for d in self._devices) or "no GPU")
         try:
+            await self._accounting.open()
             await self._replicas.find_again()
+            self._accounting.resume()
             work = site.spawn(self._work(), "the daemon's start")
             stop = asyncio.create_task(self._stop.wait())
             await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -98,6 +110,7 @@ class Daemon:
     async def _work(self) -> None:
         await self._get_lease()
         self._site.spawn(self._publisher.run(), "writing records")
+        self._site.spawn(self._accounting.run(), "accounting")
         self._site.spawn(self._watch_kernels(), "watching kernels")
         self._site.spawn(self._watch_host(), "watching this host's record")
         collector = Collector(self._site, self._site.settings.blob_grace, self._site.settings.collect_every)
@@ -114,6 +127,7 @@ class Daemon:
         if stop_replicas:
             await self._replicas.stop_all(STOP_WITHIN)
         await site.cancel_tasks()
+        await self._accounting.close()
         await self._runtime.close()
         site.blobs.close()
         if site.lease is not None:

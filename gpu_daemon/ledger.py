@@ -84,6 +84,9 @@ class Ledger:
         self._books = {device.uuid: Book(device) for device in sorted(devices, key=lambda d: d.index)}
         self._grants: dict[str, GrantRecord] = {}
         self._shapes: dict[Resources, list[Book] | Impossible] = {}
+        self._memory: dict[Resources, int] = {}
+        self.kinds = tuple({(b.device.memory, b.device.tpcs): b.device for b in self._books.values()}.values())
+        """One device of each size."""
         self._story: deque[tuple[str, object]] = deque(maxlen=50)
 
     # -- what is held -------------------------------------------------------------------------------------------------
@@ -94,6 +97,10 @@ class Ledger:
 
     def holds(self, grant: str) -> bool:
         return grant in self._grants
+
+    @property
+    def books(self) -> Collection[Book]:
+        return self._books.values()
 
     @property
     def devices(self) -> list[Device]:
@@ -133,25 +140,52 @@ class Ledger:
             return self._fit_whole(resources, [b for b in books if b.uuid not in kept] if kept else books)
         return self._fit_slice(resources, books, kept or {})
 
-    def drain_targets(self, resources: Resources) -> frozenset[str]:
-        """The devices to keep free for a request that must wait: those that come closest to having room.
+    def drain_targets(self, resources: Resources, kept: Kept | None = None) -> frozenset[str]:
+        """The devices to keep free for a request that must wait: those that come closest to having room, beside what is
+        `kept`.
 
         While nobody new gets a part of them, the request's wait is bounded by what runs on them already.
         """
         books = self._suitable(resources)
         if not resources.wants_gpu or isinstance(books, Impossible):
             return frozenset()
+        if kept:
+            books = [b for b in books if b.device.tpcs - kept.get(b.uuid, (0, 0))[0] >= resources.tpcs]
+            if resources.gpus:
+                books = [b for b in books if b.uuid not in kept]
         nearest = sorted(books, key=lambda b: (b.used_tpcs, b.device.index))
         return frozenset(b.uuid for b in nearest[: max(resources.gpus, 1)])
+
+    def serves(self, resources: Resources, uuids: Collection[str]) -> bool:
+        """Whether these devices, once nothing runs on them, are what the request needs."""
+        books = self._suitable(resources)
+        if isinstance(books, Impossible) or len(uuids) < max(resources.gpus, 1):
+            return False
+        return set(uuids) <= {b.uuid for b in books}
+
+    def memory_of(self, resources: Resources) -> int:
+        """The bytes that the request would get in all; of devices that differ, the most."""
+        found = self._memory.get(resources)
+        if found is None:
+            books = self._suitable(resources)
+            most = (
+                0 if isinstance(books, Impossible) else max((share_of(b.device, resources) for b in books), default=0)
+            )
+            found = self._memory[resources] = most * max(resources.gpus, 1)
+        return found
 
     def _suitable(self, resources: Resources) -> list[Book] | Impossible:
         """The devices that have room for `resources` when nothing runs on them, by index; or why there is none."""
         found = self._shapes.get(resources)
         if found is None:
             if len(self._shapes) > SHAPES:
-                self._shapes.clear()
+                self._forget_shapes()
             found = self._shapes[resources] = self._look_for(resources)
         return found
+
+    def _forget_shapes(self) -> None:
+        self._shapes.clear()
+        self._memory.clear()
 
     def _look_for(self, resources: Resources) -> list[Book] | Impossible:
         malformed = _malformed(resources)
@@ -236,7 +270,7 @@ class Ledger:
         """A device failed or recovered. Its grants stand; nobody new gets a part of it while it is unhealthy."""
         book = self._books[uuid]
         book.device = msgspec.structs.replace(book.device, healthy=healthy, reason=reason)
-        self._shapes.clear()
+        self._forget_shapes()
         self._story.append((f"device {uuid} is", "healthy" if healthy else f"unhealthy: {reason}"))
 
     def validate_state(self) -> None:

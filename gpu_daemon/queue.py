@@ -1,28 +1,29 @@
 """The fair queue for a host's GPUs, without IO: who is next, what each waits for, and for how long about.
 
-Guarantees: within an owner first come, first served; between owners the one who used fewer GPU-seconds recently goes
-first, and every second of waiting counts as a GPU-second not used, so nobody waits behind an endless row of newcomers.
-Whoever is first and does not fit keeps that place and has devices kept free for it: later and smaller requests pass it
-only on other devices (backfilling that does not delay the head). So its wait is bounded by the cells already running.
+Guarantees: the order is that of `order`: nobody waits for ever. Whoever is first and does not fit keeps that place
+among its like and has devices kept free for it: who comes later passes it only on other devices (backfilling that does
+not delay the head). So its wait is bounded by the cells already running there. What a reservation keeps is left to its
+members.
 
-Events come in (`Arrive`, `Leave`, `Ended`, `Room`), instructions go out (`Admit`, `Refuse`, `Tell`). An `Admit` has its
-grant reserved in the ledger; the caller must hand it out or send `Ended`. Times are seconds of one monotonic clock.
+Events come in (`Arrive`, `Leave`, `Ended`, `Room`), instructions go out (`Admit`, `Refuse`). An `Admit` has its grant
+reserved in the ledger; the caller must hand it out or send `Ended`. What those who wait are to be told, `news` says:
+apart from the decisions, so that a bid is not kept waiting by the telling of others. Times are seconds of one monotonic
+clock; `wall` is what makes Unix time of them, for reservations.
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from dataclasses import dataclass
 
-from gpu_daemon.ledger import Busy, Impossible, Ledger, Request
-from nbos_cluster.records import GrantRecord
-
-HALF_LIFE = 600.0
-"""Seconds after which use counts half: 'recently' is some minutes, not the whole day."""
-
-IN_HAND = 30.0
-"""GPU-seconds that a running grant counts at least, so that an owner's second grant waits for others' first."""
+from gpu_daemon.estimates import Durations, Waiter, play
+from gpu_daemon.ledger import Busy, Fit, Impossible, Kept, Ledger, Request
+from gpu_daemon.order import Order, Policy, Waiting
+from gpu_daemon.reservations import Calendar, Reservation
+from gpu_daemon.seats import Seats
+from gpu_daemon.shares import Holdings
+from gpu_daemon.waitreasons import passed_by, reserved
+from nbos_cluster.records import GrantRecord, Resources
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Room:
-    """Something else changed (a device's health, a restored grant): look again."""
+    """Something else changed (a device's health, a restored grant, the hour): look again."""
 
     now: float
 
@@ -77,6 +78,9 @@ class Refuse:
     reason: str
 
 
+Instruction = Admit | Refuse
+
+
 @dataclass(frozen=True)
 class Tell:
     """The request waits: why, at which place of how many (1 = next), for about how many seconds (None: not known)."""
@@ -88,9 +92,6 @@ class Tell:
     estimate: float | None
 
 
-Instruction = Admit | Refuse | Tell
-
-
 @dataclass(frozen=True)
 class _Running:
     record: GrantRecord
@@ -98,51 +99,26 @@ class _Running:
     weight: float
 
 
-@dataclass
-class _Use:
-    """GPU-seconds, decaying."""
-
-    amount: float = 0.0
-    at: float = 0.0
-
-    def value(self, now: float) -> float:
-        return self.amount * math.pow(0.5, max(0.0, now - self.at) / HALF_LIFE)
-
-    def add(self, amount: float, now: float) -> None:
-        self.amount, self.at = self.value(now) + amount, now
-
-
-@dataclass
-class _Mean:
-    """A running mean of durations that follows what changes (weight of the newest: a quarter)."""
-
-    value: float = 0.0
-    count: int = 0
-
-    def add(self, seconds: float) -> None:
-        self.count += 1
-        self.value += (seconds - self.value) / min(self.count, 4)
-
-
-@dataclass
-class _Waiting:
-    request: Request
-    since: float
-    told: Tell | None = None
-
-
 class FairQueue:
     """The queue of one host over its ledger. Belongs to the daemon's event loop."""
 
-    def __init__(self, ledger: Ledger, weights: dict[str, float] | None = None) -> None:
-        self.ledger = ledger
-        self._weights = weights or {}
-        self._waiting: dict[str, _Waiting] = {}
-        self._head: str = ""
+    def __init__(self, ledger: Ledger, policy: Policy | None = None, wall: float = 0.0) -> None:
+        self.ledger, self.policy, self.wall = ledger, policy or Policy(), wall
+        self.durations = Durations(self.policy.unknown_run)
+        self.holdings = Holdings()
+        self._calendar = Calendar(self.policy.reservations)
+        self._seats = Seats(ledger, self._calendar, self.holdings)
+        self._order = Order(self.policy, ledger, self.holdings, self._seats)
+        self._waiting: dict[str, Waiting] = {}
         self._running: dict[str, _Running] = {}
-        self._use: dict[str, _Use] = {}
-        self._durations: dict[tuple[str, str], _Mean] = {}
+        self._arrivals = 0
+        self._head = ""
+        self._drain: tuple[str, tuple[str, ...], frozenset[str]] = ("", (), frozenset())
+        """For which head, beside which reservations, which devices are kept free."""
+        self._told: dict[str, Tell] = {}
         self._story: deque[Event] = deque(maxlen=50)
+        self.stale = False
+        """Places or reasons may have changed since the latest `news`."""
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -158,35 +134,32 @@ class FairQueue:
             case Ended():
                 return self._ended(event)
             case Room():
+                self._seats.changed()
                 return self._pump(event.now)
 
     def order(self, now: float) -> list[str]:
         """Grant names in the order in which they are served."""
-        names = sorted(self._waiting, key=lambda name: (self._rank(self._waiting[name], now), name))
-        if self._head in self._waiting:
-            names.remove(self._head)
-            names.insert(0, self._head)
-        return names
-
-    def tell_all(self, now: float) -> list[Tell]:
-        """What each waiting request may be told now (for the regular repeat)."""
-        if not self._waiting:
-            return []
-        estimates = self._estimates(now)
-        order = self.order(now)
-        return [
-            Tell(name, i + 1, len(order), self._reason(name, order), estimates.get(name))
-            for i, name in enumerate(order)
-        ]
+        return self._order.sort(self._waiting, self._head, now, now + self.wall)
 
     def restored(self, record: GrantRecord, now: float) -> None:
         """A grant of before the daemon's restart counts as running since now."""
-        self._running[record.grant] = _Running(record, now, self.ledger.weight(record))
+        self._enter(record, now)
+
+    def remember_use(self, owner: str, device_seconds: float, at: float, now: float) -> None:
+        """What the accounts of before the daemon's restart say; each owner's oldest first. at: of the same clock."""
+        self._order.use(owner, now).add(device_seconds, at)
+
+    def used(self, owner: str, now: float) -> float:
+        """Device-seconds of the last day."""
+        return self._order.used(owner, now)
 
     def validate_state(self) -> None:
         """Raises AssertionError (with the latest events) when the queue contradicts itself or its ledger."""
         self.ledger.validate_state()
         grants = self.ledger.grants
+        held = Holdings()
+        for run in self._running.values():
+            held.add(run.record)
         wrong = [
             *(f"{n} waits and runs" for n in self._waiting if n in grants),
             *(f"{n} runs without a grant" for n in self._running if n not in grants),
@@ -194,6 +167,8 @@ class FairQueue:
         ]
         if self._head and self._head not in self._waiting:
             wrong.append(f"head {self._head} does not wait")
+        if held != self.holdings:
+            wrong.append("what owners hold was counted wrong")
         if wrong:
             raise AssertionError(f"{wrong}; latest events: {list(self._story)}")
 
@@ -203,130 +178,200 @@ class FairQueue:
         request, now = event.request, event.now
         if request.grant in self._waiting:
             raise ValueError(f"{request.grant} waits already; latest events: {list(self._story)}")
+        if not request.resources.wants_gpu:
+            raise ValueError("a CPU request never queues")
         impossible = self.ledger.possible(request.resources)
         if impossible:
             return [Refuse(request.grant, "impossible", impossible.reason)]
-        self._waiting[request.grant] = _Waiting(request, now)
-        if not request.resources.wants_gpu:
-            raise ValueError("a CPU request never queues")
-        instructions = self._pump(now)
-        if event.wait or request.grant not in self._waiting:
-            return instructions
-        reason = self._reason(request.grant, self.order(now))
-        others = [i for i in instructions if not (isinstance(i, Tell) and i.grant == request.grant)]
-        return [*others, Refuse(request.grant, "busy", reason), *self._drop(request.grant, now)]
+        self._arrivals += 1
+        waiting = Waiting(request, now, self._arrivals, self.ledger.memory_of(request.resources))
+        first = self._is_first(waiting, now)
+        result = self._try(waiting, frozenset() if first else self._closed, now)
+        if isinstance(result, Admit):
+            return [result]
+        if not event.wait:
+            return [Refuse(request.grant, "busy", self._why(waiting, now))]
+        self._waiting[request.grant] = waiting
+        self.stale = True
+        # Whoever is first now has devices kept; those kept for the one who was first are free for others.
+        return self._pump(now) if first else []
+
+    def _is_first(self, waiting: Waiting, now: float) -> bool:
+        head = self._waiting.get(self._head)
+        if head is None:
+            return True
+        wall = now + self.wall
+        return self._order.rank(waiting, now, wall, False) < self._order.rank(head, now, wall, True)
 
     def _drop(self, grant: str, now: float) -> list[Instruction]:
         if self._waiting.pop(grant, None) is None:
             return []
-        if self._head == grant:
-            self._head = ""
+        self._forget(grant)
         return self._pump(now)
 
     def _ended(self, event: Ended) -> list[Instruction]:
         self.ledger.release(event.grant)
+        self._seats.changed()
         run = self._running.pop(event.grant, None)
-        if run is not None and event.used:
-            seconds = max(0.0, event.now - run.since)
-            owner, kernel = run.record.owner, run.record.kernel
-            self._use.setdefault(owner, _Use()).add(seconds * run.weight, event.now)
-            for key in ((owner, kernel), (owner, ""), ("", "")):
-                self._durations.setdefault(key, _Mean()).add(seconds)
-            self._forget(event.now)
+        if run is not None:
+            self.holdings.add(run.record, -1)
+            self._order.ended(run.record, run.weight, event.now)
+            if event.used:
+                self.durations.add(run.record.owner, run.record.kernel, max(0.0, event.now - run.since))
         return self._pump(event.now)
 
-    def _forget(self, now: float) -> None:
-        """Keep the tables small: owners whose use has decayed to nothing, and the oldest kernels' means."""
-        if len(self._use) > 1000:
-            self._use = {o: u for o, u in self._use.items() if u.value(now) > 1.0}
-        while len(self._durations) > 4000:
-            self._durations.pop(next(iter(self._durations)))
+    def _forget(self, grant: str) -> None:
+        """It left the queue."""
+        self.stale = True
+        self._told.pop(grant, None)
+        if self._head == grant:
+            self._head = ""
 
     # -- decisions ----------------------------------------------------------------------------------------------------
 
+    @property
+    def _closed(self) -> frozenset[str]:
+        return self._drain[2] if self._drain[0] == self._head else frozenset()
+
     def _pump(self, now: float) -> list[Instruction]:
-        """Admit everybody who may go, then tell those whose place or reason changed."""
+        """Admit everybody who may go."""
         out: list[Instruction] = []
-        while (step := self._next(now)) is not None:
+        while self._waiting and (step := self._next(now)) is not None:
             out.append(step)
-        for tell in self.tell_all(now):
-            waiting = self._waiting[tell.grant]
-            old = waiting.told
-            if old is None or (old.position, old.of, old.reason) != (tell.position, tell.of, tell.reason):
-                waiting.told = tell
-                out.append(tell)
         return out
 
-    def _next(self, now: float) -> Admit | Refuse | None:
+    def _next(self, now: float) -> Instruction | None:
         """The first request, in order, that goes in (or never can any more); the first blocked one is the head."""
-        closed: frozenset[str] = frozenset()
+        hopeless: set[tuple[Resources, tuple[str, ...]]] = set()
         for place, name in enumerate(self.order(now)):
             waiting = self._waiting[name]
-            result = self.ledger.reserve(waiting.request, closed)
+            shape = waiting.request.resources
+            keeping = tuple(r.name for r in self._keeping(waiting, now))
+            if place and (shape, keeping) in hopeless:
+                continue
+            result = self._try(waiting, self._closed if place else frozenset(), now)
             if isinstance(result, Busy):
                 if place == 0:
-                    self._head = name
-                    closed = self.ledger.drain_targets(waiting.request.resources)
+                    self._hold(waiting, keeping, now)
+                else:
+                    hopeless.add((shape, keeping))
                 continue
-            del self._waiting[name]
-            if self._head == name:
-                self._head = ""
-            if isinstance(result, Impossible):
-                return Refuse(name, "impossible", result.reason)
-            self._running[name] = _Running(result, now, self.ledger.weight(result))
-            return Admit(result)
+            self._waiting.pop(name, None)
+            self._forget(name)
+            return result if isinstance(result, Admit) else Refuse(name, "impossible", result.reason)
         return None
 
-    def _rank(self, waiting: _Waiting, now: float) -> float:
-        """GPU-seconds used recently per weight, less the seconds waited (`now` is the same for all: left out)."""
-        owner = waiting.request.owner
-        use = self._use[owner].value(now) if owner in self._use else 0.0
-        for run in self._running.values():
-            if run.record.owner == owner:
-                use += run.weight * max(IN_HAND, now - run.since)
-        return use / self._weights.get(owner, 1.0) + waiting.since
+    def _try(self, waiting: Waiting, closed: frozenset[str], now: float) -> Admit | Busy | Impossible:
+        result = self.ledger.reserve(waiting.request, closed, self._kept(waiting, now))
+        if not isinstance(result, GrantRecord):
+            return result
+        self._enter(result, now)
+        return Admit(result)
 
-    def _reason(self, name: str, order: list[str]) -> str:
-        request = self._waiting[name].request
-        fit = self.ledger.fit(request.resources)
+    def _enter(self, record: GrantRecord, now: float) -> None:
+        self._running[record.grant] = _Running(record, now, self.ledger.weight(record))
+        self.holdings.add(record)
+        self._order.granted(record, now)
+        self._seats.changed()
+
+    def _hold(self, waiting: Waiting, keeping: tuple[str, ...], now: float) -> None:
+        """It is first and does not fit: keep devices for it, the same ones for as long as they can serve it."""
+        name, shape = waiting.request.grant, waiting.request.resources
+        self.stale = self.stale or self._head != name
+        self._head = name
+        if keeping and isinstance(self.ledger.fit(shape), Fit):
+            # Only a reservation is in its way: who ends before that takes nothing from it.
+            self._drain = (name, keeping, frozenset())
+        elif self._drain[:2] != (name, keeping) or not self.ledger.serves(shape, self._drain[2]):
+            self._drain = (name, keeping, self.ledger.drain_targets(shape, self._kept(waiting, now)))
+
+    def _keeping(self, waiting: Waiting, now: float) -> tuple[Reservation, ...]:
+        """The reservations that keep room from this request: those that are on, or begin before it most likely ends.
+        Once it is overdue only those that are on, so that a cell longer than any gap between courses gets its turn."""
+        if not self._calendar:
+            return ()
+        request, wall = waiting.request, now + self.wall
+        late = self._order.overdue(waiting, now)
+        until = wall if late else wall + self.durations.bound(request.owner, request.kernel)
+        return tuple(
+            r
+            for r in self._calendar.between(wall, until)
+            if not self._seats.covers(r, request.owner, request.groups, request.resources)
+        )
+
+    def _kept(self, waiting: Waiting, now: float) -> Kept | None:
+        keeping = self._keeping(waiting, now)
+        return self._seats.kept(keeping) if keeping else None
+
+    # -- what those who wait are told ---------------------------------------------------------------------------------
+
+    def news(self, now: float) -> list[Tell]:
+        """What changed for those who wait, besides the estimate, since it was told last."""
+        self.stale = False
+        changed = []
+        for tell in self.tell_all(now):
+            old = self._told.get(tell.grant)
+            if old is None or (old.position, old.of, old.reason) != (tell.position, tell.of, tell.reason):
+                changed.append(tell)
+            self._told[tell.grant] = tell
+        return changed
+
+    def tell_all(self, now: float) -> list[Tell]:
+        """What each waiting request may be told now (for the regular repeat)."""
+        if not self._waiting:
+            return []
+        order = self.order(now)
+        estimates = self._estimates(order, now)
+        whys: dict[tuple[Resources, tuple[str, ...]], str] = {}
+        tells, latest = [], self._waiting[order[0]]
+        for place, name in enumerate(order):
+            waiting = self._waiting[name]
+            key = (waiting.request.resources, tuple(r.name for r in self._keeping(waiting, now)))
+            if key not in whys:
+                whys[key] = self._why(waiting, now)
+            latest = max(latest, waiting, key=lambda w: w.number)
+            reason = whys[key] + (self._passed_by(waiting, latest, now) if latest is not waiting else "")
+            tells.append(Tell(name, place + 1, len(order), reason, estimates.get(name)))
+        return tells
+
+    def _why(self, waiting: Waiting, now: float) -> str:
+        resources, host = waiting.request.resources, self.ledger.host
+        fit = self.ledger.fit(resources)
         if isinstance(fit, Busy | Impossible):
             return fit.reason
-        return f"the room on host {self.ledger.host} is kept for a larger request that waits longer"
+        keeping = self._keeping(waiting, now)
+        if keeping and isinstance(self.ledger.fit(resources, (), self._seats.kept(keeping)), Busy):
+            request = waiting.request
+            return reserved(host, keeping, self.durations.bound(request.owner, request.kernel))
+        return f"the room on host {host} is kept for a larger request that waits longer"
 
-    # -- estimates ----------------------------------------------------------------------------------------------------
+    def _passed_by(self, waiting: Waiting, passing: Waiting, now: float) -> str:
+        """Why `passing`, who came later, goes first."""
+        wall = now + self.wall
+        rank = self._order.rank(passing, now, wall, passing.request.grant == self._head)
+        own = self._order.rank(waiting, now, wall, False)
+        return passed_by(rank, own, self.used(waiting.request.owner, now))
 
     def expected(self, owner: str, kernel: str) -> float | None:
         """Seconds that a cell of this kernel holds its grant, from what was seen; None when nothing was."""
-        for key in ((owner, kernel), (owner, ""), ("", "")):
-            mean = self._durations.get(key)
-            if mean is not None:
-                return mean.value
-        return None
+        return self.durations.expected(owner, kernel)
 
-    def _estimates(self, now: float) -> dict[str, float]:
-        """Play the queue on a copy of the ledger with the expected durations; who is not reached has no estimate."""
-        ledger = self.ledger.copy()
+    def _estimates(self, order: list[str], now: float) -> dict[str, float]:
         ends = [(end, name) for name, run in self._running.items() if (end := self._ends(run, now)) is not None]
-        found: dict[str, float] = {}
-        waiting = self.order(now)[:100]
-        while ends and waiting:
-            ends.sort()
-            end, name = ends.pop(0)
-            ledger.release(name)
-            for candidate in list(waiting):
-                request = self._waiting[candidate].request
-                if isinstance(ledger.reserve(request), Busy | Impossible):
-                    break
-                found[candidate] = round(max(0.0, end - now), 1)
-                waiting.remove(candidate)
-                length = self.expected(request.owner, request.kernel)
-                if length is not None:
-                    ends.append((end + length, candidate))
-        return found
+        waiting = [Waiter(self._waiting[n].request, self._not_before(self._waiting[n], now)) for n in order]
+        return play(self.ledger.copy(), ends, waiting, self.durations, now)
+
+    def _not_before(self, waiting: Waiting, now: float) -> float:
+        """When the reservations end that alone are in the way of the request; 0 where something else is."""
+        keeping, resources = self._keeping(waiting, now), waiting.request.resources
+        if not keeping or not isinstance(self.ledger.fit(resources), Fit):
+            return 0.0
+        windows = [self._calendar.window(r, now + self.wall) for r in keeping]
+        return max(w[1] for w in windows if w is not None) - self.wall
 
     def _ends(self, run: _Running, now: float) -> float | None:
         """When a running cell is expected to end; one that is over its mean, in half of what it took until now."""
-        mean = self.expected(run.record.owner, run.record.kernel)
+        mean = self.durations.expected(run.record.owner, run.record.kernel)
         if mean is None:
             return None
         elapsed = now - run.since

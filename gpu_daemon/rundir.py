@@ -1,6 +1,7 @@
 """What a daemon keeps on its own disk, so that after a crash it finds its lease, its replicas and their grants again.
 
     <run>/lease.json                the lease's id
+    <run>/accounts.db               what was used (SQLite; see journal)
     <run>/r/<12 digits>-<index>/    one replica: replica.json, grant, log; the runtime's own: connection.json,
                                     process.json and s (the socket), or a folder d with what its container sees
 

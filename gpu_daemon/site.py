@@ -66,6 +66,7 @@ class Settings:
     blob_grace: float = 3600.0
     blob_patience: float = 45.0
     collect_every: float = 600.0
+    accounts_days: int = 100
 
 
 @dataclass

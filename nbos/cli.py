@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
+from . import __version__, accountscommand
 from .trustarguments import certs_arguments, drain_arguments, etcd_arguments, move_arguments
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "etcd-setup": _etcd_setup,
         "drain": _drain,
         "move": _move,
+        "accounts": _accounts,
     }
     return commands[options.command](options)
 
@@ -48,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--clean", action="store_true", help="remove replicas' containers and networks whose daemon does not run"
     )
-    for command in (status, doctor):
+    for command in (status, doctor, accountscommand.arguments(commands)):
         _state_argument(command)
     doctor.add_argument("--certs", metavar="DIR", help="look at a cluster's certificates in DIR instead")
     certs_arguments(commands)
@@ -83,6 +84,14 @@ def _up_arguments(up: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help='what users may ask for, as JSON: {"default": {...}, "groups": {...}, "users": {...}}; the fields '
         "stand in configs/jupyterhub_config.py",
+    )
+    up.add_argument(
+        "--sharing",
+        type=_sharing,
+        default={},
+        metavar="FILE",
+        help='who is owed what of each host\'s GPUs, as JSON: {"shares": {...}, "reservations": [...], '
+        '"overdue_after": 3600, ...}: options of the daemons (docs/sharing.md)',
     )
     up.add_argument(
         "--memory-limit", type=_size, metavar="SIZE", help="memory that one replica of a kernel may take (no limit)"
@@ -131,6 +140,23 @@ def _limits(path: str) -> dict[str, Any]:
             raise LimitsError("the file must hold an object with 'default', 'users' and 'groups'")
         read_limits(table)
     except (OSError, ValueError) as err:
+        raise argparse.ArgumentTypeError(f"{path}: {err}") from err
+    return table
+
+
+def _sharing(path: str) -> dict[str, Any]:
+    """Options of the daemons in a file, checked as far as it goes without their devices."""
+    from gpu_daemon.reservations import ReservationError, read_reservations
+    from gpu_daemon.shares import SharesError, read_shares
+
+    known = ("shares", "reservations", "overdue_after", "fair_window", "unknown_run")
+    try:
+        table = json.loads(Path(path).read_text())
+        if not isinstance(table, dict) or set(table) - set(known):
+            raise SharesError(f"the file must hold an object with some of {', '.join(known)}")
+        read_shares(table.get("shares", {}))
+        read_reservations(table.get("reservations", []))
+    except (OSError, ValueError, SharesError, ReservationError) as err:
         raise argparse.ArgumentTypeError(f"{path}: {err}") from err
     return table
 
@@ -195,6 +221,10 @@ def _move(options: argparse.Namespace) -> int:
     from .movecommand import run
 
     return run(options)
+
+
+def _accounts(options: argparse.Namespace) -> int:
+    return accountscommand.run(options)
 
 
 def _etcd_setup(options: argparse.Namespace) -> int:

@@ -40,6 +40,8 @@ class UpOptions:
     """Of kernels whose users chose none; runtime docker only."""
     limits: dict[str, Any] = field(default_factory=dict)
     """What users may ask for: the table of configs/jupyterhub_config.py; empty: as it stands there."""
+    sharing: dict[str, Any] = field(default_factory=dict)
+    """Who is owed what: options of every daemon (docs/sharing.md)."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class Layout:
         """The configuration file (traitlets) of one host's daemon."""
         tls, options = self.tls(host), self.options
         app: dict[str, Any] = {
+            **options.sharing,
             "host": host,
             "address": "127.0.0.1",
             "run_dir": str(self.state.make_run_dir(host)),

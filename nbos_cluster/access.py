@@ -6,7 +6,7 @@ all that the processes' code asks for (tests/system/test_access.py tries every l
 
 What etcd cannot express: permissions are ranges of keys, and a kernel's records stand under the kernel's id. A daemon
 must claim for, append to and fold whatever kernel is placed on it, today or tomorrow, so it may write the records of
-all kernels. Its host record, grants and queue are its alone.
+all kernels. Its host record, grants, queue and accounts are its alone.
 """
 
 from __future__ import annotations
@@ -53,14 +53,20 @@ def roles(hosts: Iterable[str]) -> dict[str, frozenset[Permission]]:
 
 
 def gateway() -> frozenset[Permission]:
-    """Makes, places, restarts and deletes kernels; sees hosts and queues."""
+    """Makes, places, restarts and deletes kernels; sees hosts, queues and accounts."""
     return frozenset(
-        {_all("readwrite", keys.KERNELS), _all("read", keys.HOSTS), _all("read", keys.QUEUES)},
+        {
+            _all("readwrite", keys.KERNELS),
+            _all("read", keys.HOSTS),
+            _all("read", keys.QUEUES),
+            _all("read", keys.ACCOUNTS),
+        },
     )
 
 
 def daemon(host: str) -> frozenset[Permission]:
-    """Its own host, grants and queue; the records of kernels; the fences and locks of collecting. Sees all hosts."""
+    """Its own host, grants, queue and accounts; the records of kernels; the fences and locks of collecting. Sees all
+    hosts."""
     return frozenset(
         {
             _all("read", keys.HOSTS),
@@ -69,6 +75,7 @@ def daemon(host: str) -> frozenset[Permission]:
             _all("readwrite", keys.queue(host)),
             _all("readwrite", keys.KERNELS),
             _all("readwrite", keys.GC),
+            _all("readwrite", keys.accounts(host)),
         }
     )
 

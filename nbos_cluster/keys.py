@@ -26,6 +26,7 @@ def checked(identifier: str, what: str = "identifier") -> str:
 HOSTS = f"{PREFIX}/hosts/"
 KERNELS = f"{PREFIX}/kernels/"
 QUEUES = f"{PREFIX}/queues/"
+ACCOUNTS = f"{PREFIX}/accounts/"
 GC = f"{PREFIX}/gc/"
 GC_STORE = f"{PREFIX}/gc/store"
 
@@ -89,6 +90,21 @@ def queue(host_name: str) -> str:
 
 def ticket(host_name: str, ticket_id: str) -> str:
     return queue(host_name) + checked(ticket_id, "ticket")
+
+
+def accounts(host_name: str) -> str:
+    """The prefix of what was used on one host."""
+    return ACCOUNTS + checked(host_name, "host") + "/"
+
+
+def account_hour(host_name: str, hour: int) -> str:
+    """Before all accounts of that hour (Unix hours) and the later ones."""
+    return accounts(host_name) + number(hour)
+
+
+def account(host_name: str, hour: int, journal: str) -> str:
+    """journal: tells a host's journal from the one it had before it was set up anew, which would be written over."""
+    return account_hour(host_name, hour) + "/" + checked(journal, "journal")
 
 
 def gc_fence(folder: str) -> str:

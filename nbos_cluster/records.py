@@ -300,6 +300,30 @@ class QueueTicket(Record, frozen=True, tag="ticket"):
     estimate: float = -1.0
 
 
+class UseLine(Record, frozen=True):
+    """What one kernel used in one hour (Unix hours) on one host. seconds: of its grants; device_seconds: half a
+    device's TPCs for a second are 0.5; byte_seconds: of device memory; joules: where the devices tell, by TPCs.
+    """
+
+    hour: int
+    owner: str
+    kernel: str
+    groups: tuple[str, ...] = ()
+    cells: int = 0
+    seconds: float = 0.0
+    device_seconds: float = 0.0
+    tpc_seconds: float = 0.0
+    byte_seconds: float = 0.0
+    joules: float = 0.0
+
+
+class HourRecord(Record, frozen=True, tag="hour"):
+    """The accounts of one host and hour: a copy of what stands in its daemon's journal."""
+
+    host: str
+    lines: tuple[UseLine, ...] = ()
+
+
 class Collection(Record, frozen=True, tag="collection"):
     """A collection of blobs: who did it, when (by the store's clock; 0 = none has ended yet), and what came of it."""
 

@@ -42,6 +42,7 @@ def make_app(kernels: Kernels, watch: ClusterWatch, users: HubUsers, prefix: str
         (f"{prefix}api/health", handlers.HealthHandler, parts),
         (f"{prefix}api/openapi.json", handlers.DescriptionHandler, parts),
         (f"{prefix}api/status", handlers.StatusHandler, parts),
+        (f"{prefix}api/accounts", handlers.AccountsHandler, parts),
         (f"{prefix}api/kernels", handlers.KernelsHandler, parts),
         (f"{prefix}{kernel}", handlers.KernelHandler, parts),
         (f"{prefix}{kernel}/restart", handlers.RestartHandler, parts),

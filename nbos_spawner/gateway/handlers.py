@@ -15,7 +15,9 @@ from tornado.web import HTTPError, RequestHandler, stream_request_body
 
 from nbos_cluster import keys
 from nbos_cluster.etcd import EtcdError, EtcdUnavailable
+from nbos_cluster.records import RecordError
 
+from . import accounts
 from .auth import Caller, HubUsers, check_may_change
 from .errors import ApiError, unavailable
 from .kernels import Kernels
@@ -200,6 +202,32 @@ class MoveHandler(AuthenticatedHandler):
     async def delete(self, kernel_id: str) -> None:
         await self.kernels.take_back(self.caller, kernel_id)
         self.answer(self.model(kernel_id), 202)
+
+
+class AccountsHandler(AuthenticatedHandler):
+    """GET api/accounts?since=&until=&by=&format=: what was used; a user's own, an administrator's all."""
+
+    async def get(self) -> None:
+        names = ("since", "until", "by", "format")
+        wanted = accounts.read_wanted({name: self.get_query_argument(name, "") for name in names})
+        try:
+            lines = await accounts.read_lines(self.kernels.etcd, wanted.since, wanted.until)
+        except RecordError as err:
+            raise unavailable(f"an hour's accounts cannot be read: {err}") from err
+        except EtcdUnavailable:
+            raise
+        except EtcdError as err:
+            log.error("etcd refused to show the accounts: %s", err)
+            raise unavailable(
+                f"etcd refused it ({err}); after an upgrade the administrator runs `nbos etcd-setup` again"
+            ) from err
+        rows = accounts.rows(accounts.visible(lines, self.caller), wanted.by)
+        if wanted.form == "csv":
+            self.set_header("Content-Type", "text/csv; charset=utf-8")
+            self.finish(accounts.as_csv(rows, wanted.by))
+            return
+        since, until = accounts.show_hour(wanted.since), accounts.show_hour(wanted.until)
+        self.answer({"since": since, "until": until, "by": wanted.by, "rows": rows})
 
 
 class StatusHandler(AuthenticatedHandler):

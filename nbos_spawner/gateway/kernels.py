@@ -110,6 +110,7 @@ class Kernels:
             env=wanted.env,
             server=wanted.server,
             created=time.time(),
+            groups=tuple(sorted(caller.groups)),
         )
         try:
             return replace(spec, placement=place(spec, self.loads()))

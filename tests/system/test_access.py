@@ -15,7 +15,7 @@ from gpu_daemon import collecting, transactions
 from nbos_cluster import access, election, etcdauth, keys, membership, records, statelog
 from nbos_cluster.etcd import Etcd, EtcdError
 from nbos_cluster.kernelview import KernelView
-from nbos_cluster.kv import Snapshot, Txn, mod_is, op_put
+from nbos_cluster.kv import Snapshot, Txn, mod_is, op_delete_range, op_put
 from nbos_cluster.records import (
     ClaimRecord,
     Collection,
@@ -24,6 +24,7 @@ from nbos_cluster.records import (
     LogEntry,
     ReplicaRecord,
 )
+from nbos_spawner.gateway import accounts
 
 from .etcdserver import eventually
 from .guarded import SPEC, Guarded, first
@@ -61,6 +62,8 @@ async def test_a_daemon_can_do_all_that_its_code_asks_for(guarded: Guarded) -> N
         assert (await etcd.commit(statelog.fold_txn("k", 0, checkpoint, 1))).succeeded
         await collect(etcd, lease)
         await etcd.txn([], [op_put(keys.GC_STORE, b"id")])
+        await etcd.put(keys.account("a", 1, "j"), b"x")
+        await etcd.commit(Txn([], [op_delete_range(keys.accounts("a"), keys.account_hour("a", 2))]))
         await etcd.status()
         await etcd.lease_revoke(lease)
         assert await etcd.get(keys.host("a")) is None
@@ -102,6 +105,7 @@ async def test_the_gateway_can_do_all_that_its_code_asks_for(guarded: Guarded) -
         for prefix in (keys.HOSTS, keys.QUEUES, keys.KERNELS):
             assert isinstance(await first(etcd, prefix), Snapshot)
         await etcd.status()
+        assert await accounts.read_lines(etcd, 0, 1000) == []
         other = replace(SPEC, kernel="other")
         made = membership.classify_create(other, await etcd.commit(membership.create(other)))
         assert isinstance(made, membership.Created)
@@ -185,6 +189,8 @@ REFUSED: dict[str, dict[str, Try]] = {
         "remove all hosts": lambda etcd: etcd.delete_prefix(keys.HOSTS),
         "a host whose name begins like its own": put(keys.host("ab")),
         "another host's grant": put(keys.grant("b", "g")),
+        "another host's accounts": put(keys.account("b", 1, "j")),
+        "read another host's accounts": read(keys.accounts("b")),
         "another host's queue": put(keys.ticket("b", "t")),
         "read another host's queue": read(keys.queue("b")),
         "hidden in a transaction": hidden_in_a_transaction,
@@ -194,6 +200,7 @@ REFUSED: dict[str, dict[str, Try]] = {
         "a host's record": put(keys.host("a")),
         "a grant": put(keys.grant("a", "g")),
         "a ticket": put(keys.ticket("a", "t")),
+        "accounts": put(keys.account("a", 1, "j")),
         "the fence of collecting": put(keys.gc_fence(FOLDER)),
         "read fences": read(keys.GC),
         "hidden in a transaction": hidden_in_a_transaction,
@@ -201,6 +208,7 @@ REFUSED: dict[str, dict[str, Try]] = {
     access.READER: {
         **MANAGE,
         "read kernels": read(keys.KERNELS),
+        "read accounts": read(keys.ACCOUNTS),
         "read one kernel's keys": lambda etcd: etcd.get(keys.spec("k")),
         "compare a secret": compare_only,
         "write a host": put(keys.host("a")),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gpu_daemon.ledger import GIB, Ledger, Request
-from gpu_daemon.queue import Admit, Arrive, Ended, FairQueue, Instruction, Leave, Refuse, Tell
+from gpu_daemon.queue import Admit, Arrive, Ended, FairQueue, Instruction, Leave, Refuse
 from gpu_daemon.simulated import simulated
 from nbos_cluster.records import Resources
 
@@ -84,16 +84,19 @@ def test_positions_reasons_and_estimates_are_told_at_each_change() -> None:
     q.handle(arrive("first", 0, gpus=1))
     q.handle(Ended("first", 60))
     q.handle(arrive("second", 100, gpus=1))
-    out = q.handle(arrive("third", 110, gpus=1))
-    tell = next(i for i in out if isinstance(i, Tell))
+    q.handle(arrive("third", 110, gpus=1))
+    assert q.stale
+    (tell,) = q.news(110)
     assert (tell.position, tell.of, tell.estimate) == (1, 1, 50.0)
-    out = q.handle(arrive("fourth", 120, gpus=1))
-    assert [(t.grant, t.position, t.of, t.estimate) for t in out if isinstance(t, Tell)] == [
+    q.handle(arrive("fourth", 120, gpus=1))
+    assert [(t.grant, t.position, t.of, t.estimate) for t in q.news(120)] == [
         ("third", 1, 2, 40.0),
         ("fourth", 2, 2, 100.0),
     ]
-    out = q.handle(Leave("third", 130))
-    assert [(t.grant, t.position) for t in out if isinstance(t, Tell)] == [("fourth", 1)]
+    q.handle(Leave("third", 130))
+    assert [(t.grant, t.position) for t in q.news(130)] == [("fourth", 1)]
+    assert q.news(131) == []
+    assert not q.stale
 
 
 def test_a_grant_whose_claim_was_lost_teaches_nothing() -> None:

@@ -1,0 +1,116 @@
+"""What was used, by whom: grants are followed while they are open, and their use is dealt out hour by hour. No IO.
+
+Guarantees: every second between `begin` and `end` of a grant is accounted once, to the hour it lies in; so the lines
+add up to the seconds that the ledger handed out, whatever they are summed by. Times are Unix seconds of the caller's
+clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from nbos_cluster.records import Device, GrantRecord, UseLine
+
+HOUR = 3600
+Key = tuple[int, str, tuple[str, ...], str]
+"""Hour (Unix hours), owner, groups, kernel."""
+
+
+@dataclass
+class Amounts:
+    """seconds: of grants. device_seconds: half a device's TPCs for a second are 0.5. byte_seconds: of device memory."""
+
+    cells: int = 0
+    seconds: float = 0.0
+    device_seconds: float = 0.0
+    tpc_seconds: float = 0.0
+    byte_seconds: float = 0.0
+    joules: float = 0.0
+
+
+@dataclass
+class _Open:
+    """rates: what one second costs. at: accounted until then."""
+
+    record: GrantRecord
+    at: float
+    devices: float
+    tpcs: int
+    memory: int
+    joules: float = 0.0
+
+
+class Accounts:
+    """The open grants of one host."""
+
+    def __init__(self, devices: Iterable[Device]) -> None:
+        self._tpcs = {device.uuid: device.tpcs for device in devices}
+        self._open: dict[str, _Open] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def begin(self, record: GrantRecord, now: float) -> None:
+        """The grant was handed out, or (after a restart) is accounted until `now`."""
+        tpcs = sum(len(s.tpcs) for s in record.shares)
+        devices = sum(len(s.tpcs) / self._tpcs.get(s.uuid, len(s.tpcs)) for s in record.shares if s.tpcs)
+        memory = sum(s.memory for s in record.shares)
+        self._open[record.grant] = _Open(record, now, devices, tpcs, memory)
+
+    def end(self, grant: str, now: float, used: bool = True) -> list[UseLine]:
+        """What is left of it. used: a cell ran on it (false: its claim was lost; the device was held nevertheless)."""
+        lines: dict[Key, Amounts] = {}
+        one = self._open.pop(grant, None)
+        if one is not None:
+            _deal_out(one, now, lines)
+            last = _key(one, max(one.at, now))
+            lines.setdefault(last, Amounts()).cells += used
+        return _lines(lines)
+
+    def settle(self, now: float) -> list[UseLine]:
+        """What the open grants used since they were accounted last."""
+        lines: dict[Key, Amounts] = {}
+        for one in self._open.values():
+            _deal_out(one, now, lines)
+        return _lines(lines)
+
+    def energy(self, joules: Mapping[str, float]) -> None:
+        """What devices (by UUID) took since the last call. It is shared by the TPCs of each that are granted; what an
+        idle device takes is nobody's."""
+        sharing: dict[str, int] = dict.fromkeys(joules, 0)
+        parts = [(one, s.uuid, len(s.tpcs)) for one in self._open.values() for s in one.record.shares]
+        for _, uuid, tpcs in parts:
+            if uuid in sharing:
+                sharing[uuid] += tpcs
+        for one, uuid, tpcs in parts:
+            if sharing.get(uuid):
+                one.joules += joules[uuid] * tpcs / sharing[uuid]
+
+
+def _deal_out(one: _Open, now: float, lines: dict[Key, Amounts]) -> None:
+    begin, until = one.at, max(one.at, now)  # a clock that was set back accounts nothing twice
+    while begin < until:
+        end = min(until, (begin // HOUR + 1) * HOUR)
+        amounts, seconds = lines.setdefault(_key(one, begin), Amounts()), end - begin
+        amounts.seconds += seconds
+        amounts.device_seconds += seconds * one.devices
+        amounts.tpc_seconds += seconds * one.tpcs
+        amounts.byte_seconds += seconds * one.memory
+        begin = end
+    if one.joules:
+        lines.setdefault(_key(one, until), Amounts()).joules += one.joules
+        one.joules = 0.0
+    one.at = until
+
+
+def _key(one: _Open, at: float) -> Key:
+    record = one.record
+    return int(at // HOUR), record.owner, tuple(sorted(set(record.groups))), record.kernel
+
+
+def _lines(lines: Mapping[Key, Amounts]) -> list[UseLine]:
+    return [
+        UseLine(hour=hour, owner=owner, groups=groups, kernel=kernel, **vars(amounts))
+        for (hour, owner, groups, kernel), amounts in lines.items()
+    ]

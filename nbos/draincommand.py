@@ -13,10 +13,11 @@ import asyncio
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from nbos_cluster import keys, moving, records
 from nbos_cluster.certs import CertError
-from nbos_cluster.etcd import Etcd, EtcdError, EtcdUnavailable
+from nbos_cluster.etcd import Etcd, EtcdError, EtcdUnavailable, TLSFiles
 from nbos_cluster.kernelview import KernelView, KernelViews
 from nbos_cluster.kv import Snapshot
 from nbos_cluster.placement import HostLoad, NoRoom, choose_target, loads
@@ -24,6 +25,7 @@ from nbos_cluster.records import HostRecord
 
 from .etcdcommand import admin_files
 from .hostchange import DrainFailed, close_gpus, set_draining
+from .state import StateDir
 
 
 def run(options: argparse.Namespace) -> int:
@@ -37,8 +39,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 async def _run(options: argparse.Namespace) -> None:
-    endpoints = [part.strip() for part in options.endpoints.split(",") if part.strip()]
-    async with Etcd(endpoints, admin_files(options.dir), timeout=10.0) as etcd:
+    async with _etcd(options) as etcd:
         if options.gpu:
             for host in options.hosts:
                 closed = await close_gpus(
@@ -54,6 +55,20 @@ async def _run(options: argparse.Namespace) -> None:
             )
         if options.wait and not options.undo:
             await _until_empty(etcd, options.hosts, options.wait)
+
+
+def _etcd(options: argparse.Namespace) -> Etcd:
+    """The one that the options name, else that of this machine's `nbos up`. Raises DrainFailed or CertError."""
+    if options.endpoints:
+        endpoints = [part.strip() for part in options.endpoints.split(",") if part.strip()]
+        return Etcd(endpoints, admin_files(options.dir), timeout=10.0)
+    state = StateDir.at(options.state_dir)
+    info = state.info()
+    if not info:
+        raise DrainFailed(f"there is no NBOS in {state.path}; name it with --state-dir, or etcd with --endpoints")
+    there = info["etcd"]
+    tls = TLSFiles(Path(there["ca"]), Path(there["cert"]), Path(there["key"]))
+    return Etcd(list(there["endpoints"]), tls, timeout=10.0)
 
 
 async def _until_empty(etcd: Etcd, hosts: list[str], seconds: float) -> None:

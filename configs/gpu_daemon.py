@@ -25,6 +25,10 @@ c.GPUDaemon.stop_replicas_on_exit = False  # an upgrade of the daemon leaves ker
 # docs/slices.md.
 c.Slicing.one_trust_domain = False
 
+# A sick GPU gets no new cells: docs/gpus.md says what counts as sick, and how it comes back.
+c.Health.every = 10.0
+c.Health.ecc_limit = 0  # uncorrected memory errors since its last reset with which a GPU is still used
+
 # The image of kernels whose users chose none. What users may choose stands in the hub's `limits` ("images").
 c.Docker.image = "nbos/kernel"
 

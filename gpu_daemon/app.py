@@ -8,7 +8,6 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,7 +19,8 @@ from gpu_daemon import inventory
 from gpu_daemon.blobs import open_store
 from gpu_daemon.daemon import Daemon
 from gpu_daemon.docker_config import Docker
-from gpu_daemon.health import NVMLHealth, Reasons
+from gpu_daemon.health import Watched
+from gpu_daemon.health_config import Health
 from gpu_daemon.order import Policy
 from gpu_daemon.process_runtime import ProcessRuntime
 from gpu_daemon.reservations import ReservationError, read_reservations
@@ -80,7 +80,9 @@ class GPUDaemon(Application):
         help="Of the GPUs that NVML finds only these; empty: all. For several daemons on one machine.",
     ).tag(config=True)
     simulated_devices = Integer(0, min=0, help="How many GPUs are played.").tag(config=True)
-    simulated_model = Unicode("Simulated GPU", help="Their model.").tag(config=True)
+    simulated_model = Unicode(
+        "Simulated GPU", help="Their model; several with commas between them: one after the other."
+    ).tag(config=True)
     simulated_tpcs = Integer(66, min=1, help="TPCs of each.").tag(config=True)
     simulated_memory = Unicode("80G", help="Memory of each, for example 80G.").tag(config=True)
     shares = Dict(
@@ -135,7 +137,7 @@ class GPUDaemon(Application):
         config=True
     )
 
-    classes: Any = [Docker, Slicing]  # noqa: RUF012  as traitlets wants it
+    classes: Any = [Docker, Health, Slicing]  # noqa: RUF012  as traitlets wants it
     aliases: Any = {  # noqa: RUF012  as traitlets wants it
         **Application.aliases,
         "config": "GPUDaemon.config_file",
@@ -181,6 +183,9 @@ class GPUDaemon(Application):
             if not getattr(self, required):
                 self.exit_with(f"GPUDaemon.{required} is not set; set it in the configuration file")
 
+    _driver = ""
+    """The NVIDIA driver's version, once `find_devices` has asked."""
+
     def exit_with(self, text: str) -> None:
         print(f"gpu_daemon: {text}", file=sys.stderr)
         self.exit(2)
@@ -197,7 +202,11 @@ class GPUDaemon(Application):
         if self.devices == "simulated":
             return played
         found = inventory.look()
+        self._driver = found.driver
         logging.getLogger("gpu_daemon").info("NVML: %s %s", found.state.value, found.detail)
+        for device in found.devices:
+            if not device.healthy:
+                logging.getLogger("gpu_daemon").warning("GPU %s cannot be granted: %s", device.uuid, device.reason)
         if found.devices or self.devices == "nvml":
             return tuple(d for d in found.devices if not self.device_uuids or d.uuid in self.device_uuids)
         return played
@@ -230,7 +239,8 @@ class GPUDaemon(Application):
             window=self.fair_window * 3600,
         )
         etcd, offers = Etcd(endpoints, tls), self.make_offers(devices)
-        return Daemon(settings, etcd, devices, blobs, runtime, _health_of(devices), offers, policy)
+        watched = Watched(Health(parent=self).options(), _nvml_for(devices), self._driver)
+        return Daemon(settings, etcd, devices, blobs, runtime, watched, offers, policy)
 
     def make_offers(self, devices: tuple[Device, ...]) -> Offers:
         """What may hold slices of the devices. Simulated ones are held by nothing."""
@@ -272,14 +282,13 @@ class GPUDaemon(Application):
         await daemon.run()
 
 
-def _health_of(devices: tuple[Device, ...]) -> Callable[[], Reasons] | None:
-    """Simulated devices do not fall ill."""
-    real = [device.uuid for device in devices if device.kind == "nvml"]
-    if not real:
+def _nvml_for(devices: tuple[Device, ...]) -> Any:
+    """The module pynvml where it has something to watch, else None."""
+    if not any(device.kind == "nvml" for device in devices):
         return None
     import pynvml
 
-    return NVMLHealth(pynvml, real).read
+    return pynvml
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 
 import psutil
@@ -18,7 +18,7 @@ from gpu_daemon.blobs import BlobStore
 from gpu_daemon.collector import Collector
 from gpu_daemon.commits import Commits
 from gpu_daemon.fleet import ReplicaId
-from gpu_daemon.health import HealthWatch, Reasons
+from gpu_daemon.health import HealthWatch, Watched
 from gpu_daemon.ledger import Ledger
 from gpu_daemon.order import Policy
 from gpu_daemon.publishing import Publisher
@@ -41,9 +41,8 @@ STOP_WITHIN = 2.0
 class Daemon:
     """Not started until `run`. etcd need not answer yet; the daemon waits for it.
 
-    health: reads how the devices are (blocking); None where they cannot fall ill. offers: what holds slices of them;
-    None where there are no real ones. policy: who is owed what; raises SharesError or ReservationError where that is
-    more than the devices have.
+    watched: how real devices are looked after. offers: what holds slices of them; None where there are no real ones.
+    policy: who is owed what; raises SharesError or ReservationError where that is more than the devices have.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class Daemon:
         devices: tuple[Device, ...],
         blobs: BlobStore,
         runtime: ReplicaRuntime,
-        health: Callable[[], Reasons] | None = None,
+        watched: Watched | None = None,
         offers: Offers | None = None,
         policy: Policy | None = None,
     ) -> None:
@@ -76,7 +75,8 @@ class Daemon:
         self._replicas.answer = Answers(
             self._site, self._bidding, self._commits, self._replicas.heard, self._replicas.progressed
         )
-        self._health = HealthWatch(health, ledger, self._health_changed) if health is not None else None
+        self._driver = watched.driver if watched is not None else ""
+        self._health = HealthWatch(self._site, watched or Watched(), self._health_changed, self._looked)
         self._since = time.time()
         self._host_rev: int | None = None
         """Revision of this host's record as the watch saw it last, 0 while there is none; None: not seen yet."""
@@ -92,6 +92,7 @@ class Daemon:
         site = self._site
         site.rundir.open()
         await self._runtime.open()
+        self._health.remember()
         await site.etcd.connect()
         log.info("host %s: %s", site.host, ", ".join(f"{d.model} ({d.kind})" for d in self._devices) or "no GPU")
         try:
@@ -115,8 +116,7 @@ class Daemon:
         self._site.spawn(self._watch_host(), "watching this host's record")
         collector = Collector(self._site, self._site.settings.blob_grace, self._site.settings.collect_every)
         self._site.spawn(collector.run(), "collecting blobs")
-        if self._health is not None:
-            self._site.spawn(self._health.run(), "watching the GPUs' health")
+        self._site.spawn(self._health.run(), "watching the GPUs' health")
         self._site.spawn(self._site.offers.watch(self._publish_host), "looking at what holds slices")
 
     async def _end(self) -> None:
@@ -166,7 +166,10 @@ class Daemon:
         self._publish_host()
         self._bidding.room_changed()
 
-    def _publish_host(self) -> None:
+    def _looked(self) -> None:
+        self._publish_host(urgent=False)
+
+    def _publish_host(self, urgent: bool = True) -> None:
         site = self._site
         record = HostRecord(
             name=site.host,
@@ -179,8 +182,12 @@ class Daemon:
             version=_version(),
             draining=site.draining,
             since=self._since,
+            driver=self._driver,
+            readings=self._health.readings,
+            closed=self._health.closed,
+            reopened=self._health.reopened,
         )
-        self._publisher.put(keys.host(site.host), record, guard=self._host_as_seen)
+        self._publisher.put(keys.host(site.host), record, urgent, self._host_as_seen)
 
     def _host_as_seen(self) -> Sequence[Compare] | None:
         """Never write over a `draining` that somebody set and we have not seen."""
@@ -240,7 +247,7 @@ class Daemon:
             await site.commit(Txn([mod_is(kv.key, kv.mod_revision)], [op_delete(kv.key)]))
 
     async def _watch_host(self) -> None:
-        """Somebody may set `draining` in this host's record; the daemon obeys and keeps it."""
+        """Somebody may set `draining`, `closed` and `reopened` in this host's record; we obey and keep them."""
         key = keys.host(self._site.host)
         async for item in self._site.etcd.watch(key):
             if isinstance(item, Snapshot):
@@ -258,6 +265,7 @@ class Daemon:
                 self._publish_host()
 
     def _obey(self, record: HostRecord) -> None:
+        self._health.obey(record.closed, record.reopened)
         if record.draining != self._site.draining:
             self._site.draining = record.draining
             log.info("host %s %s", self._site.host, "drains" if record.draining else "does not drain any more")

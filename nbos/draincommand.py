@@ -1,4 +1,5 @@
 """`nbos drain`: a host takes no new replicas, and those it has are moved away while cells run; `--undo` takes it back.
+With `--gpu` only some of its GPUs are taken out of use, and `--undo` also ends what the daemon holds against them.
 
 Guarantees: the host's record is changed only as it stood when it was read, under the lease of its daemon, so that it
 ends with the daemon as before. The gateway moves the replicas a few at a time (`--wait`: until none is left, telling
@@ -12,24 +13,19 @@ import asyncio
 import sys
 import time
 from dataclasses import dataclass
-
-import msgspec
+from pathlib import Path
 
 from nbos_cluster import keys, moving, records
 from nbos_cluster.certs import CertError
-from nbos_cluster.etcd import Etcd, EtcdError, EtcdUnavailable
+from nbos_cluster.etcd import Etcd, EtcdError, EtcdUnavailable, TLSFiles
 from nbos_cluster.kernelview import KernelView, KernelViews
-from nbos_cluster.kv import Snapshot, Txn, mod_is, op_put
+from nbos_cluster.kv import Snapshot
 from nbos_cluster.placement import HostLoad, NoRoom, choose_target, loads
 from nbos_cluster.records import HostRecord
 
 from .etcdcommand import admin_files
-
-_TRIES = 10
-
-
-class DrainFailed(RuntimeError):
-    """Says why and the way out."""
+from .hostchange import DrainFailed, close_gpus, set_draining
+from .state import StateDir
 
 
 def run(options: argparse.Namespace) -> int:
@@ -43,8 +39,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 async def _run(options: argparse.Namespace) -> None:
-    endpoints = [part.strip() for part in options.endpoints.split(",") if part.strip()]
-    async with Etcd(endpoints, admin_files(options.dir), timeout=10.0) as etcd:
+    async with _etcd(options) as etcd:
+        if options.gpu:
+            for host in options.hosts:
+                closed = await close_gpus(
+                    etcd, keys.checked(host, "host name"), options.gpu, options.reason, options.undo
+                )
+                word = "may be used again" if options.undo else "takes no new cells"
+                print("\n".join(f"GPU {gpu} of host {host} {word}" for gpu in closed))
+            return
         for host in options.hosts:
             await set_draining(etcd, keys.checked(host, "host name"), not options.undo)
             print(
@@ -54,22 +57,18 @@ async def _run(options: argparse.Namespace) -> None:
             await _until_empty(etcd, options.hosts, options.wait)
 
 
-async def set_draining(etcd: Etcd, host: str, draining: bool) -> None:
-    """Raises DrainFailed when there is no such host."""
-    key = keys.host(host)
-    for _ in range(_TRIES):
-        found = await etcd.get(key)
-        if found is None:
-            names = [kv.key.removeprefix(keys.HOSTS) for kv in (await etcd.range(keys.HOSTS))[0]]
-            there = [name for name in names if "/" not in name]
-            raise DrainFailed(f"no host {host!r} is there; there are: {', '.join(there) or 'none'}")
-        record = records.decode(found.value, HostRecord)
-        if record.draining == draining:
-            return
-        value = records.encode(msgspec.structs.replace(record, draining=draining))
-        if (await etcd.commit(Txn([mod_is(key, found.mod_revision)], [op_put(key, value, found.lease)]))).succeeded:
-            return
-    raise DrainFailed(f"the record of host {host} keeps changing; try again")
+def _etcd(options: argparse.Namespace) -> Etcd:
+    """The one that the options name, else that of this machine's `nbos up`. Raises DrainFailed or CertError."""
+    if options.endpoints:
+        endpoints = [part.strip() for part in options.endpoints.split(",") if part.strip()]
+        return Etcd(endpoints, admin_files(options.dir), timeout=10.0)
+    state = StateDir.at(options.state_dir)
+    info = state.info()
+    if not info:
+        raise DrainFailed(f"there is no NBOS in {state.path}; name it with --state-dir, or etcd with --endpoints")
+    there = info["etcd"]
+    tls = TLSFiles(Path(there["ca"]), Path(there["cert"]), Path(there["key"]))
+    return Etcd(list(there["endpoints"]), tls, timeout=10.0)
 
 
 async def _until_empty(etcd: Etcd, hosts: list[str], seconds: float) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from .gpumodel import is_model
 from .records import HostRecord, KernelSpec, Resources
 
 
@@ -62,10 +63,12 @@ def unfit(host: HostRecord, needs: Resources) -> str:
     """Why `host` could never run an execution that asks for `needs`; empty when it could."""
     if not needs.wants_gpu:
         return ""
-    right = [d for d in host.devices if d.healthy and needs.model in ("", d.model)]
+    well = [d for d in host.devices if (d.healthy or d.passing) and not (d.parent and needs.gpus > 1)]
+    right = [d for d in well if is_model(d.model, needs.model)]
     model = f" {needs.model}" if needs.model else ""
     if len(right) < max(1, needs.gpus):
-        return f"host {host.name} has {len(right)} healthy{model} GPUs of the {max(1, needs.gpus)} asked for"
+        has = f" (it has {', '.join(sorted({d.model for d in well}))})" if model and well else ""
+        return f"host {host.name} has {len(right)} healthy{model} GPUs of the {max(1, needs.gpus)} asked for{has}"
     if sum(d.tpcs >= needs.tpcs for d in right) < max(1, needs.gpus):
         most = max(d.tpcs for d in right)
         return f"host {host.name}'s largest{model} GPU has {most} TPCs, {needs.tpcs} are asked for"

@@ -39,7 +39,11 @@ class Resources(Record, frozen=True):
 
 
 class Device(Record, frozen=True):
-    """One GPU of a host. kind says whether NVML found it or the simulator plays it."""
+    """One GPU of a host, or one MIG instance of a GPU. kind says whether NVML found it or the simulator plays it.
+
+    healthy: new cells may get it; if not, reason says why, and passing whether that is expected to end by itself (cells
+    wait for it). sms, capability ('9.0'): 0 and '' where they are not told. parent: of a MIG instance, its GPU's UUID.
+    """
 
     uuid: str
     index: int
@@ -53,9 +57,46 @@ class Device(Record, frozen=True):
     """What stands in the way of a stronger one."""
     healthy: bool = True
     reason: str = ""
+    passing: bool = False
+    sms: int = 0
+    capability: str = ""
+    parent: str = ""
+
+
+class GPUProcess(Record, frozen=True):
+    """A process on a device. memory: bytes, -1 where NVML does not tell. kernel, replica, owner: whose it is; '' where
+    it is no replica of this host."""
+
+    pid: int
+    memory: int = -1
+    kernel: str = ""
+    replica: int = -1
+    owner: str = ""
+
+
+class Reading(Record, frozen=True):
+    """How one device was when it was looked at last. -1: not told; `untold` says why, by field.
+
+    memory: bytes in use. utilisation: percent of the time. temperature: °C. power, power_limit: watts. ecc:
+    uncorrected memory errors since the last reset. notes: what an admin should know though it stops nothing.
+    """
+
+    uuid: str
+    memory: int = -1
+    utilisation: int = -1
+    temperature: int = -1
+    power: int = -1
+    power_limit: int = -1
+    ecc: int = -1
+    processes: tuple[GPUProcess, ...] = ()
+    notes: tuple[str, ...] = ()
+    untold: dict[str, str] = {}
 
 
 class HostRecord(Record, frozen=True, tag="host"):
+    """readings: of real devices, refreshed as often as the daemon looks. closed: devices (UUID) that an admin took out
+    of use, and why. reopened: how often an admin has said of a device that it may be used again."""
+
     name: str
     address: str
     pid: int
@@ -66,6 +107,10 @@ class HostRecord(Record, frozen=True, tag="host"):
     version: str = ""
     draining: bool = False
     since: float = 0.0
+    driver: str = ""
+    readings: tuple[Reading, ...] = ()
+    closed: dict[str, str] = {}
+    reopened: dict[str, int] = {}
 
 
 class DeviceShare(Record, frozen=True):

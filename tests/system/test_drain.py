@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 import pytest
 from msgspec.structs import replace
 
-from nbos.draincommand import DrainFailed, lines, look, replicas_on, set_draining
+from nbos.draincommand import lines, look, replicas_on
+from nbos.hostchange import DrainFailed, set_draining
 from nbos_cluster import keys, records
 from nbos_cluster.etcd import Etcd
 from nbos_cluster.records import HostRecord, Move, ReplicaRecord

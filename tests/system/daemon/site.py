@@ -84,6 +84,8 @@ class Host:
         self.config = directory / f"{name}.json"
         self.log = directory / f"{name}.log"
         command = config.pop("replica_command", [sys.executable, str(DOUBLE)])
+        self.environment: dict[str, str] = config.pop("environment", {})
+        health = config.pop("health", {})
         options = {
             "host": name,
             "run_dir": str(self.run_dir),
@@ -97,11 +99,12 @@ class Host:
             "replica_command": command,
             **config,
         }
-        self.config.write_text(json.dumps({"GPUDaemon": options}))
+        self.config.write_text(json.dumps({"GPUDaemon": options, "Health": health}))
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Host:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "DAEMON_SECRET": "do not pass on"}
+        secret = {"DAEMON_SECRET": "do not pass on"}
+        environment = {**os.environ, **self.environment, "PYTHONPATH": str(ROOT), **secret}
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "gpu_daemon", "--config", str(self.config), "--log-level=INFO"],

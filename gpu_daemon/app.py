@@ -29,6 +29,9 @@ from gpu_daemon.site import Settings
 from gpu_daemon.sizes import parse_bytes
 from gpu_daemon.slicing.config import Slicing
 from gpu_daemon.slicing.offers import Offers, facts
+from gpu_daemon.watchdog.config import Watchdog
+from gpu_daemon.watchdog.usage import NVMLUsage
+from gpu_daemon.watchdog.watching import GPUWatch
 from nbos_cluster import keys
 from nbos_cluster.etcd import Etcd, TLSFiles
 from nbos_cluster.records import Device
@@ -101,7 +104,7 @@ class GPUDaemon(Application):
         config=True
     )
 
-    classes: Any = [Docker, Slicing]  # noqa: RUF012  as traitlets wants it
+    classes: Any = [Docker, Slicing, Watchdog]  # noqa: RUF012  as traitlets wants it
     aliases: Any = {  # noqa: RUF012  as traitlets wants it
         **Application.aliases,
         "config": "GPUDaemon.config_file",
@@ -180,7 +183,16 @@ class GPUDaemon(Application):
         devices, blobs = self.find_devices(), open_store(self.blob_store, self.blob_store_options)
         runtime = self.make_runtime(host, devices, endpoints)
         etcd, offers = Etcd(endpoints, tls), self.make_offers(devices)
-        return Daemon(settings, etcd, devices, blobs, runtime, _health_of(devices), offers)
+        return Daemon(settings, etcd, devices, blobs, runtime, _health_of(devices), offers, self.make_watch(devices))
+
+    def make_watch(self, devices: tuple[Device, ...]) -> GPUWatch | None:
+        """Who looks after what processes do on real devices; nobody does on simulated ones."""
+        watchdog, real = Watchdog(parent=self), [device.uuid for device in devices if device.kind == "nvml"]
+        if not real or not watchdog.every:
+            return None
+        import pynvml
+
+        return GPUWatch(NVMLUsage(pynvml, real).read, watchdog.policy(), watchdog.every)
 
     def make_offers(self, devices: tuple[Device, ...]) -> Offers:
         """What may hold slices of the devices. Simulated ones are held by nothing."""

@@ -26,6 +26,7 @@ from gpu_daemon.rundir import RunDir
 from gpu_daemon.runtime import ReplicaRuntime
 from gpu_daemon.site import Settings, Site, log
 from gpu_daemon.slicing.offers import Offers
+from gpu_daemon.watchdog.watching import GPUWatch
 from nbos_cluster import keys, records
 from nbos_cluster.etcd import Etcd, EtcdError, EtcdUnavailable, Lease
 from nbos_cluster.kernelview import Delta
@@ -40,7 +41,7 @@ class Daemon:
     """Not started until `run`. etcd need not answer yet; the daemon waits for it.
 
     health: reads how the devices are (blocking); None where they cannot fall ill. offers: what holds slices of them;
-    None where there are no real ones.
+    None where there are no real ones. watch: looks after what processes do on them; None: nobody does.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Daemon:
         runtime: ReplicaRuntime,
         health: Callable[[], Reasons] | None = None,
         offers: Offers | None = None,
+        watch: GPUWatch | None = None,
     ) -> None:
         ledger = Ledger(settings.host, devices)
         rundir = RunDir(settings.run_dir)
@@ -67,6 +69,7 @@ class Daemon:
             self._site, self._bidding, self._commits, self._replicas.heard, self._replicas.progressed
         )
         self._health = HealthWatch(health, ledger, self._health_changed) if health is not None else None
+        self._watch = watch
         self._since = time.time()
         self._host_rev: int | None = None
         """Revision of this host's record as the watch saw it last, 0 while there is none; None: not seen yet."""
@@ -104,6 +107,8 @@ class Daemon:
         self._site.spawn(collector.run(), "collecting blobs")
         if self._health is not None:
             self._site.spawn(self._health.run(), "watching the GPUs' health")
+        if self._watch is not None:
+            self._site.spawn(self._watch.run(self._site), "watching what processes do on the GPUs")
         self._site.spawn(self._site.offers.watch(self._publish_host), "looking at what holds slices")
 
     async def _end(self) -> None:

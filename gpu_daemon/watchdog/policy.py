@@ -91,8 +91,6 @@ class Watchdog:
                     self._stand_still(self._offences.get((*place, kind)), blind)
                 elif what:
                     acts += self._offended(sample, kind, what, now)
-        for key in [key for key, offence in self._offences.items() if now - offence.seen >= self.policy.grace]:
-            del self._offences[key]
         return acts
 
     def blind(self, now: float) -> None:

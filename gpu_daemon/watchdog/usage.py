@@ -77,7 +77,8 @@ class NVMLUsage:
         try:
             samples = nvml.nvmlDeviceGetProcessUtilization(handle, self._seen.get(uuid, 0))
         except nvml.NVMLError as err:
-            return {} if err.value == nvml.NVML_ERROR_NOT_FOUND else None  # NOT_FOUND: nothing new to tell
+            # nvidia-ml-py raises SUCCESS when NVML has no new sample.
+            return {} if err.value in (nvml.NVML_SUCCESS, nvml.NVML_ERROR_NOT_FOUND) else None
         found: dict[int, int] = {}
         for sample in samples:
             self._seen[uuid] = max(self._seen.get(uuid, 0), int(sample.timeStamp))

@@ -211,6 +211,7 @@ class PlayedNVML:
     """pynvml's calls that are used, with its own errors and constants."""
 
     NVMLError, NVML_ERROR_NOT_FOUND = pynvml.NVMLError, pynvml.NVML_ERROR_NOT_FOUND
+    NVML_SUCCESS = pynvml.NVML_SUCCESS
 
     def __init__(self) -> None:
         self.compute: list[Any] = []
@@ -232,7 +233,10 @@ class PlayedNVML:
         return self._answer(self.mps)
 
     def nvmlDeviceGetProcessUtilization(self, handle: str, since: int) -> Any:
-        return [s for s in self._answer(self.samples) if s.timeStamp > since]
+        found = [s for s in self._answer(self.samples) if s.timeStamp > since]
+        if not found:
+            raise pynvml.NVMLError(pynvml.NVML_SUCCESS)  # as nvidia-ml-py does
+        return found
 
     def _answer(self, value: Any) -> Any:
         if isinstance(value, int):

@@ -32,6 +32,9 @@ from gpu_daemon.site import Settings
 from gpu_daemon.sizes import parse_bytes
 from gpu_daemon.slicing.config import Slicing
 from gpu_daemon.slicing.offers import Offers, facts
+from gpu_daemon.watchdog.config import Watchdog
+from gpu_daemon.watchdog.usage import NVMLUsage
+from gpu_daemon.watchdog.watching import GPUWatch
 from nbos_cluster import keys
 from nbos_cluster.etcd import Etcd, TLSFiles
 from nbos_cluster.records import Device
@@ -137,7 +140,7 @@ class GPUDaemon(Application):
         config=True
     )
 
-    classes: Any = [Docker, Health, Slicing]  # noqa: RUF012  as traitlets wants it
+    classes: Any = [Docker, Health, Slicing, Watchdog]  # noqa: RUF012  as traitlets wants it
     aliases: Any = {  # noqa: RUF012  as traitlets wants it
         **Application.aliases,
         "config": "GPUDaemon.config_file",
@@ -240,7 +243,17 @@ class GPUDaemon(Application):
         )
         etcd, offers = Etcd(endpoints, tls), self.make_offers(devices)
         watched = Watched(Health(parent=self).options(), _nvml_for(devices), self._driver)
-        return Daemon(settings, etcd, devices, blobs, runtime, watched, offers, policy)
+        watch = self.make_watch(devices)
+        return Daemon(settings, etcd, devices, blobs, runtime, watched, offers, policy, watch)
+
+    def make_watch(self, devices: tuple[Device, ...]) -> GPUWatch | None:
+        """Who looks after what processes do on real devices; nobody does on simulated ones."""
+        watchdog, real = Watchdog(parent=self), [device.uuid for device in devices if device.kind == "nvml"]
+        if not real or not watchdog.every:
+            return None
+        import pynvml
+
+        return GPUWatch(NVMLUsage(pynvml, real).read, watchdog.policy(), watchdog.every)
 
     def make_offers(self, devices: tuple[Device, ...]) -> Offers:
         """What may hold slices of the devices. Simulated ones are held by nothing."""

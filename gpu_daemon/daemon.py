@@ -28,6 +28,7 @@ from gpu_daemon.rundir import RunDir
 from gpu_daemon.runtime import ReplicaRuntime
 from gpu_daemon.site import Settings, Site, log
 from gpu_daemon.slicing.offers import Offers
+from gpu_daemon.watchdog.watching import GPUWatch
 from nbos_cluster import keys, records
 from nbos_cluster.etcd import Etcd, EtcdError, EtcdUnavailable, Lease
 from nbos_cluster.kernelview import Delta
@@ -43,6 +44,7 @@ class Daemon:
 
     watched: how real devices are looked after. offers: what holds slices of them; None where there are no real ones.
     policy: who is owed what; raises SharesError or ReservationError where that is more than the devices have.
+    watch: looks after what processes do on the devices; None: nobody does.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Daemon:
         watched: Watched | None = None,
         offers: Offers | None = None,
         policy: Policy | None = None,
+        watch: GPUWatch | None = None,
     ) -> None:
         policy = policy or Policy()
         ledger = Ledger(settings.host, devices)
@@ -77,6 +80,7 @@ class Daemon:
         )
         self._driver = watched.driver if watched is not None else ""
         self._health = HealthWatch(self._site, watched or Watched(), self._health_changed, self._looked)
+        self._watch = watch
         self._since = time.time()
         self._host_rev: int | None = None
         """Revision of this host's record as the watch saw it last, 0 while there is none; None: not seen yet."""
@@ -117,6 +121,8 @@ class Daemon:
         collector = Collector(self._site, self._site.settings.blob_grace, self._site.settings.collect_every)
         self._site.spawn(collector.run(), "collecting blobs")
         self._site.spawn(self._health.run(), "watching the GPUs' health")
+        if self._watch is not None:
+            self._site.spawn(self._watch.run(self._site), "watching what processes do on the GPUs")
         self._site.spawn(self._site.offers.watch(self._publish_host), "looking at what holds slices")
 
     async def _end(self) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gpu_daemon.lineage import lineage
 from nbos_cluster.records import Ports
 
 
@@ -114,6 +115,11 @@ class Handle(ABC):
     @abstractmethod
     def owns(self, pid: int) -> bool:
         """Whether the process `pid` (as this host counts) may use this replica's socket. Asked at `hello`."""
+
+    def holds(self, pid: int) -> bool:
+        """Whether the process `pid` is this replica's: itself, or what it started. For who looks at the host's
+        processes."""
+        return self.pid > 0 and self.pid in lineage(pid)
 
     @abstractmethod
     def memory(self) -> int:

@@ -18,11 +18,11 @@ from types import ModuleType
 from typing import Any
 
 from .capture import parked
-from .gpu import budget
+from .gpu import budget, offload
 from .gpu.confine import Confinement, Held
 from .gpu.grants import COOPERATIVE, Grant, Share, from_wire
 
-__all__ = ["Grant", "Share", "bind", "bring_parked", "from_wire", "grant", "held", "unbind"]
+__all__ = ["Grant", "Share", "bind", "bring_parked", "from_wire", "grant", "held", "release", "unbind"]
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -90,6 +90,16 @@ def unbind() -> str:
             "broken by it; if the next cell with a GPU fails too, restart the kernel."
         )
     return ""
+
+
+def release() -> str:
+    """Give back what this process has on its devices, between cells that hold one. What came of it, for the user."""
+    torch = _running_torch()
+    if _real(_current):
+        return "This cell holds a GPU: what it has there stays. Run this in a cell without one (%%cpu)."
+    if torch is None:
+        return "Torch has not used a GPU in this process: there is nothing to give back."
+    return str(offload.release(torch))
 
 
 def _real(granted: Grant | None) -> list[Share]:

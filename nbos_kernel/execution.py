@@ -85,6 +85,8 @@ class Execution:
         self._shell, self._link, self._replica, self._channel = shell, link, replica, channel
         self.greeting: Message = {}
         self.running: Running | None = None
+        self.latest: Message = {}
+        """The request of the execution that was led last."""
         self._bidding: tuple[int, Message, Any] | None = None
         self._cancelled: set[str] = set()  # msg_ids
         self._left = asyncio.Event()
@@ -99,6 +101,11 @@ class Execution:
         """`running` of the hello message."""
         running = self.running
         return None if running is None else {"n": running.n, "token": running.token}
+
+    def cell_runs(self) -> bool:
+        """Whether user code of a numbered cell runs now, so that an interrupt has something to hit."""
+        running = self.running
+        return running is not None and running.kind == "cell" and running.status == "ok" and not running.committed
 
     def cancel(self, n: int, msg_id: str = "") -> None:
         """Leave the queue; a request that has not come off the channel yet is known by its msg_id."""
@@ -259,6 +266,7 @@ class Execution:
     def _lead(self, n: int, kind: str, answer: Message, ident: Any, parent: Message) -> Running:
         running = self.running = Running(n, answer["token"], kind, parent, ident)
         running.granted = answer.get("grant") is not None
+        self.latest = parent
         self._channel.fence(running.token)
         content = {"n": n, "token": running.token, "grant": answer.get("grant"), "host": self.greeting.get("host", "")}
         self._channel.reply("nbos_lead", content, parent, ident)

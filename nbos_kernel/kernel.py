@@ -156,6 +156,8 @@ class NBOSKernel(LoadingKernel):
             self._publish_members({key: value for key, value in message.items() if key != "type"})
         elif kind == "token":
             self.execution.renewed(message["n"], message["token"])  # at once: a cell may hold the main thread
+        elif kind == "gpu_misuse":
+            self._misuse(str(message.get("stage", "")), str(message.get("text", "")))
         elif kind == "exit":
             self._leave(message.get("reason", ""))
 
@@ -166,6 +168,14 @@ class NBOSKernel(LoadingKernel):
     def _publish_progress(self, content: Message, parent: Message) -> None:
         """On any thread, within the fence: what is said by a replica that was cut off reaches nobody."""
         self.session.send(self.iopub_socket, "nbos_progress", content, parent=parent, ident=b"nbos_progress")
+
+    def _misuse(self, stage: str, text: str) -> None:
+        """The daemon saw this kernel use a GPU beyond its grant: say so under the latest cell, and interrupt that while
+        it runs. On the link's thread, since the cell may hold the main one."""
+        content = {"name": "stderr", "text": f"{text}\n"}
+        self.session.send(self.iopub_socket, "stream", content, parent=self.execution.latest, ident=b"stream.stderr")
+        if stage == "interrupt" and self.execution.cell_runs():
+            os.kill(os.getpid(), signal.SIGINT)
 
     def _publish_members(self, content: Message) -> None:
         members = content.get("members")

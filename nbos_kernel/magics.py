@@ -48,21 +48,24 @@ class NBOSMagics(Magics):
     @line_magic
     def nbos(self, line: str) -> dict[str, Any] | None:
         """%nbos status: the kernel's replicas, what they have applied, what cannot be replicated, and what is
-        granted. %nbos gpu: what this cell may use of the GPUs, and what holds it to that. %nbos state [--json]: the
-        variables by size, which share objects, what is replicated, pending or not, and what the last cell wrote; with
-        --json as a dict."""
+        granted. %nbos gpu: what this cell may use of the GPUs, and what holds it to that. %nbos gpu release: move what
+        this process has on them to host memory, until the next cell with a GPU. %nbos state [--json]: the variables by
+        size, which share objects, what is replicated, pending or not, and what the last cell wrote; with --json as a
+        dict."""
         asked = line.split()
         if asked == ["state", "--json"]:
             return self._survey()
         if asked == ["state"]:
             state = self._survey()
             display({"text/plain": stateview.as_text(state), "text/html": stateview.as_html(state)}, raw=True)
+        elif asked == ["gpu", "release"]:
+            print(binding.release())
         elif asked == ["gpu"]:
             print(shown.describe(binding.grant(), binding.held()))
         elif asked in ([], ["status"]):
             print(describe(self._status()))
         else:
-            raise UsageError(f"%nbos knows `status`, `gpu` and `state [--json]`, not {line.strip()!r}")
+            raise UsageError(f"%nbos knows `status`, `gpu [release]` and `state [--json]`, not {line.strip()!r}")
         return None
 
     @cell_magic

@@ -77,10 +77,11 @@ def test_slices_are_made_once_and_not_without_end() -> None:
         "a = [slices.get(range(i, i + 4)) for i in (0, 8, 16, 24, 32)]\n"
         "again = slices.get(range(8, 12)) is a[1]\n"
         "within = slices.get(range(7, 13))\n"  # the sixth: the one that lies within it is good enough
+        "beside = slices.get(range(9, 13))\n"  # that one has a TPC that was not granted
         "far = slices.get(range(40, 44))\n"  # nothing lies within it
-        "print(json.dumps([again, within is a[1], sorted(far.tpcs), library.fake_contexts()]))"
+        "print(json.dumps([again, within is a[1], sorted(far.tpcs), sorted(beside.tpcs), library.fake_contexts()]))"
     )
-    assert json.loads(cuda.run(program)) == [True, True, [40, 41, 42, 43], 6]
+    assert json.loads(cuda.run(program)) == [True, True, [40, 41, 42, 43], [9, 10, 11, 12], 7]
 
 
 TROUBLE = """

@@ -269,6 +269,8 @@ class Rightsizer:
                 "unit": cell.unit,
                 "tries": cell.tries,
                 "trying": cell.trying,
+                "since_check": cell.since_check,
+                "short": cell.short,
                 "sizes": {str(t): [size.verdict, *size.seconds] for t, size in cell.sizes.items()},
             }
             for key, cell in self._cells.items()
@@ -280,6 +282,7 @@ class Rightsizer:
         for each in saved:
             owner, model, code, asked = each["key"]
             cell = _Cell("step" if each["unit"] == "step" else "cell", tries=int(each["tries"]))
+            cell.since_check, cell.short = int(each["since_check"]), bool(each["short"])
             for tpcs, (verdict, *seconds) in each["sizes"].items():
                 cell.sizes[int(tpcs)] = _Size(deque(map(float, seconds), maxlen=RECENT), verdict)
             cell.trying = int(each["trying"]) if int(each["trying"]) <= int(asked) else 0

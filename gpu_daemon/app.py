@@ -80,6 +80,11 @@ class GPUDaemon(Application):
     simulated_model = Unicode("Simulated GPU", help="Their model.").tag(config=True)
     simulated_tpcs = Integer(66, min=1, help="TPCs of each.").tag(config=True)
     simulated_memory = Unicode("80G", help="Memory of each, for example 80G.").tag(config=True)
+    allowed_slowdown = Float(
+        0.04,
+        help="Right-sizing: how much slower a cell may become on fewer TPCs than it asks for, as measured on its own "
+        "executions; 0.04 is 4 %, 0 switches it off.",
+    ).tag(config=True)
     lease_ttl = Float(3.0, help="Seconds without a sign of this daemon after which its host counts as lost.").tag(
         config=True
     )
@@ -124,6 +129,15 @@ class GPUDaemon(Application):
     def _valid_ttl(self, proposal: Any) -> float:
         if proposal["value"] < 1:
             raise TraitError("lease_ttl is at least 1 second, the least that etcd counts")
+        return float(proposal["value"])
+
+    @validate("allowed_slowdown")
+    def _valid_slowdown(self, proposal: Any) -> float:
+        if not 0 <= proposal["value"] <= 1:
+            raise TraitError(
+                f"allowed_slowdown is a part of a cell's duration from 0 (off) to 1 (twice as long), "
+                f"not {proposal['value']}; 0.04 allows 4 %"
+            )
         return float(proposal["value"])
 
     def initialize(self, argv: Any = None) -> None:
@@ -176,6 +190,7 @@ class GPUDaemon(Application):
             blob_grace=self.blob_grace,
             blob_patience=self.blob_patience,
             collect_every=self.collect_every,
+            allowed_slowdown=self.allowed_slowdown,
         )
         devices, blobs = self.find_devices(), open_store(self.blob_store, self.blob_store_options)
         runtime = self.make_runtime(host, devices, endpoints)

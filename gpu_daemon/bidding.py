@@ -190,7 +190,8 @@ class Bidding:
     async def _reserve(self, bid: OpenBid, spec: KernelSpec) -> GrantRecord:
         """Room on the devices, waiting for it where the bid says so. Raises Yielded."""
         id, request = bid.replica.id, bid.request
-        wish = ledger.Request(bid.grant_name, spec.owner, id.kernel, id.index, request.n, request.resources)
+        sized = self._site.sizing.wish(spec.owner, request, self._site.ledger.devices)
+        wish = ledger.Request(bid.grant_name, spec.owner, id.kernel, id.index, request.n, sized.resources)
         granted: asyncio.Future[GrantRecord] = asyncio.get_running_loop().create_future()
         bid.granted = granted
         self._queued[bid.grant_name] = bid
@@ -202,7 +203,8 @@ class Bidding:
             if bid.over and not granted.done():
                 bid.ended.result()
             grant, site = granted.result(), self._site
-            return replace(grant, since=time.time(), shares=site.offers.held(grant.shares, site.ledger.devices))
+            shares = site.offers.held(grant.shares, site.ledger.devices)
+            return sized.signed(replace(grant, since=time.time(), shares=shares))
         finally:
             bid.granted = None
             self._queued.pop(bid.grant_name, None)

@@ -25,6 +25,7 @@ from gpu_daemon.replicas import Replicas
 from gpu_daemon.rundir import RunDir
 from gpu_daemon.runtime import ReplicaRuntime
 from gpu_daemon.site import Settings, Site, log
+from gpu_daemon.sizing import Sizing
 from gpu_daemon.slicing.offers import Offers
 from nbos_cluster import keys, records
 from nbos_cluster.etcd import Etcd, EtcdError, EtcdUnavailable, Lease
@@ -56,7 +57,8 @@ class Daemon:
         ledger = Ledger(settings.host, devices)
         rundir = RunDir(settings.run_dir)
         desk = BlobDesk(blobs, settings.blob_grace, settings.blob_patience)
-        self._site = Site(settings, etcd, ledger, FairQueue(ledger), desk, rundir, offers or Offers())
+        sizing = Sizing(settings.allowed_slowdown, rundir.path / "rightsizing.json")
+        self._site = Site(settings, etcd, ledger, FairQueue(ledger), desk, rundir, offers or Offers(), sizing)
         self._devices = devices
         self._publisher = Publisher(self._site)
         self._bidding = Bidding(self._site, self._publisher)
@@ -81,6 +83,8 @@ class Daemon:
         be run here."""
         site = self._site
         site.rundir.open()
+        if trouble := site.sizing.load():
+            log.warning("%s", trouble)
         await self._runtime.open()
         await site.etcd.connect()
         log.info("host %s: %s", site.host, ", ".join(f"{d.model} ({d.kind})" for d in self._devices) or "no GPU")
@@ -123,6 +127,7 @@ class Daemon:
             except (TimeoutError, EtcdUnavailable, EtcdError) as err:
                 log.warning("the lease ends by itself: %s", err)
         await site.etcd.close()
+        site.sizing.save()
         site.rundir.close()
 
     # -- lease --------------------------------------------------------------------------------------------------------

@@ -173,8 +173,7 @@ class Rightsizer:
         if cell is None or cell.unit != unit:
             cell = self._cells[key] = _Cell(unit)
         self._cells.move_to_end(key)
-        while len(self._cells) > KEYS:
-            self._cells.popitem(last=False)
+        self._forget(key.owner)
         cell.short = (whole if whole is not None else seconds) < SHORTEST
         if self._strange(cell, tpcs, seconds) and tpcs == key.asked and cell.strange >= 2:
             self._cells[key] = cell = _Cell(unit)
@@ -186,6 +185,12 @@ class Rightsizer:
         self._judge(cell, key.asked, tpcs)
         self._next_try(cell, key.asked)
         self._trim(cell, key.asked)
+
+    def _forget(self, owner: str) -> None:
+        """One owner's cells push out others' only while they are few: nobody makes the daemon forget everybody's."""
+        if len(self._cells) > KEYS:
+            own = [key for key in self._cells if key.owner == owner]
+            del self._cells[own[0] if len(own) > KEYS // 4 else next(iter(self._cells))]
 
     def _strange(self, cell: _Cell, tpcs: int, seconds: float) -> bool:
         """Far from what was seen on this size. Twice in a row as asked: the cell does something else than before."""

@@ -187,11 +187,15 @@ def test_zero_slowdown_or_no_fingerprint_switches_it_off() -> None:
 
 
 def test_memory_is_bounded_and_the_least_recently_used_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rightsizing, "KEYS", 3)
+    monkeypatch.setattr(rightsizing, "KEYS", 4)
     sizer = Rightsizer()
-    for code in "abcad":
-        sizer.observe(Key("o", "m", code, 66), 66, 1.0)
-    assert [key["key"][2] for key in sizer.dump()] == ["c", "a", "d"]
+    for owner in "abcade":
+        sizer.observe(Key(owner, "m", "1", 66), 66, 1.0)
+    assert [key["key"][0] for key in sizer.dump()] == ["c", "a", "d", "e"]
+    for code in "23456":
+        sizer.observe(Key("e", "m", code, 66), 66, 1.0)
+    left = [(key["key"][0], key["key"][2]) for key in sizer.dump()]
+    assert left == [("c", "1"), ("a", "1"), ("d", "1"), ("e", "6")], "who floods it forgets its own first"
 
 
 @settings(max_examples=30, deadline=None)

@@ -72,8 +72,12 @@ class _Reader:
             return
         if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
             yield from self._name(node.target.id, True)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            yield self._bind(node.name)
+        if isinstance(node, ast.alias):
+            yield node.name
+            self._local[node.asname or node.name.partition(".")[0]] = node.name
+            return
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.ExceptHandler):
+            yield self._bind(node.name or "")
         if isinstance(node, ast.arg):
             yield self._bind(node.arg)
             return

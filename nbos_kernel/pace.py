@@ -1,7 +1,8 @@
 """How long an execution took, for right-sizing: a step where the cell has steps, else the cell.
 
 Steps are those of torch's optimizers (a hook that torch offers, set only once torch.optim is imported), or what says so
-itself (`simgpu.steps`). Times are the host's. An execution lasts until what it launched is over (`binding.unbind` waits for that).
+itself (`simgpu.steps`). Times are the host's. An execution lasts until what it launched is over (`binding.unbind` waits
+for that).
 """
 
 from __future__ import annotations

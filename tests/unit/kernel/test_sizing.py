@@ -85,6 +85,13 @@ def test_the_second_run_of_a_cell_is_the_first_ones_though_its_results_are_there
     assert fingerprint(code, names) == fingerprint(code, later)
 
 
+def test_imports_in_the_cell_are_what_they_import() -> None:
+    code = "import math as m\nfrom json import dumps\nm.sin(3); dumps(4)"
+    assert same(code, code.replace("m.", "mm.").replace("as m", "as mm"))
+    assert not same(code, code.replace("math", "cmath"))
+    assert fingerprint(code, {}) == fingerprint(code, {"m": __import__("math"), "dumps": len})
+
+
 def test_magics_are_no_obstacle_and_what_is_no_python_has_no_fingerprint() -> None:
     assert same("%matplotlib inline\n!ls\nf(3)", "%time 3\n!pwd\nf(3)", f=len)
     assert fingerprint("%%bash\nfor f in *; do echo $f; done", {}) == ""

@@ -52,6 +52,20 @@ def test_who_does_not_give_back_in_time_is_paused_until_it_has() -> None:
     assert out == [Resume("s", EVERY - IMPORTANT.tpcs), Hold("i", IMPORTANT.tpcs)]
 
 
+def test_a_paused_cell_is_given_nothing_until_it_gave_back() -> None:
+    one = lending()
+    one.handle(Ask("first", "steady", 2, 0.0))
+    one.handle(Ask("s", "steady", 6, 0.0))
+    one.handle(Ask("i", "important", 6, 1.0))
+    assert one.handle(Tick(2.0)) == [Pause("s")]
+    assert one.handle(End("first", 2.5)) == []
+    owed = one.held["s"] & IMPORTANT.tpcs
+    resume, *holds = one.handle(Gave("s", owed, 3.0))
+    assert isinstance(resume, Resume)
+    assert {hold.cell for hold in holds if isinstance(hold, Hold)} == {"i", "s"}
+    assert one.held["s"] >= STEADY.tpcs
+
+
 def test_what_an_owner_does_not_use_is_lent_again_when_its_cell_is_over_and_not_before() -> None:
     one = lending()
     one.handle(Ask("i", "important", 3, 0.0))

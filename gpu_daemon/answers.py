@@ -215,7 +215,7 @@ class Answers:
         return {}, b""
 
     async def _release(self, session: Session, message: Message, payload: bytes) -> Reply:
-        self._commits.release(session.replica, requests.number(message, "n"))
+        self._commits.release(session.replica, requests.number(message, "n"), requests.took(message))
         return {}, b""
 
     async def _status(self, session: Session, message: Message, payload: bytes) -> Reply:

@@ -119,6 +119,11 @@ class GPUDaemon(Application):
         help="Days that this host's accounts stay in etcd, where `nbos accounts` reads them; the daemon's own journal "
         "keeps them all.",
     ).tag(config=True)
+    allowed_slowdown = Float(
+        0.04,
+        help="Right-sizing: how much slower a cell may become on fewer TPCs than it asks for, as measured on its own "
+        "executions; 0.04 is 4 %, 0 switches it off.",
+    ).tag(config=True)
     lease_ttl = Float(3.0, help="Seconds without a sign of this daemon after which its host counts as lost.").tag(
         config=True
     )
@@ -172,6 +177,15 @@ class GPUDaemon(Application):
         except (SharesError, ReservationError) as err:
             raise TraitError(f"GPUDaemon.{err}") from err
         return proposal["value"]
+
+    @validate("allowed_slowdown")
+    def _valid_slowdown(self, proposal: Any) -> float:
+        if not 0 <= proposal["value"] <= 1:
+            raise TraitError(
+                f"allowed_slowdown is a part of a cell's duration from 0 (off) to 1 (twice as long), "
+                f"not {proposal['value']}; 0.04 allows 4 %"
+            )
+        return float(proposal["value"])
 
     def initialize(self, argv: Any = None) -> None:
         self.parse_command_line(argv)
@@ -231,6 +245,7 @@ class GPUDaemon(Application):
             blob_patience=self.blob_patience,
             collect_every=self.collect_every,
             accounts_days=self.accounts_days,
+            allowed_slowdown=self.allowed_slowdown,
         )
         devices, blobs = self.find_devices(), open_store(self.blob_store, self.blob_store_options)
         runtime = self.make_runtime(host, devices, endpoints)

@@ -11,7 +11,6 @@ import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,8 +81,6 @@ class Bidding:
         """Names of grants: random for this daemon's life, then counted, since every random number is a system call."""
         self._repeater: asyncio.Task[None] | None = None
         self._news: asyncio.TimerHandle | None = None
-        self.sized: Callable[[ledger.Request], ledger.Request] = lambda wish: wish
-        """May change what a request asks for before it is placed (right-sizing)."""
         self.told: dict[str, tuple[OpenBid, queue.Tell, float]] = {}
         """What each waiting bid was told last, by the name of its future grant, and since when it waits (Unix time)."""
 
@@ -201,10 +198,9 @@ class Bidding:
     async def _reserve(self, bid: OpenBid, spec: KernelSpec) -> GrantRecord:
         """Room on the devices, waiting for it where the bid says so. Raises Yielded."""
         id, request = bid.replica.id, bid.request
-        wish = self.sized(
-            ledger.Request(
-                bid.grant_name, spec.owner, id.kernel, id.index, request.n, request.resources, groups=spec.groups
-            )
+        sized = self._site.sizing.wish(spec.owner, request, self._site.ledger.devices)
+        wish = ledger.Request(
+            bid.grant_name, spec.owner, id.kernel, id.index, request.n, sized.resources, groups=spec.groups
         )
         granted: asyncio.Future[GrantRecord] = asyncio.get_running_loop().create_future()
         bid.granted = granted
@@ -217,7 +213,8 @@ class Bidding:
             if bid.over and not granted.done():
                 bid.ended.result()
             grant, site = granted.result(), self._site
-            return replace(grant, since=time.time(), shares=site.offers.held(grant.shares, site.ledger.devices))
+            shares = site.offers.held(grant.shares, site.ledger.devices)
+            return sized.signed(replace(grant, since=time.time(), shares=shares))
         finally:
             bid.granted = None
             self._queued.pop(bid.grant_name, None)

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from gpu_daemon.bidding import Bidding, waiting
 from gpu_daemon.folding import Folding, store_blob
 from gpu_daemon.replica import Held, LocalReplica
-from gpu_daemon.requests import RequestError
+from gpu_daemon.requests import RequestError, Took
 from gpu_daemon.site import RETRY_LAST, Refused, Site, log
 from gpu_daemon.transactions import abandon_held, end_grant, grant_key
 from nbos_cluster import election, statelog
@@ -122,10 +122,11 @@ class Commits:
 
     # -- the grant ----------------------------------------------------------------------------------------------------
 
-    def release(self, replica: LocalReplica, n: int) -> None:
+    def release(self, replica: LocalReplica, n: int, took: Took | None = None) -> None:
         """The cell ended; its devices are free for others while its state is captured."""
         held = replica.held
         if held is not None and held.n == n and held.grant is not None:
+            self._site.sizing.learn(held.grant, took)
             self.end_grant(replica, held)
 
     def end_grant(self, replica: LocalReplica, held: Held, recorded: bool = True) -> None:

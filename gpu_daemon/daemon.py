@@ -27,6 +27,7 @@ from gpu_daemon.replicas import Replicas
 from gpu_daemon.rundir import RunDir
 from gpu_daemon.runtime import ReplicaRuntime
 from gpu_daemon.site import Settings, Site, log
+from gpu_daemon.sizing import Sizing
 from gpu_daemon.slicing.offers import Offers
 from gpu_daemon.watchdog.watching import GPUWatch
 from nbos_cluster import keys, records
@@ -67,7 +68,8 @@ class Daemon:
         for reservation in policy.reservations:
             reservation.check(settings.host, devices)
         queue = FairQueue(ledger, policy, wall=time.time() - time.monotonic())
-        self._site = Site(settings, etcd, ledger, queue, desk, rundir, offers or Offers())
+        sizing = Sizing(settings.allowed_slowdown, rundir.path / "rightsizing.json")
+        self._site = Site(settings, etcd, ledger, queue, desk, rundir, offers or Offers(), sizing)
         self._devices = devices
         self._publisher = Publisher(self._site)
         self._accounting = Accounting(self._site, settings.accounts_days)
@@ -95,6 +97,8 @@ class Daemon:
         be run here."""
         site = self._site
         site.rundir.open()
+        if trouble := site.sizing.load():
+            log.warning("%s", trouble)
         await self._runtime.open()
         self._health.remember()
         await site.etcd.connect()
@@ -143,6 +147,7 @@ class Daemon:
             except (TimeoutError, EtcdUnavailable, EtcdError) as err:
                 log.warning("the lease ends by itself: %s", err)
         await site.etcd.close()
+        site.sizing.save()
         site.rundir.close()
 
     # -- lease --------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from gpu_daemon.fleet import ReplicaId
 from gpu_daemon.ledger import Ledger
 from gpu_daemon.queue import FairQueue
 from gpu_daemon.rundir import RunDir
+from gpu_daemon.sizing import Sizing
 from gpu_daemon.slicing.offers import Offers
 from nbos_cluster.etcd import Etcd, EtcdError, EtcdUnavailable, Lease, LeaseGone
 from nbos_cluster.kernelview import KernelView, KernelViews
@@ -67,6 +68,7 @@ class Settings:
     blob_patience: float = 45.0
     collect_every: float = 600.0
     accounts_days: int = 100
+    allowed_slowdown: float = 0.0
 
 
 @dataclass
@@ -78,6 +80,7 @@ class Site:
     blobs: BlobDesk
     rundir: RunDir
     offers: Offers = field(default_factory=Offers)
+    sizing: Sizing = field(default_factory=Sizing)
     views: KernelViews = field(default_factory=KernelViews)
     replicas: dict[ReplicaId, LocalReplica] = field(default_factory=dict)
     draining: bool = False

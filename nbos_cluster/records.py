@@ -134,6 +134,9 @@ class DeviceShare(Record, frozen=True):
 
 
 class GrantRecord(Record, frozen=True, tag="grant"):
+    """What one execution holds. asked: TPCs that the cell asked for, where right-sizing had a word in what it got (else
+    0); why: what it said, for people; code: the fingerprint by which it knows the cell."""
+
     grant: str
     host: str
     owner: str
@@ -143,6 +146,9 @@ class GrantRecord(Record, frozen=True, tag="grant"):
     shares: tuple[DeviceShare, ...]
     since: float = 0.0
     groups: tuple[str, ...] = ()
+    asked: int = 0
+    why: str = ""
+    code: str = ""
 
 
 class Move(Record, frozen=True):

@@ -23,10 +23,11 @@ from typing import Any, Protocol
 
 from nbos_cluster import wire
 
-from . import binding, oversize, resources
+from . import binding, oversize, resources, sizing
 from .append import Appender, Entry
 from .blobchannel import BlobChannel
 from .link import DaemonAway, Link
+from .pace import pace
 from .replica import Replica
 from .reports.reporter import Reporter
 
@@ -161,6 +162,8 @@ class Execution:
             replica = self._replica
             await replica.rerun.before_cell(running.needs, self._channel.run_again, self._appender.tell_user)
             replica.records.begin(str(running.parent["content"].get("code", "")))
+            if running.granted:
+                pace.begin()
 
     def ended(self) -> None:
         """The cell's code is over: the grant goes back, and an interrupt has nothing to hit any more."""
@@ -171,7 +174,7 @@ class Execution:
             notice = binding.unbind()
             if notice:
                 self._appender.tell_user(notice)
-            self._link.tell({"type": "release", "n": running.n})
+            self._link.tell({"type": "release", "n": running.n, "took": pace.took(running.status == "ok")})
 
     async def replied(self, status: str) -> None:
         """The reply is ready and not sent: the place for a durable append."""
@@ -227,6 +230,8 @@ class Execution:
         wait = bool(asked.get("wait"))
         bid = {"type": "bid", "n": n, "attempt": int(asked.get("attempt", 1)), "kind": kind, "resources": needs}
         bid["wait"] = wait
+        if kind == "cell":
+            bid["code"] = self._code(parent, needs)
         self._left.clear()
         with _interrupts(lambda: self.cancel(n)):
             self._bidding = (n, parent, ident)
@@ -242,6 +247,10 @@ class Execution:
             self._channel.reply("nbos_yield", {**content, "next": answer.get("next")}, parent, ident)
             return None
         return self._lead(n, kind, answer, ident, parent)
+
+    def _code(self, parent: Message, needs: Message) -> str:
+        code = str(parent["content"].get("code", ""))
+        return sizing.key(code, parent["metadata"], needs, self._shell.user_ns)
 
     async def _ready(self, wait: bool) -> Message | None:
         """Have the previous append and the entries of others behind us; a yield when that does not come about."""

@@ -14,7 +14,7 @@ from IPython.core.error import UsageError
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
 from IPython.display import display
 
-from . import binding, resources
+from . import binding, resources, sizing
 from .gpu import shown
 from .reports import stateview
 
@@ -51,7 +51,8 @@ class NBOSMagics(Magics):
         granted. %nbos gpu: what this cell may use of the GPUs, and what holds it to that. %nbos gpu release: move what
         this process has on them to host memory, until the next cell with a GPU. %nbos state [--json]: the variables by
         size, which share objects, what is replicated, pending or not, and what the last cell wrote; with --json as a
-        dict."""
+        dict. %nbos rightsizing [on|off]: whether cells of this notebook may get fewer TPCs than they ask for, where
+        that was measured to cost little."""
         asked = line.split()
         if asked == ["state", "--json"]:
             return self._survey()
@@ -64,14 +65,17 @@ class NBOSMagics(Magics):
             print(shown.describe(binding.grant(), binding.held()))
         elif asked in ([], ["status"]):
             print(describe(self._status()))
+        elif asked[0] == "rightsizing" and (said := sizing.switch(asked[1:])) is not None:
+            print(said)
         else:
-            raise UsageError(f"%nbos knows `status`, `gpu [release]` and `state [--json]`, not {line.strip()!r}")
+            known = "`status`, `gpu [release]`, `state [--json]` and `rightsizing [on|off]`"
+            raise UsageError(f"%nbos knows {known}, not {line.strip()!r}")
         return None
 
     @cell_magic
     def gpu(self, line: str, cell: str) -> None:
-        """%%gpu [number] [tpcs=N] [mem=SIZE] [model=NAME]: run this cell with GPUs. Must be the cell's first
-        line."""
+        """%%gpu [number] [tpcs=N] [mem=SIZE] [model=NAME] [exact]: run this cell with GPUs. Must be the
+        cell's first line."""
         self._explain("gpu", line)
 
     @cell_magic

@@ -51,6 +51,7 @@ class _Job:
 
     tag: object
     kernel: Kernel | None
+    allowed: frozenset[int] = frozenset()
     size: float = 0.0
     left: float = 1.0
     since: float = 0.0
@@ -104,7 +105,7 @@ class Device:
         self._share()
 
     def confine(self, client: str, tpcs: frozenset[int]) -> None:
-        """Move the client to another slice. A kernel that runs keeps the TPCs it has; the next one has the new ones."""
+        """Move the client to another slice, as by choosing another stream: what it launched before stays on the old."""
         self._clients[client].slice = self._checked(tpcs)
 
     def holds(self, client: str) -> frozenset[int]:
@@ -120,13 +121,13 @@ class Device:
 
     def launch(self, client: str, kernel: Kernel, tag: object = None) -> None:
         """Raises DeviceFault."""
-        self._enqueue(client, _Job(tag, kernel))
+        self._enqueue(client, _Job(tag, kernel, self._clients[client].slice))
 
     def copy(self, client: str, size: int, tag: object = None) -> None:
         """Between host and device, `size` bytes. Raises DeviceFault."""
         if size <= 0:
             raise ValueError(f"a copy moves at least one byte, not {size}")
-        self._enqueue(client, _Job(tag, None, float(size)))
+        self._enqueue(client, _Job(tag, None, size=float(size)))
 
     def allocate(self, client: str, size: int) -> None:
         """Raises OutOfMemory or DeviceFault."""
@@ -222,7 +223,7 @@ class Device:
         job = state.stream[0]
         job.since = self.now
         if job.kernel is not None:
-            self._running[client] = Running(job.kernel, state.slice)
+            self._running[client] = Running(job.kernel, job.allowed)
 
     def _break(self, client: str, reason: str) -> None:
         state = self._clients[client]

@@ -42,6 +42,10 @@ class Grant:
     host: str
     n: int
     shares: tuple[Share, ...]
+    asked: int = 0
+    """TPCs that the cell asked for, where right-sizing had a word in what it got; else 0."""
+    why: str = ""
+    """Why it got as many as it got."""
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -88,4 +92,5 @@ def from_wire(raw: Mapping[str, Any] | None) -> Grant | None:
         )
         for share in raw.get("shares", ())
     )
-    return Grant(raw.get("grant", ""), raw.get("host", ""), raw.get("n", 0), shares)
+    asked, why = raw.get("asked", 0), raw.get("why", "")
+    return Grant(raw.get("grant", ""), raw.get("host", ""), raw.get("n", 0), shares, asked, why)

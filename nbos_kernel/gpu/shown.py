@@ -20,17 +20,18 @@ def describe(grant: Grant | None, held: Sequence[Held]) -> str:
 
 
 def lines(grant: Grant | None, held: Sequence[Held]) -> list[str]:
-    """A line for each device of the grant."""
+    """A line for each device of the grant, and what right-sizing had to say."""
     shares = grant.shares if grant is not None else ()
     known = [*held, *[None] * (len(shares) - len(held))]
-    return [_line(share, one) for share, one in zip(shares, known, strict=True)]
+    sized = [f"right-sizing: {grant.why}"] if grant is not None and grant.why else []
+    return [*(_line(share, one) for share, one in zip(shares, known, strict=True)), *sized]
 
 
 def _line(share: Share, held: Held | None) -> str:
     tpcs = f"{len(share.tpcs)} TPCs" + (f" of {share.of}" if share.of else "")
     what = f"{tpcs}, {share.memory / GIB:.1f} GiB on {share.model} {share.uuid}".replace("  ", " ")
     if share.simulated:
-        return f"{what}; simulated, the cell runs on the CPU"
+        return f"{what}; simulated: for real code it is the CPU, nbos_kernel.simgpu plays it"
     if share.whole:
         return f"{what}; the whole device, nobody else computes on it"
     return f"{what}; {_by(share, held)}"

@@ -61,9 +61,9 @@ def test_a_moved_slice_waits_for_the_kernel_that_stands_on_it_and_grows_when_it_
     device.open("borrower", slices(0, 66))
     device.open("owner", slices(0, 66))
     device.launch("borrower", Kernel(m=0.66), "long")
-    device.launch("borrower", Kernel(m=0.33), "next")
     device.advance(0.005)
     device.confine("borrower", slices(33, 33))
+    device.launch("borrower", Kernel(m=0.33), "next")
     device.confine("owner", slices(0, 33))
     device.launch("owner", Kernel(m=0.33), "cell")
     device.advance(0.005)
@@ -73,6 +73,16 @@ def test_a_moved_slice_waits_for_the_kernel_that_stands_on_it_and_grows_when_it_
         ("next", pytest.approx(0.02)),
         ("cell", pytest.approx(0.02)),
     ]
+
+
+def test_what_was_launched_ahead_stays_on_the_slice_of_its_launch() -> None:
+    device = Device(66)
+    device.open("borrower")
+    device.launch("borrower", Kernel(m=0.66), "first")
+    device.launch("borrower", Kernel(m=0.66), "ahead")
+    device.confine("borrower", slices(0, 33))
+    device.launch("borrower", Kernel(m=0.66), "after")
+    assert [d.at for d in device.advance(1)] == [pytest.approx(0.01), pytest.approx(0.02), pytest.approx(0.04)]
 
 
 def test_two_that_wait_for_the_same_tpcs_do_not_both_get_them() -> None:

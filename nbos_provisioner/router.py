@@ -19,6 +19,8 @@ from typing import Any
 
 import zmq
 
+from nbos_cluster.kept import Bounds
+
 from .following import Follower
 from .front import Front
 from .instructions import (
@@ -60,7 +62,12 @@ class Router:
             raise ValueError("the kernel has no CurveZMQ keys, and its messages never travel in clear")
         self.front = Front(self.context, config.get("ip", "127.0.0.1"), config.get("ports") or {}, public, secret)
         named = {f"{channel}_port": port for channel, port in self.front.ports.items()}
-        self.core = RouterCore(self.signer, rerun=bool(config.get("rerun", True)), ports=named)
+        self.core = RouterCore(
+            self.signer,
+            rerun=bool(config.get("rerun", True)),
+            ports=named,
+            keep=Bounds(*config["keep"]) if config.get("keep") else None,
+        )
         own_public, own_secret = zmq.curve_keypair()
         self._keys = (own_public, own_secret, public)
         self._identity = os.urandom(16).hex().encode()

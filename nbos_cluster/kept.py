@@ -204,10 +204,10 @@ class Kept:
 
     def _update(self, cell: Cell, content: Content) -> None:
         """Shown again in place, in this cell or in an earlier one."""
-        wanted = (content.get("transient") or {}).get("display_id")
+        wanted = _display_id(content)
         for each in reversed(self.cells.values()):
             for piece in each.pieces:
-                if wanted and (piece.content.get("transient") or {}).get("display_id") == wanted:
+                if wanted and _display_id(piece.content) == wanted:
                     new = {**piece.content, "data": content.get("data"), "metadata": content.get("metadata")}
                     size = len(json.dumps(new)) + OVERHEAD
                     self._charge(size - piece.size, 0)
@@ -250,6 +250,11 @@ class Kept:
     def _thinnable(self) -> Iterator[Cell]:
         yield from (cell for cell in self.cells.values() if cell.pieces and cell.ended)
         yield from (cell for cell in self.cells.values() if cell.pieces)
+
+
+def _display_id(content: Content) -> Any:
+    transient = content.get("transient")
+    return transient.get("display_id") if isinstance(transient, dict) else None
 
 
 def note(cell: Cell | Content, bounds: Bounds) -> str:

@@ -62,7 +62,8 @@ class Keeper:
             self._parent, self._of = parent, str(json.loads(parent).get("msg_id", ""))
         if self._of not in self._kept.cells:
             return
-        kind = json.loads(bytes(frames[at + 2])).get("msg_type", "")
+        stream = at and bytes(frames[0]).startswith(b"stream.")
+        kind = "stream" if stream else json.loads(bytes(frames[at + 2])).get("msg_type", "")
         if kind in SHOWN or kind in ("status", "execute_input"):
             self._take(kind, bytes(frames[at + 5]))
 

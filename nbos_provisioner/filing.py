@@ -138,7 +138,10 @@ def outputs(kept: dict[str, Any]) -> list[Any]:
         messages.append(("stream", {"name": "stderr", "text": RUNS}))
     made: list[Any] = []
     for kind, content in messages:
-        output = v4.output_from_msg({"header": {"msg_type": kind}, "content": content})
+        try:
+            output = v4.output_from_msg({"header": {"msg_type": kind}, "content": content})
+        except (KeyError, ValueError):
+            continue  # no output that a page could show either
         last = made[-1] if made else None
         if kind == "stream" and last is not None and last.get("name") == output["name"]:
             last["text"] += output["text"]

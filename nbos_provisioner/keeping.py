@@ -13,7 +13,7 @@ from nbos_cluster.kept import SHOWN, Bounds, Cell, Content, Kept, note
 
 from .fleet import Fleet
 from .instructions import Instruction, Publish, ToClient
-from .messages import Message, load, parse, raw, text
+from .messages import BadMessage, Message, load, parse, raw, text
 from .outbox import Outbox
 
 AGAIN = b"nbos.again."
@@ -60,12 +60,14 @@ class Keeping:
         cell = self.kept.cells.get(self._of)
         if cell is None or text(frames[0]).startswith(AGAIN):
             return
-        header = load(frames[3], "header")
-        kind = str(header.get("msg_type", ""))
+        kind = "stream"
+        if not text(frames[0]).startswith(b"stream."):
+            header = load(frames[3], "header")
+            kind = str(header.get("msg_type", ""))
+            if header.get("username") != "nbos":
+                self._speaker = str(header.get("session", ""))
         if kind not in SHOWN and kind not in _COUNTED:
             return
-        if header.get("username") != "nbos":
-            self._speaker = str(header.get("session", ""))
         content = load(frames[6], "content")
         if kind == "execute_input":
             self.kept.counted(self._of, content.get("execution_count", 0))
@@ -102,9 +104,13 @@ class Keeping:
 
     def found(self, content: Content) -> None:
         """What a replica has kept of cells that began under another router."""
+        # A replica runs user code: its word may be anything.
         ours = {cell.msg_id for cell in self.kept.cells.values()} - self._adopted
-        theirs = [entry for entry in content.get("cells", []) if entry["header"]["msg_id"] not in ours]
-        self.kept.load(theirs)
+        try:
+            theirs = [entry for entry in content.get("cells", []) if entry["header"]["msg_id"] not in ours]
+            self.kept.load(theirs)
+        except (KeyError, TypeError, ValueError, AttributeError) as err:
+            raise BadMessage(f"what a replica has kept cannot be read: {err!r}") from err
         new = [cell for cell in self.kept.cells.values() if cell.msg_id not in ours]
         self._adopted = {cell.msg_id for cell in new if not cell.ended}
         for cell in new:

@@ -70,6 +70,8 @@ class RouterCore:
         self._ask_status_at: float | None = None
         self._sync_at: float | None = None
         self._pump_due = False
+        self._awaited: Any = None
+        """The replica that ran the last cell, as another one's daemon says, while it is not connected."""
         self._handlers = {
             Client: self._client,
             FromReplica: self._from_replica,
@@ -212,6 +214,7 @@ class RouterCore:
     def _led(self, now: float) -> None:
         """A cell has begun to run: what its executor said before its lead was heard, and what waits to go there."""
         self._flush_comms()
+        self._awaited = None
         replica = self.fleet.executor
         if replica is None:
             return
@@ -285,9 +288,16 @@ class RouterCore:
                 return
             self._asked.clear()
             self.runner.next_n = content["next"]
-            if content.get("executor") in self.fleet.up and not self._running():
-                self.fleet.appoint(content["executor"])
-            self.keeping.adopt(replica if self.fleet.executor is None else self.fleet.executor)
+            self._awaited = content.get("executor")
+            self._take_up(now)
+
+    def _take_up(self, now: float) -> None:
+        """The replica that ran the last cell, or runs it still, is connected: it is the executor; what it shows, and
+        has shown while there was no router, counts. Another cell that has begun to run makes that another's."""
+        if self._awaited in self.fleet.up and not self._running():
+            self.fleet.appoint(self._awaited)
+            self.keeping.adopt(self._awaited)
+            self._awaited = None
 
     def _output(self, event: Output, now: float) -> None:
         topic = text(event.frames[0])
@@ -300,6 +310,7 @@ class RouterCore:
 
     def _up(self, event: Up, now: float) -> None:
         self.fleet.up.add(event.replica)
+        self._take_up(now)
 
     def _lost(self, event: Lost, now: float) -> None:
         if event.replica not in self.fleet.up:
@@ -328,6 +339,7 @@ class RouterCore:
             self.forwarding.lost(index)
         self.runner.abort()
         self.keeping.forget()
+        self._awaited = None
         self._doomed.update(m.msg_id for m in self.queue if m.msg_type == "execute_request")
         self.forwarding.dirty, self._sync_at = False, None
         self._extend(self.fleet.reset())

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
+from jupyter_client.session import DELIM
 from jupyter_server.services.kernels.connection.channels import ZMQChannelsWebsocketConnection
 
 from nbos_cluster.kept import SHOWN
@@ -23,12 +24,14 @@ class NBOSWebsocketConnection(ZMQChannelsWebsocketConnection):
     """Set by the extension as the server's `kernel_websocket_connection_class`, where that is the stock one."""
 
     _again = False
+    _subscribed = False
 
     def connect(self) -> Any:
         """Called when the websocket is open; what is returned resolves when messages flow."""
+        self._subscribed = not is_nbos(self.kernel_manager)
         connected = super().connect()
-        if connected is not None and is_nbos(self.kernel_manager):
-            connected.add_done_callback(self._ask)
+        if connected is not None and not self._subscribed:
+            connected.add_done_callback(lambda connected: self._ask())
         return connected
 
     def request_kernel_info(self) -> Any:
@@ -38,7 +41,7 @@ class NBOSWebsocketConnection(ZMQChannelsWebsocketConnection):
             self.kernel_info_channel = self.multi_kernel_manager.connect_control(self.kernel_id)
         return super().request_kernel_info()
 
-    def _ask(self, connected: Any) -> None:
+    def _ask(self) -> None:
         control = self.channels.get("control")
         if control is not None and not control.closed():
             self.session.send(control, "nbos_outputs_request", {"session": self.session.session})
@@ -46,6 +49,11 @@ class NBOSWebsocketConnection(ZMQChannelsWebsocketConnection):
 
     def handle_outgoing_message(self, stream: Any, outgoing_msg: list[Any]) -> None:
         topic = outgoing_msg[0]
+        if topic == DELIM and not self._subscribed:
+            # The router's iopub_welcome. While a cell runs, a websocket is opened without waiting for its subscription:
+            # what was said again before it was lost.
+            self._subscribed = True
+            self._ask()
         if not topic.startswith(AGAIN):
             super().handle_outgoing_message(stream, outgoing_msg)
         elif topic[len(AGAIN) :] == self.session.bsession:

@@ -113,13 +113,19 @@ class Keeping:
             raise BadMessage(f"what a replica has kept cannot be read: {err!r}") from err
         new = [cell for cell in self.kept.cells.values() if cell.msg_id not in ours]
         self._adopted = {cell.msg_id for cell in new if not cell.ended}
+        self.say_busy()
         for cell in new:
-            if not cell.ended:
-                self.out.status("busy", cell.header)
-            elif cell.reply is not None:
+            if cell.ended and cell.reply is not None:
                 self.out.tell({"event": "cell_ended", "msg_id": cell.msg_id, "session": cell.session})
         for session in {cell.session for cell in new}:
             self.give(session)
+
+    def say_busy(self) -> None:
+        """Tell a server that has just begun to listen, and would take the kernel for idle, of a cell that runs on."""
+        for msg_id in self._adopted:
+            cell = self.kept.cells.get(msg_id)
+            if cell is not None and not cell.ended:
+                self.out.status("busy", cell.header)
 
     def forget(self) -> None:
         """The kernel was restarted."""

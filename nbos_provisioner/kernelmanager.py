@@ -87,8 +87,9 @@ class NBOSKernelManager(AsyncMappingKernelManager):
         except Exception as err:  # noqa: BLE001  (one kernel's failure, of whatever kind, must not cost the others)
             self.log.error("kernel %s could not be taken up again: %s", kernel_id, err)
             return False
-        # Its state was "starting" for the server; it has been running all along.
-        self._kernels[kernel_id].execution_state = "idle"
+        # Its state was "starting" for the server; it has been running all along. That it runs a cell its router says.
+        if self._kernels[kernel_id].execution_state == "starting":
+            self._kernels[kernel_id].execution_state = "idle"
         self.log.info("kernel %s is here again", kernel_id)
         return True
 

@@ -33,6 +33,7 @@ from .instructions import (
     Output,
     Publish,
     Reset,
+    Subscribed,
     Tell,
     Tick,
     ToClient,
@@ -81,7 +82,7 @@ class Router:
         self._follower = Follower(**config["follow"], log=log) if config.get("follow") else None
         for channel in ("control", "shell", "stdin"):
             self._listen(self.front.sockets[channel], partial(self._read_client, channel))
-        self._listen(self.front.sockets["iopub"], lambda: self.front.welcome(self.signer))
+        self._listen(self.front.sockets["iopub"], self._read_subscriptions)
         self._listen(sys.stdin.fileno(), self._read_commands)
         if self._follower is not None:
             self._listen(self._follower.reader, self._read_members)
@@ -213,6 +214,10 @@ class Router:
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         for line in lines:
             self._command(json.loads(line))
+
+    def _read_subscriptions(self) -> None:
+        if self.front.welcome(self.signer):
+            self._event(Subscribed(), time.monotonic())
 
     def _read_members(self) -> None:
         assert self._follower is not None

@@ -29,6 +29,7 @@ from .instructions import (
     Members,
     Output,
     Reset,
+    Subscribed,
     ToClient,
     ToReplica,
     Up,
@@ -80,6 +81,7 @@ class RouterCore:
             Lost: self._lost,
             Members: self._members,
             Reset: self._reset,
+            Subscribed: lambda event, now: self.keeping.say_busy(),
         }
 
     def handle(self, event: Event, now: float) -> list[Instruction]:

@@ -24,13 +24,19 @@ class NBOSWebsocketConnection(ZMQChannelsWebsocketConnection):
     """Set by the extension as the server's `kernel_websocket_connection_class`, where that is the stock one."""
 
     _again = False
-    _subscribed = False
+    _expects_welcome = False
 
     def connect(self) -> Any:
         """Called when the websocket is open; what is returned resolves when messages flow."""
-        self._subscribed = not is_nbos(self.kernel_manager)
+        if not is_nbos(self.kernel_manager):
+            return super().connect()
+        # While a cell runs, a websocket is opened without waiting for its subscription to outputs. What was said again
+        # before that would be lost: the router's iopub_welcome tells.
+        buffered = self.multi_kernel_manager._kernel_buffers.get(self.kernel_id, {}).get("session_key")
+        busy = getattr(self.kernel_manager, "execution_state", "") == "busy"
+        self._expects_welcome = busy and buffered != self.session_key
         connected = super().connect()
-        if connected is not None and not self._subscribed:
+        if connected is not None and not self._expects_welcome:
             connected.add_done_callback(lambda connected: self._ask())
         return connected
 
@@ -49,10 +55,8 @@ class NBOSWebsocketConnection(ZMQChannelsWebsocketConnection):
 
     def handle_outgoing_message(self, stream: Any, outgoing_msg: list[Any]) -> None:
         topic = outgoing_msg[0]
-        if topic == DELIM and not self._subscribed:
-            # The router's iopub_welcome. While a cell runs, a websocket is opened without waiting for its subscription:
-            # what was said again before it was lost.
-            self._subscribed = True
+        if topic == DELIM and self._expects_welcome:
+            self._expects_welcome = False
             self._ask()
         if not topic.startswith(AGAIN):
             super().handle_outgoing_message(stream, outgoing_msg)
@@ -77,6 +81,9 @@ def open_websocket(kernel_id: str, session: str) -> Any:
     return ZMQChannelsWebsocketConnection._open_sessions.get(f"{kernel_id}:{session}")
 
 
+_OF_CELLS = SHOWN | {"status", "execute_input", "execute_reply"}
+
+
 class Offline(deque[tuple[str, list[Any]]]):
     """What the server keeps for a session that is away, besides what the router does: comms, replies, other outputs.
 
@@ -89,7 +96,7 @@ class Offline(deque[tuple[str, list[Any]]]):
         self.dropped = 0
 
     def take(self, channel: str, frames: list[Any]) -> None:
-        if channel == "iopub" and kept_by_router(frames):
+        if kept_by_router(frames):
             return
         self.append((channel, frames))
         self._left -= sum(map(len, frames))
@@ -100,7 +107,8 @@ class Offline(deque[tuple[str, list[Any]]]):
 
 
 def kept_by_router(frames: list[Any]) -> bool:
-    """Whether this is what a numbered cell shows, or what was given again."""
+    """Whether this is what a numbered cell shows or answers (a page that has its end takes no outputs any more), or
+    what was given again."""
     if frames[0].startswith(AGAIN):
         return True
     try:
@@ -108,6 +116,5 @@ def kept_by_router(frames: list[Any]) -> bool:
         parent = message.parent
     except BadMessage:
         return False
-    return (
-        message.msg_type in SHOWN and parent.get("msg_type") == "execute_request" and parent.get("subshell_id") is None
-    )
+    of_cell = parent.get("msg_type") == "execute_request" and parent.get("subshell_id") is None
+    return of_cell and message.msg_type in _OF_CELLS

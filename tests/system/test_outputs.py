@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -54,11 +55,13 @@ async def server_of(cluster: Cluster, user: str) -> Server:
 
 
 def screen(messages: Sequence[Message]) -> str:
-    """The text in an output area after these messages."""
+    """The text in an output area after these messages. A page takes none after the cell's end."""
     text = ""
     for message in messages:
         if message.type == "clear_output" and not message.content.get("wait"):
             text = ""
+        elif message.type == "status" and message.content["execution_state"] == "idle":
+            return text
         elif message.type == "stream":
             text += message.content["text"]
     return text
@@ -115,29 +118,32 @@ async def test_a_page_that_was_away_is_given_everything_once(cluster: Cluster) -
     await server.delete_kernel(kernel)
 
 
-async def kill_server(cluster: Cluster, user: str) -> Server:
-    """kill -9, and a new one in its place."""
-    os.kill(singleuser(cluster, user).pid, signal.SIGKILL)
+async def another_server(cluster: Cluster, user: str, how: str) -> Server:
+    """The user's server ends, and a new one takes its place."""
+    if how == "killed":
+        os.kill(singleuser(cluster, user).pid, signal.SIGKILL)
     await cluster.hub.stop_server(user)
     return await server_of(cluster, user)
 
 
-@pytest.mark.parametrize("ends", ["before the page is back", "afterwards"])
-async def test_a_server_killed_under_a_printing_cell_costs_no_output(cluster: Cluster, ends: str) -> None:
-    user = f"bob-{ends[0]}"
-    server = await server_of(cluster, user)
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+async def test_a_server_that_ends_under_a_printing_cell_costs_no_output(cluster: Cluster, how: str) -> None:
+    """The cell goes on after a kill -9, and has ended when the page is back from an orderly stop (an idle culler's)."""
+    server = await server_of(cluster, how)
     kernel = await start(server, "some.ipynb")
     page = await server.open(kernel)
     cell = await page.submit(prints("enough"))
     await grown(cell)
-    server = await kill_server(cluster, user)
-    assert page.closed.is_set()
-    if ends == "before the page is back":
+    server = await another_server(cluster, how, how)
+    await asyncio.wait_for(page.closed.wait(), 10)
+    if how == "stopped":
         await put(server, "enough")
         await eventually(lambda: done(server, "enough"), "the cell has ended", 30)
+    else:
+        await eventually(lambda: busy(server), "the new server knows that it runs (an idle culler looks)", 20)
     again = await server.open(kernel, session=page.session)
     again.go_on(page)
-    if ends == "afterwards":
+    if how == "killed":
         await grown(cell)
         await put(server, "enough")
     result = await cell.result()
@@ -146,6 +152,49 @@ async def test_a_server_killed_under_a_printing_cell_costs_no_output(cluster: Cl
     assert (await again.execute("i > 30")).value == "True"
     await again.close()
     await server.delete_kernel(kernel)
+
+
+FLOOD = """
+for i in range(10_000):
+    print(i, "x" * 10_000, flush=True)
+"""
+
+
+async def test_a_cell_that_floods_nobody_holds_no_more_than_the_bound(cluster: Cluster) -> None:
+    """100 MB; 16 MB of it are kept, by the replica and by the router, and nothing by the server."""
+    server = await server_of(cluster, "mia")
+    kernel = await start(server, "some.ipynb")
+    page = await server.open(kernel)
+    pid = int((await page.execute("import os; os.getpid()")).value)
+    jupyter = singleuser(cluster, "mia")
+    processes = [psutil.Process(pid), jupyter, *jupyter.children()]
+    before = [process.memory_info().rss for process in processes]
+    cell = await page.submit(FLOOD)
+    await cell.text("0 xxx")
+    await page.close()
+
+    async def idle() -> bool:
+        return (await server.kernels())[0]["execution_state"] == "idle"
+
+    await eventually(idle, "the cell has ended", 90)
+    again = await server.open(kernel, session=page.session)
+    again.go_on(page)
+    result = await cell.result()
+    first, *lines = screen(result.messages).splitlines()
+    numbers = [int(line.split()[0]) for line in lines]
+    assert numbers == list(range(10_000 - len(numbers), 10_000))
+    told = re.search(r"NBOS: [0-9,]+ earlier messages of this cell \(([0-9.]+) MB\)", first)
+    assert told, first
+    assert float(told[1]) == pytest.approx((10_000 - len(numbers)) * 10_006 / 1e6, abs=0.5)
+    assert len(numbers) > 1500
+    grown = [process.memory_info().rss - old for process, old in zip(processes, before, strict=True)]
+    assert max(grown) < 90e6, grown
+    await again.close()
+    await server.delete_kernel(kernel)
+
+
+async def busy(server: Server) -> bool:
+    return [kernel["execution_state"] for kernel in await server.kernels()] == ["busy"]
 
 
 async def done(server: Server, enough: str) -> bool:

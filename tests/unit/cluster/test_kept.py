@@ -141,7 +141,7 @@ class KeptMachine(RuleBasedStateMachine):
         assert held <= max(self.bounds.size, sum(CELL + len(cell.code) for cell in running))
 
 
-KeptMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+KeptMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestKept = KeptMachine.TestCase
 
 

@@ -17,7 +17,18 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from nbos_cluster.kept import Bounds
 from nbos_kernel.keeping import Keeper
 from nbos_provisioner.filing import outputs
-from nbos_provisioner.instructions import Client, FromReplica, Member, Members, Output, Publish, ToClient, ToReplica, Up
+from nbos_provisioner.instructions import (
+    Client,
+    FromReplica,
+    Member,
+    Members,
+    Output,
+    Publish,
+    Tell,
+    ToClient,
+    ToReplica,
+    Up,
+)
 from nbos_provisioner.keeping import AGAIN
 from nbos_provisioner.messages import Message, Signer, parse
 from nbos_provisioner.router_core import RouterCore
@@ -64,6 +75,8 @@ class Chain:
                 self.inbox.append((item.replica, parse(item.frames)))
             elif isinstance(item, Publish) and self.connected:
                 self.see(item.frames)
+            elif isinstance(item, Tell):
+                self.told.append(item.event)
             elif isinstance(item, ToClient) and self.connected:
                 message = parse(item.frames)
                 if message.msg_type == "execute_reply":
@@ -241,10 +254,12 @@ class ChainMachine(RuleBasedStateMachine):
         self.chain.connect()
         self.chain.drain()
         assert self.chain.screen == self.chain.truth
+        told = {event["msg_id"] for event in self.chain.told if event["event"] == "cell_ended"}
+        assert told == set(self.chain.done), "the server is told of every end"
         assert all(done == {"reply", "idle"} for done in self.chain.done.values()), self.chain.done
 
 
-ChainMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+ChainMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestChain = ChainMachine.TestCase
 
 

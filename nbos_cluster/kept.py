@@ -21,6 +21,12 @@ PIECE = 4096
 OVERHEAD = 200
 """Bytes that a kept message costs besides its content."""
 
+CELL = 1000
+"""Bytes that a cell costs besides its code and what it has shown."""
+
+MOST_CELLS = 256
+"""Cells that have ended and are still kept."""
+
 SHOWN = frozenset({"stream", "display_data", "update_display_data", "execute_result", "error", "clear_output"})
 """The messages that change what stands below a cell."""
 
@@ -29,7 +35,8 @@ Content = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """The most that is kept of one kernel: bytes, and messages. Zero bytes: nothing is."""
+    """The most that is kept of one kernel: bytes, and messages (neighbouring texts of a stream are one). Zero bytes:
+    nothing is."""
 
     size: int = 16 * 1024 * 1024
     messages: int = 10_000
@@ -93,7 +100,7 @@ class Kept:
             self.forget([other.msg_id for other in self.cells.values() if other.cell == cell and other.ended])
         new = Cell(header, cell, code[: self.bounds.size])
         self.cells[new.msg_id] = new
-        self._charge(OVERHEAD + len(new.code), 0)
+        self._charge(CELL + len(new.code), 0)
         self._fit()
 
     def add(self, msg_id: str, kind: str, content: Content, size: int) -> None:
@@ -132,13 +139,14 @@ class Kept:
         if cell is None or cell.ended:
             return False
         cell.ended = True
+        self._fit()
         return True
 
     def forget(self, msg_ids: Iterable[str]) -> None:
         for msg_id in list(msg_ids):
             cell = self.cells.pop(msg_id, None)
             if cell is not None:
-                self._charge(-OVERHEAD - len(cell.code), 0)
+                self._charge(-CELL - len(cell.code), 0)
                 self._drop(cell)
 
     def file(self, msg_ids: Collection[str]) -> None:
@@ -175,9 +183,9 @@ class Kept:
             cell = Cell(**entry, pieces=deque(pieces))
             self.forget([cell.msg_id])
             self.cells[cell.msg_id] = cell
-            self._charge(OVERHEAD + len(cell.code), 0)
+            self._charge(CELL + len(cell.code), 0)
             for piece in pieces:
-                self._charge(piece.size, piece.messages)
+                self._charge(piece.size, 1)
         self._fit()
 
     # -- within
@@ -191,15 +199,15 @@ class Kept:
         last.content = {**last.content, "text": f"{last.content.get('text', '')}{content.get('text', '')}"}
         last.size += size
         last.messages += 1
-        self._charge(size, 1)
+        self._charge(size, 0)
         return True
 
     def _update(self, cell: Cell, content: Content) -> None:
         """Shown again in place, in this cell or in an earlier one."""
-        wanted = (content.get("transient") or {}).get("display_id")
+        wanted = _display_id(content)
         for each in reversed(self.cells.values()):
             for piece in each.pieces:
-                if wanted and (piece.content.get("transient") or {}).get("display_id") == wanted:
+                if wanted and _display_id(piece.content) == wanted:
                     new = {**piece.content, "data": content.get("data"), "metadata": content.get("metadata")}
                     size = len(json.dumps(new)) + OVERHEAD
                     self._charge(size - piece.size, 0)
@@ -212,7 +220,7 @@ class Kept:
 
     def _drop(self, cell: Cell) -> None:
         for piece in cell.pieces:
-            self._charge(-piece.size, -piece.messages)
+            self._charge(-piece.size, -1)
         cell.pieces.clear()
 
     def _charge(self, size: int, messages: int) -> None:
@@ -221,22 +229,32 @@ class Kept:
 
     def _fit(self) -> None:
         """Thin the oldest, of ended cells first; then forget the oldest cells that hold nothing but themselves."""
+        while len(self.cells) > MOST_CELLS and (ended := self._oldest_ended()):
+            self.forget([ended])
         while self.size > self.bounds.size or self.messages > self.bounds.messages:
             cell = next(self._thinnable(), None)
             if cell is not None:
                 piece = cell.pieces.popleft()
-                self._charge(-piece.size, -piece.messages)
+                self._charge(-piece.size, -1)
                 cell.missing[0] += piece.messages
                 cell.missing[1] += piece.size - OVERHEAD
                 continue
-            oldest = next((each for each in self.cells.values() if each.ended), None)
-            if oldest is None:
+            ended = self._oldest_ended()
+            if not ended:
                 return
-            self.forget([oldest.msg_id])
+            self.forget([ended])
+
+    def _oldest_ended(self) -> str:
+        return next((cell.msg_id for cell in self.cells.values() if cell.ended), "")
 
     def _thinnable(self) -> Iterator[Cell]:
         yield from (cell for cell in self.cells.values() if cell.pieces and cell.ended)
         yield from (cell for cell in self.cells.values() if cell.pieces)
+
+
+def _display_id(content: Content) -> Any:
+    transient = content.get("transient")
+    return transient.get("display_id") if isinstance(transient, dict) else None
 
 
 def note(cell: Cell | Content, bounds: Bounds) -> str:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from ipykernel.jsonutil import json_clean
 from ipykernel.zmqshell import ZMQInteractiveShell
 from traitlets import Type, Unicode
 
@@ -85,6 +86,7 @@ class NBOSKernel(LoadingKernel):
         "nbos_cancel_request",
         "nbos_outcome_request",
         "nbos_status_request",
+        "nbos_outputs_request",
     ]
 
     def __init__(self, **kwargs: Any) -> None:
@@ -237,6 +239,7 @@ class NBOSKernel(LoadingKernel):
     async def run_cell(self, stream: Any, ident: Any, parent: Message) -> None:
         """ipykernel's own way of running a cell, replying included."""
         self._led = parent["header"]["msg_id"]
+        self.iopub_thread.keeper.begin(parent)
         standing = self.shell.user_ns.get("__builtins__")
         if isinstance(standing, lost.LostBuiltins):
             standing.refresh()
@@ -254,6 +257,7 @@ class NBOSKernel(LoadingKernel):
             # It hit ipykernel's code around the cell; to the user it is the same.
             reply = {"status": "error", "ename": "KeyboardInterrupt", "evalue": "", "traceback": [], "payload": []}
             reply |= {"execution_count": self.replica.history.last(), "user_expressions": {}}
+        self.iopub_thread.keeper.replied(self._led, json_clean(reply))
         await self.execution.replied(reply["status"])
         return reply
 
@@ -312,6 +316,14 @@ class NBOSKernel(LoadingKernel):
         content = parent["content"]
         ask = {"type": "outcome", "n": int(content["n"]), "abandon": bool(content.get("abandon"))}
         self._answer_later(ask, "nbos_outcome_reply", stream, ident, parent)
+
+    async def nbos_outputs_request(self, stream: Any, ident: Any, parent: Message) -> None:
+        """From the router: `forget`, `file`: requests whose outputs are settled; `publish`: say the rest on iopub."""
+        content = parent["content"]
+        self.iopub_thread.keeper.settle(content.get("forget") or (), content.get("file") or ())
+        if content.get("publish"):
+            self.iopub_thread.publish_kept(self.session)
+        self.session.send(stream, "nbos_outputs_reply", {"status": "ok"}, parent, ident=ident)
 
     async def nbos_status_request(self, stream: Any, ident: Any, parent: Message) -> None:
         self._answer_later({"type": "status"}, "nbos_status_reply", stream, ident, parent)

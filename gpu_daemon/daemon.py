@@ -62,6 +62,7 @@ class Daemon:
         self._bidding = Bidding(self._site, self._publisher)
         self._commits = Commits(self._site, self._bidding)
         self._runtime = runtime
+        runtime.changed = self._warm_changed
         self._replicas = Replicas(self._site, runtime, self._commits, self._publisher)
         self._replicas.answer = Answers(
             self._site, self._bidding, self._commits, self._replicas.heard, self._replicas.progressed
@@ -152,7 +153,12 @@ class Daemon:
         self._publish_host()
         self._bidding.room_changed()
 
-    def _publish_host(self) -> None:
+    def _warm_changed(self) -> None:
+        # Before the first look at the host's record it is not ours to write.
+        if self._host_rev is not None and not self._site.stopping:
+            self._publish_host(urgent=False)
+
+    def _publish_host(self, urgent: bool = True) -> None:
         site = self._site
         record = HostRecord(
             name=site.host,
@@ -165,8 +171,9 @@ class Daemon:
             version=_version(),
             draining=site.draining,
             since=self._since,
+            warm=self._runtime.warm(),
         )
-        self._publisher.put(keys.host(site.host), record, guard=self._host_as_seen)
+        self._publisher.put(keys.host(site.host), record, urgent, guard=self._host_as_seen)
 
     def _host_as_seen(self) -> Sequence[Compare] | None:
         """Never write over a `draining` that somebody set and we have not seen."""

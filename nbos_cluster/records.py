@@ -55,6 +55,16 @@ class Device(Record, frozen=True):
     reason: str = ""
 
 
+class WarmRecord(Record, frozen=True):
+    """Replicas of an image that a host has started ahead; '' is the host's own environment. note: why there are fewer
+    than wanted, or how they differ."""
+
+    image: str = ""
+    ready: int = 0
+    wanted: int = 0
+    note: str = ""
+
+
 class HostRecord(Record, frozen=True, tag="host"):
     name: str
     address: str
@@ -66,6 +76,7 @@ class HostRecord(Record, frozen=True, tag="host"):
     version: str = ""
     draining: bool = False
     since: float = 0.0
+    warm: tuple[WarmRecord, ...] = ()
 
 
 class DeviceShare(Record, frozen=True):

@@ -151,6 +151,7 @@ def _host_model(host: HostRecord, copy: ClusterCopy, caller: Caller, counts: dic
         "memory": host.memory,
         "replicas": counts.get(host.name, 0),
         "max_replicas": host.max_replicas,
+        "warm": [msgspec.structs.asdict(warm) for warm in host.warm],
         "devices": [_device_model(device, grants) for device in host.devices],
         "grants": [msgspec.to_builtins(g) for g in mine],
     }

@@ -84,6 +84,7 @@ class Host:
         self.config = directory / f"{name}.json"
         self.log = directory / f"{name}.log"
         command = config.pop("replica_command", [sys.executable, str(DOUBLE)])
+        warm = config.pop("warm", {})
         options = {
             "host": name,
             "run_dir": str(self.run_dir),
@@ -97,11 +98,12 @@ class Host:
             "replica_command": command,
             **config,
         }
-        self.config.write_text(json.dumps({"GPUDaemon": options}))
+        self.config.write_text(json.dumps({"GPUDaemon": options, "Warm": warm}))
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Host:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "DAEMON_SECRET": "do not pass on"}
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "PYTHONPATH": path, "DAEMON_SECRET": "do not pass on"}
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "gpu_daemon", "--config", str(self.config), "--log-level=INFO"],

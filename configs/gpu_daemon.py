@@ -17,6 +17,10 @@ c.GPUDaemon.etcd_cert = "/etc/nbos/tls/gpu-1.pem"
 c.GPUDaemon.etcd_key = "/etc/nbos/tls/gpu-1.key"
 c.GPUDaemon.blob_store = "file:///shared/nbos/blobs"  # on a file system that all hosts share; or s3://bucket/prefix
 
+# --- Replicas started ahead (docs/warm.md): of replicas as processes only, so not with what follows
+# c.Warm.modules = ["numpy", "torch"]
+# c.Warm.keep = 2
+
 # --- Replicas in containers
 c.GPUDaemon.runtime = "docker"
 c.GPUDaemon.stop_replicas_on_exit = False  # an upgrade of the daemon leaves kernels running; True: the host shuts down

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 import socket
 import sys
@@ -22,7 +23,7 @@ from gpu_daemon.docker_config import Docker
 from gpu_daemon.health import Watched
 from gpu_daemon.health_config import Health
 from gpu_daemon.order import Policy
-from gpu_daemon.process_runtime import ProcessRuntime
+from gpu_daemon.process_runtime import ProcessRuntime, clean_environment
 from gpu_daemon.reservations import ReservationError, read_reservations
 from gpu_daemon.rundir import RunDirError
 from gpu_daemon.runtime import ReplicaRuntime, RuntimeFailed
@@ -32,6 +33,8 @@ from gpu_daemon.site import Settings
 from gpu_daemon.sizes import parse_bytes
 from gpu_daemon.slicing.config import Slicing
 from gpu_daemon.slicing.offers import Offers, facts
+from gpu_daemon.warm_config import Warm
+from gpu_daemon.warm_pool import WarmPool
 from gpu_daemon.watchdog.config import Watchdog
 from gpu_daemon.watchdog.usage import NVMLUsage
 from gpu_daemon.watchdog.watching import GPUWatch
@@ -145,7 +148,7 @@ class GPUDaemon(Application):
         config=True
     )
 
-    classes: Any = [Docker, Health, Slicing, Watchdog]  # noqa: RUF012  as traitlets wants it
+    classes: Any = [Docker, Health, Slicing, Warm, Watchdog]  # noqa: RUF012  as traitlets wants it
     aliases: Any = {  # noqa: RUF012  as traitlets wants it
         **Application.aliases,
         "config": "GPUDaemon.config_file",
@@ -281,7 +284,7 @@ class GPUDaemon(Application):
 
     def make_runtime(self, host: str, devices: tuple[Device, ...], etcd: list[str]) -> ReplicaRuntime:
         if self.runtime == "process":
-            return ProcessRuntime()
+            return ProcessRuntime(self.make_pool())
         try:
             import docker as _  # noqa: F401
         except ImportError as err:
@@ -291,6 +294,13 @@ class GPUDaemon(Application):
 
         site = Site(self.cluster, host, str(Path(self.run_dir).absolute()))
         return DockerRuntime(Docker(parent=self).options(), site, devices, etcd)
+
+    def make_pool(self) -> WarmPool | None:
+        """Replicas with a command of their own cannot be started ahead: what they run is not known."""
+        options = Warm(parent=self).options()
+        if options.policy.kind == "off" or self.replica_command:
+            return None
+        return WarmPool(options, clean_environment(os.environ, {}), Path(self.run_dir).absolute() / "warm")
 
     def start(self) -> None:
         level: Any = self.log_level

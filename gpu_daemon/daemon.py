@@ -76,6 +76,7 @@ class Daemon:
         self._bidding = Bidding(self._site, self._publisher, self._accounting)
         self._commits = Commits(self._site, self._bidding)
         self._runtime = runtime
+        runtime.changed = self._warm_changed
         self._replicas = Replicas(self._site, runtime, self._commits, self._publisher)
         self._replicas.answer = Answers(
             self._site, self._bidding, self._commits, self._replicas.heard, self._replicas.progressed
@@ -180,6 +181,11 @@ class Daemon:
     def _looked(self) -> None:
         self._publish_host(urgent=False)
 
+    def _warm_changed(self) -> None:
+        # Before the first look at the host's record it is not ours to write.
+        if self._host_rev is not None and not self._site.stopping:
+            self._publish_host(urgent=False)
+
     def _publish_host(self, urgent: bool = True) -> None:
         site = self._site
         record = HostRecord(
@@ -197,8 +203,9 @@ class Daemon:
             readings=self._health.readings,
             closed=self._health.closed,
             reopened=self._health.reopened,
+            warm=self._runtime.warm(),
         )
-        self._publisher.put(keys.host(site.host), record, urgent, self._host_as_seen)
+        self._publisher.put(keys.host(site.host), record, urgent, guard=self._host_as_seen)
 
     def _host_as_seen(self) -> Sequence[Compare] | None:
         """Never write over a `draining` that somebody set and we have not seen."""

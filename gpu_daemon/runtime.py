@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_daemon.lineage import lineage
-from nbos_cluster.records import Ports
+from nbos_cluster.records import Ports, WarmRecord
 
 
 def _nobody(text: str) -> None:
@@ -132,6 +132,12 @@ class ReplicaRuntime(ABC):
 
     socket_mode = 0o600
     """Of a replica's socket: whoever may reach its path may connect."""
+    changed: Callable[[], None] = staticmethod(lambda: None)
+    """Called when `warm` may answer differently. Set by the daemon."""
+
+    def warm(self) -> tuple[WarmRecord, ...]:
+        """Replicas that were started ahead and wait, for the host's record."""
+        return ()
 
     async def open(self) -> None:  # noqa: B027  doing nothing is fine
         """Called once, before anything else. Raises RuntimeFailed when no replica can be run here."""

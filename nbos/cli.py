@@ -117,6 +117,20 @@ def _up_arguments(up: argparse.ArgumentParser) -> None:
         help="how replicas run: as processes (default), or each in a container of this machine's Docker Engine",
     )
     up.add_argument("--image", default="nbos/kernel", help="their image with --runtime docker (nbos/kernel)")
+    up.add_argument(
+        "--warm",
+        type=_between(0, 64),
+        default=1,
+        metavar="N",
+        help="how many replicas each host has started before they are asked for, at least (1); 0: none, ever",
+    )
+    up.add_argument(
+        "--preload",
+        type=_modules,
+        default=(),
+        metavar="MODULES",
+        help="what they have imported besides ipykernel, for example numpy,torch; shared by all of a host's replicas",
+    )
     up.add_argument("--admin", type=_name, default="admin", help="name of the administrator (admin)")
 
 
@@ -142,6 +156,14 @@ def _size(text: str) -> int:
         return parse_size(text)
     except ValueError as err:
         raise argparse.ArgumentTypeError(str(err)) from err
+
+
+def _modules(text: str) -> tuple[str, ...]:
+    names = tuple(filter(None, text.split(",")))
+    for name in names:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise argparse.ArgumentTypeError(f"must be modules with commas between them, not {text!r}")
+    return names
 
 
 def _limits(path: str) -> dict[str, Any]:

@@ -103,6 +103,7 @@ def table(report: dict[str, Any]) -> list[str]:
     lines = [f"JupyterHub  {report['hub_url']}    dashboard  {report['hub_url']}services/nbos/", ""]
     lines += columns(["HOST", "REPLICAS", "GPU", "TPCS", "MEMORY", "STATE"], _host_rows(report["hosts"]))
     lines += [f"host {name} is away; its replicas are being placed elsewhere" for name in report["away"]]
+    lines += [_warm(host["name"], warm) for host in report["hosts"] for warm in host["warm"]]
     grants = [_grant(grant) for host in report["hosts"] for grant in host["grants"]]
     lines += ["", *grants] if grants else ["", "no GPU is granted"]
     lines += [_ticket(ticket) for ticket in report["queues"]]
@@ -131,6 +132,12 @@ def _device(device: dict[str, Any]) -> list[str]:
         f"{show_size(device['memory_granted'])}/{show_size(device['memory'])}",
         "healthy" if device["healthy"] else device["reason"] or "not healthy",
     ]
+
+
+def _warm(host: str, warm: dict[str, Any]) -> str:
+    note = f": {warm['note']}" if warm["note"] else ""
+    image = f" of {warm['image']}" if warm["image"] else ""
+    return f"kept warm on {host}: {warm['ready']} of {warm['wanted']} replicas{image}{note}"
 
 
 def _grant(grant: dict[str, Any]) -> str:

@@ -93,6 +93,16 @@ class Reading(Record, frozen=True):
     untold: dict[str, str] = {}
 
 
+class WarmRecord(Record, frozen=True):
+    """Replicas of an image that a host has started ahead; '' is the host's own environment. note: why there are fewer
+    than wanted, or how they differ."""
+
+    image: str = ""
+    ready: int = 0
+    wanted: int = 0
+    note: str = ""
+
+
 class HostRecord(Record, frozen=True, tag="host"):
     """readings: of real devices, refreshed as often as the daemon looks. closed: devices (UUID) that an admin took out
     of use, and why. reopened: how often an admin has said of a device that it may be used again."""
@@ -111,6 +121,7 @@ class HostRecord(Record, frozen=True, tag="host"):
     readings: tuple[Reading, ...] = ()
     closed: dict[str, str] = {}
     reopened: dict[str, int] = {}
+    warm: tuple[WarmRecord, ...] = ()
 
 
 class DeviceShare(Record, frozen=True):

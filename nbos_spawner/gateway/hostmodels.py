@@ -32,6 +32,7 @@ def host_model(host: HostRecord, copy: ClusterCopy, caller: Caller, replicas: Ma
         "memory": host.memory,
         "replicas": replicas.get(host.name, 0),
         "max_replicas": host.max_replicas,
+        "warm": [msgspec.structs.asdict(warm) for warm in host.warm],
         "devices": [device_model(device, grants, readings.get(device.uuid), caller) for device in host.devices],
         "grants": [msgspec.to_builtins(grant) for grant in grants if _is_of(caller, grant.owner)],
     }

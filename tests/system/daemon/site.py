@@ -86,6 +86,7 @@ class Host:
         command = config.pop("replica_command", [sys.executable, str(DOUBLE)])
         self.environment: dict[str, str] = config.pop("environment", {})
         health = config.pop("health", {})
+        warm = config.pop("warm", {})
         options = {
             "host": name,
             "run_dir": str(self.run_dir),
@@ -99,12 +100,13 @@ class Host:
             "replica_command": command,
             **config,
         }
-        self.config.write_text(json.dumps({"GPUDaemon": options, "Health": health}))
+        self.config.write_text(json.dumps({"GPUDaemon": options, "Health": health, "Warm": warm}))
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Host:
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         secret = {"DAEMON_SECRET": "do not pass on"}
-        environment = {**os.environ, **self.environment, "PYTHONPATH": str(ROOT), **secret}
+        environment = {**os.environ, **self.environment, "PYTHONPATH": path, **secret}
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "gpu_daemon", "--config", str(self.config), "--log-level=INFO"],

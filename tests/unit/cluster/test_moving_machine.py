@@ -144,10 +144,11 @@ class MovingMachine(RuleBasedStateMachine):
             self.publish(host, index)
 
     @rule()
-    def all_look(self) -> None:
+    def all_look(self, most: int = 1000, daemons: bool = True) -> None:
         for name in NAMES:
-            self.daemon_looks(name, 1000)
-            self.replicas_report(name, 1000)
+            if daemons:
+                self.daemon_looks(name, 1000)
+            self.replicas_report(name, most)
         for g in (0, 1):
             self.gateway_looks(g, 1000)
 
@@ -160,11 +161,11 @@ class MovingMachine(RuleBasedStateMachine):
         if index in self.hosts[name].processes:
             self.bid(name, sorted(self.hosts[name].processes).index(index), sync)
 
-    @rule(g=gateways, count=st.integers(1, 4))
-    def all_goes_well(self, g: int, count: int) -> None:
+    @rule(g=gateways, count=st.integers(1, 4), most=st.sampled_from([0, 1, 1000, 1000]), daemons=st.booleans())
+    def time_goes_on(self, g: int, count: int, most: int, daemons: bool) -> None:
         for _ in range(count):
             self.now += 1.0
-            self.all_look()
+            self.all_look(most, daemons)
             if self.spec().move is not None:
                 self.move_on(g)
 
@@ -308,6 +309,10 @@ class MovingMachine(RuleBasedStateMachine):
             gateway.about, gateway.track = about, Track()
         step = moving.decide(view, gateway.track, World(self.now, gateway.lost, self.draining))
         if isinstance(step, Turn):
+            stays = view.replicas.get(spec.move.target)
+            if step.phase == "leaving":
+                assert stays is not None
+                assert stays.applied >= min(self.began_at, view.last), "cells would wait for it"
             self.store.commit(moving.turn(view, step))
         elif isinstance(step, Retire):
             self.retire(view, step)
@@ -348,6 +353,42 @@ class MovingMachine(RuleBasedStateMachine):
         self.observe(source, 1000)
         self.bid(source.name, sorted(source.processes).index(move.source), sync=False)
         assert source.processes[move.source].claim is not None
+
+    @precondition(lambda self: self.spec().move is not None)
+    @rule(source=st.booleans(), what=st.sampled_from(["claims", "dies"]))
+    def something_happens_unseen(self, source: bool, what: str) -> None:
+        """Between a gateway's look and its transaction."""
+        self.all_look()
+        self.move_on(0)
+        self.gateway_looks(0, 1000)
+        if self.spec().move is not None:
+            self.move_on(0)
+        move = self.spec().move
+        if move is None:
+            return
+        for name in NAMES:
+            self.daemon_looks(name, 1000)
+        name, index = (move.from_host, move.source) if source else (move.to_host, move.target)
+        if what == "claims":
+            self.one_end_of_the_move_bids(source, sync=True)
+        elif index in self.hosts[name].processes:
+            self.process_dies(name, sorted(self.hosts[name].processes).index(index))
+        if self.spec().move is not None:
+            self.move_on(0, 1.1)
+
+    @precondition(lambda self: self.spec().move is not None)
+    @rule(source=st.booleans())
+    def a_host_that_was_given_up_comes_back_unseen(self, source: bool) -> None:
+        move = self.spec().move
+        assert move is not None
+        name = move.from_host if source else move.to_host
+        self.host_dies(name)
+        self.host_is_given_up(name)
+        self.gateway_looks(0, 1000)
+        self.host_comes_back(name)
+        self.report_all(self.hosts[name])
+        self.one_end_of_the_move_bids(source, sync=False)
+        self.move_on(0)
 
     @precondition(lambda self: self.lost)
     @rule(g=gateways)

@@ -123,18 +123,21 @@ async def test_draining_that_is_taken_back_leaves_replicas_where_they_are(
     assert sum(host in hosts for hosts in after.values()) >= 1
 
 
+@pytest.mark.parametrize("all_of_it", [True, False], ids=["with its replicas", "its daemon alone"])
 async def test_a_host_killed_for_good_is_replaced_elsewhere_and_clears_when_it_is_back(
-    cluster: Cluster, notebooks: list[Notebook]
+    cluster: Cluster, notebooks: list[Notebook], all_of_it: bool
 ) -> None:
-    """kill -9 of the daemon and of every process below it, at once; its place is held so that it stays away."""
+    """kill -9 of the daemon, and of its replicas at the same moment; its place is held so that it stays away. Replicas
+    that live on without their daemon are ended by the next one."""
     host = await busiest(notebooks)
     stop = asyncio.Event()
     hurt = [kernel for kernel, hosts in (await placed(notebooks)).items() if host in hosts]
-    with dead(cluster, host):
+    with dead(cluster, host, all_of_it):
         tasks = [asyncio.create_task(count(notebook, stop)) for notebook in notebooks]
         await eventually(lambda: left(notebooks, host), f"the replicas of {host} are placed elsewhere", 60, every=0.1)
         for notebook in notebooks:
             await settled_while_used(notebook)
+        assert bool(replicas_of(cluster, host)) == (not all_of_it)
         stop.set()
         cells = await asyncio.gather(*tasks)
     for notebook, n in zip(notebooks, cells, strict=True):
@@ -147,11 +150,11 @@ async def test_a_host_killed_for_good_is_replaced_elsewhere_and_clears_when_it_i
 
 
 @contextlib.contextmanager
-def dead(cluster: Cluster, host: str) -> Iterator[None]:
-    """The host's daemon and its replicas are killed, and the run directory is locked by somebody else."""
+def dead(cluster: Cluster, host: str, all_of_it: bool) -> Iterator[None]:
+    """The host's daemon (and its replicas) are killed, and a daemon that is started again finds no place."""
     daemon = psutil.Process(cluster.daemon_pid(host))
     folder = Path(cluster_run_dir(cluster, host))
-    family = replicas_of(cluster, host)
+    family = replicas_of(cluster, host) if all_of_it else []
     away = folder.with_name(folder.name + ".away")
     os.kill(daemon.pid, signal.SIGKILL)
     for process in family:

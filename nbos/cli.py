@@ -131,6 +131,20 @@ def _up_arguments(up: argparse.ArgumentParser) -> None:
         metavar="MODULES",
         help="what they have imported besides ipykernel, for example numpy,torch; shared by all of a host's replicas",
     )
+    up.add_argument(
+        "--host-grace",
+        type=_between(0, 3600),
+        default=10,
+        metavar="SECONDS",
+        help="how long a host may be away before its replicas are placed elsewhere (10)",
+    )
+    up.add_argument(
+        "--at-a-time",
+        type=_between(1, 1000),
+        default=4,
+        metavar="N",
+        help="replicas that draining hosts move, and that are made anew for lost ones, at the same time (4)",
+    )
     up.add_argument("--admin", type=_name, default="admin", help="name of the administrator (admin)")
 
 

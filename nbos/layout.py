@@ -46,6 +46,10 @@ class UpOptions:
     """What users may ask for: the table of configs/jupyterhub_config.py; empty: as it stands there."""
     sharing: dict[str, Any] = field(default_factory=dict)
     """Who is owed what: options of every daemon (docs/sharing.md)."""
+    host_grace: int = 10
+    """Seconds a host may be away before its replicas are placed elsewhere."""
+    at_a_time: int = 4
+    """Replicas that draining hosts move, and that are made anew for lost ones, at the same time."""
 
 
 @dataclass(frozen=True)
@@ -227,6 +231,8 @@ class Layout:
         limits = {"NBOS_LIMITS": json.dumps(self.options.limits)} if self.options.limits else {}
         return {
             **limits,
+            "NBOS_HOST_GRACE": str(self.options.host_grace),
+            "NBOS_AT_A_TIME": str(self.options.at_a_time),
             "NBOS_GATEWAY": f"http://127.0.0.1:{self.ports['gateway']}",
             "NBOS_ETCD_ENDPOINTS": ",".join(self.endpoints),
             "NBOS_ETCD_CA": str(tls.ca),

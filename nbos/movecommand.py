@@ -67,6 +67,8 @@ def run(options: argparse.Namespace) -> int:
             model = api.call("POST", f"{path}/move", {"from": options.source, "to": options.to})
         begun = model["move"]
         print(f"kernel {model['kernel_id']}: {describe(begun)}", flush=True)
+        if begun["source"] == model["executor"] and model["lost"] and not options.back:
+            print(f"  not replicated, so not moved with it: {', '.join(sorted(model['lost']))} (nbos status says why)")
         if not options.no_wait:
             print(_until_over(api, path, begun))
     except (MoveFailed, NotRunning) as err:

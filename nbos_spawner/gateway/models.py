@@ -89,7 +89,7 @@ def member_model(view: KernelView, spec: KernelSpec, index: str) -> dict[str, An
 
 def move_model(move: Move, progress: str) -> dict[str, Any]:
     """A move under way, or how the latest one ended (phase done or undone)."""
-    return {**msgspec.to_builtins(move), "progress": progress}
+    return {**msgspec.structs.asdict(move), "progress": progress}
 
 
 def lost_names(view: KernelView) -> dict[str, str]:

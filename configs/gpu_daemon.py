@@ -17,6 +17,11 @@ c.GPUDaemon.etcd_cert = "/etc/nbos/tls/gpu-1.pem"
 c.GPUDaemon.etcd_key = "/etc/nbos/tls/gpu-1.key"
 c.GPUDaemon.blob_store = "file:///shared/nbos/blobs"  # on a file system that all hosts share; or s3://bucket/prefix
 
+# --- Metrics for Prometheus (docs/metrics.md): nothing listens unless this is set
+# c.Metrics.listen = "10.0.0.11:9755"
+# c.Metrics.cert, c.Metrics.key = "/etc/nbos/tls/metrics.pem", "/etc/nbos/tls/metrics.key"
+# c.Metrics.client_ca = "/etc/nbos/tls/ca.pem"  # its certificate for `reader` may ask; or c.Metrics.token_file
+
 # --- Replicas in containers
 c.GPUDaemon.runtime = "docker"
 c.GPUDaemon.stop_replicas_on_exit = False  # an upgrade of the daemon leaves kernels running; True: the host shuts down

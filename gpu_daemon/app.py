@@ -21,6 +21,7 @@ from gpu_daemon.blobs import open_store
 from gpu_daemon.daemon import Daemon
 from gpu_daemon.docker_config import Docker
 from gpu_daemon.health import NVMLHealth, Reasons
+from gpu_daemon.metrics.config import Metrics
 from gpu_daemon.process_runtime import ProcessRuntime
 from gpu_daemon.rundir import RunDirError
 from gpu_daemon.runtime import ReplicaRuntime, RuntimeFailed
@@ -101,7 +102,7 @@ class GPUDaemon(Application):
         config=True
     )
 
-    classes: Any = [Docker, Slicing]  # noqa: RUF012  as traitlets wants it
+    classes: Any = [Docker, Metrics, Slicing]  # noqa: RUF012  as traitlets wants it
     aliases: Any = {  # noqa: RUF012  as traitlets wants it
         **Application.aliases,
         "config": "GPUDaemon.config_file",
@@ -176,6 +177,7 @@ class GPUDaemon(Application):
             blob_grace=self.blob_grace,
             blob_patience=self.blob_patience,
             collect_every=self.collect_every,
+            metrics_owners=Metrics(parent=self).owners,
         )
         devices, blobs = self.find_devices(), open_store(self.blob_store, self.blob_store_options)
         runtime = self.make_runtime(host, devices, endpoints)
@@ -219,7 +221,14 @@ class GPUDaemon(Application):
             loop.add_signal_handler(number, daemon.stop)
         # What was imported stays; the collector need not look at it again on every cell.
         gc.freeze()
-        await daemon.run()
+        endpoint = Metrics(parent=self).endpoint()
+        if endpoint is None:
+            await daemon.run()
+            return
+        from gpu_daemon.metrics.endpoint import serving  # tornado is only needed here
+
+        async with serving(endpoint, daemon.metrics.render):
+            await daemon.run()
 
 
 def _health_of(devices: tuple[Device, ...]) -> Callable[[], Reasons] | None:

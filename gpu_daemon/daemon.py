@@ -19,6 +19,8 @@ from gpu_daemon.commits import Commits
 from gpu_daemon.fleet import ReplicaId
 from gpu_daemon.health import HealthWatch, Reasons
 from gpu_daemon.ledger import Ledger
+from gpu_daemon.metrics.exposition import Exposition
+from gpu_daemon.metrics.meters import Meters
 from gpu_daemon.publishing import Publisher
 from gpu_daemon.queue import FairQueue
 from gpu_daemon.replicas import Replicas
@@ -55,8 +57,9 @@ class Daemon:
     ) -> None:
         ledger = Ledger(settings.host, devices)
         rundir = RunDir(settings.run_dir)
-        desk = BlobDesk(blobs, settings.blob_grace, settings.blob_patience)
-        self._site = Site(settings, etcd, ledger, FairQueue(ledger), desk, rundir, offers or Offers())
+        meters = Meters(settings.metrics_owners)
+        desk = BlobDesk(blobs, settings.blob_grace, settings.blob_patience, meters)
+        self._site = Site(settings, etcd, ledger, FairQueue(ledger), desk, rundir, offers or Offers(), meters)
         self._devices = devices
         self._publisher = Publisher(self._site)
         self._bidding = Bidding(self._site, self._publisher)
@@ -67,6 +70,8 @@ class Daemon:
             self._site, self._bidding, self._commits, self._replicas.heard, self._replicas.progressed
         )
         self._health = HealthWatch(health, ledger, self._health_changed) if health is not None else None
+        self.metrics = Exposition(self._site, self._bidding.waits)
+        self._lease = 0
         self._since = time.time()
         self._host_rev: int | None = None
         """Revision of this host's record as the watch saw it last, 0 while there is none; None: not seen yet."""
@@ -144,6 +149,9 @@ class Daemon:
 
     async def _lease_is_new(self, lease: int) -> None:
         """Called by the lease. Returns at once: while it waits, nobody keeps the lease alive."""
+        if self._lease not in (0, lease):
+            self._site.meters.lease_lost()
+        self._lease = lease
         self._site.rundir.save_lease(lease)
         self._publisher.write_all_again()
         self._site.spawn(self._commits.lease_is_new(), "claiming again what runs")

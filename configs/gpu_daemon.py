@@ -20,6 +20,10 @@ c.GPUDaemon.blob_store = "file:///shared/nbos/blobs"  # on a file system that al
 # --- Replicas started ahead (docs/warm.md): of replicas as processes only, so not with what follows
 # c.Warm.modules = ["numpy", "torch"]
 # c.Warm.keep = 2
+# --- Metrics for Prometheus (docs/metrics.md): nothing listens unless this is set
+# c.Metrics.listen = "10.0.0.11:9755"
+# c.Metrics.cert, c.Metrics.key = "/etc/nbos/tls/metrics.pem", "/etc/nbos/tls/metrics.key"
+# c.Metrics.client_ca = "/etc/nbos/tls/ca.pem"  # its certificate for `reader` may ask; or c.Metrics.token_file
 
 # --- Replicas in containers
 c.GPUDaemon.runtime = "docker"

@@ -22,6 +22,7 @@ from gpu_daemon.daemon import Daemon
 from gpu_daemon.docker_config import Docker
 from gpu_daemon.health import Watched
 from gpu_daemon.health_config import Health
+from gpu_daemon.metrics.config import Metrics
 from gpu_daemon.order import Policy
 from gpu_daemon.process_runtime import ProcessRuntime, clean_environment
 from gpu_daemon.reservations import ReservationError, read_reservations
@@ -148,7 +149,7 @@ class GPUDaemon(Application):
         config=True
     )
 
-    classes: Any = [Docker, Health, Slicing, Warm, Watchdog]  # noqa: RUF012  as traitlets wants it
+    classes: Any = [Docker, Health, Metrics, Slicing, Warm, Watchdog]  # noqa: RUF012  as traitlets wants it
     aliases: Any = {  # noqa: RUF012  as traitlets wants it
         **Application.aliases,
         "config": "GPUDaemon.config_file",
@@ -249,6 +250,7 @@ class GPUDaemon(Application):
             collect_every=self.collect_every,
             accounts_days=self.accounts_days,
             allowed_slowdown=self.allowed_slowdown,
+            metrics_owners=Metrics(parent=self).owners,
         )
         devices, blobs = self.find_devices(), open_store(self.blob_store, self.blob_store_options)
         runtime = self.make_runtime(host, devices, endpoints)
@@ -317,7 +319,14 @@ class GPUDaemon(Application):
             loop.add_signal_handler(number, daemon.stop)
         # What was imported stays; the collector need not look at it again on every cell.
         gc.freeze()
-        await daemon.run()
+        endpoint = Metrics(parent=self).endpoint()
+        if endpoint is None:
+            await daemon.run()
+            return
+        from gpu_daemon.metrics.endpoint import serving  # tornado is only needed here
+
+        async with serving(endpoint, daemon.metrics.render):
+            await daemon.run()
 
 
 def _nvml_for(devices: tuple[Device, ...]) -> Any:

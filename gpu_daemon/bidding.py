@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,7 @@ from gpu_daemon.transactions import withdraw
 from nbos_cluster import election, keys, moving
 from nbos_cluster.etcd import EtcdError, EtcdUnavailable, LeaseGone
 from nbos_cluster.kernelview import KernelView
-from nbos_cluster.records import ClaimRecord, GrantRecord, KernelSpec, QueueTicket
+from nbos_cluster.records import ClaimRecord, GrantRecord, KernelSpec, QueueTicket, Resources
 from nbos_cluster.wire import Message
 
 REPEAT = 2.0
@@ -59,6 +60,8 @@ class OpenBid:
     task: asyncio.Task[Message] | None = None
     granted: asyncio.Future[GrantRecord] | None = None
     """Set while it stands in the queue."""
+    waited: float = 0.0
+    """Seconds in the queue."""
     ended: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """Its exception is the yield that ends the wait."""
 
@@ -98,7 +101,7 @@ class Bidding:
         if bid is None or bid.over:
             bid = OpenBid(replica, request, f"{self._names}{next(self._numbers):08x}")
             self._open[replica.id] = bid
-            bid.task = self._site.spawn(self._run(bid), f"bid of {replica.name} for {request.n}")
+            bid.task = self._site.spawn(self._counted(bid), f"bid of {replica.name} for {request.n}")
         assert bid.task is not None
         # The bid outlives a lost socket: the replica repeats it and finds its place in the queue kept.
         return await asyncio.shield(bid.task)
@@ -142,7 +145,20 @@ class Bidding:
             if bid.replica.id.kernel == kernel
         ]
 
+    def waits(self) -> Iterator[tuple[str, Resources]]:
+        """The owner of each cell that waits in this host's queue, and what it asks for."""
+        for bid in self._queued.values():
+            view = self._site.view(bid.replica.id.kernel)
+            if view is not None and view.spec is not None:
+                yield view.spec.owner, bid.request.resources
+
     # -- one bid ------------------------------------------------------------------------------------------------------
+
+    async def _counted(self, bid: OpenBid) -> Message:
+        began = self._site.now()
+        answer = await self._run(bid)
+        self._site.meters.bid(answer.get("code") or "lead", self._site.now() - began - bid.waited)
+        return answer
 
     async def _run(self, bid: OpenBid) -> Message:
         grant: GrantRecord | None = None
@@ -152,6 +168,9 @@ class Bidding:
             if bid.request.resources.wants_gpu:
                 grant = await self._reserve(bid, spec)
             held = await self._claim(bid, grant)
+            if grant is not None:
+                held.waited = bid.waited
+                self._site.meters.granted(grant, bid.waited)
             return _lead(held)
         except Yielded as yielded:
             return yielded.answer
@@ -216,7 +235,7 @@ class Bidding:
             shares = site.offers.held(grant.shares, site.ledger.devices)
             return sized.signed(replace(grant, since=time.time(), shares=shares))
         finally:
-            bid.granted = None
+            bid.granted, bid.waited = None, self._site.now() - now
             self._queued.pop(bid.grant_name, None)
             if self.told.pop(bid.grant_name, None) is not None:
                 self._publisher.remove(keys.ticket(self._site.host, bid.grant_name))
@@ -384,4 +403,5 @@ def _tell(tell: queue.Tell) -> Message:
 
 
 def _lead(held: Held) -> Message:
-    return {"answer": "lead", "token": held.token, "grant": plain(held.grant) if held.grant is not None else None}
+    grant = plain(held.grant) if held.grant is not None else None
+    return {"answer": "lead", "token": held.token, "grant": grant, "waited": round(held.waited, 3)}

@@ -20,6 +20,8 @@ from gpu_daemon.commits import Commits
 from gpu_daemon.fleet import ReplicaId
 from gpu_daemon.health import HealthWatch, Watched
 from gpu_daemon.ledger import Ledger
+from gpu_daemon.metrics.exposition import Exposition
+from gpu_daemon.metrics.meters import Meters
 from gpu_daemon.order import Policy
 from gpu_daemon.publishing import Publisher
 from gpu_daemon.queue import FairQueue
@@ -63,13 +65,14 @@ class Daemon:
         policy = policy or Policy()
         ledger = Ledger(settings.host, devices)
         rundir = RunDir(settings.run_dir)
-        desk = BlobDesk(blobs, settings.blob_grace, settings.blob_patience)
+        meters = Meters(settings.metrics_owners)
+        desk = BlobDesk(blobs, settings.blob_grace, settings.blob_patience, meters)
         policy.shares.check(settings.host, devices)
         for reservation in policy.reservations:
             reservation.check(settings.host, devices)
         queue = FairQueue(ledger, policy, wall=time.time() - time.monotonic())
         sizing = Sizing(settings.allowed_slowdown, rundir.path / "rightsizing.json")
-        self._site = Site(settings, etcd, ledger, queue, desk, rundir, offers or Offers(), sizing)
+        self._site = Site(settings, etcd, ledger, queue, desk, rundir, offers or Offers(), sizing, meters)
         self._devices = devices
         self._publisher = Publisher(self._site)
         self._accounting = Accounting(self._site, settings.accounts_days)
@@ -84,6 +87,8 @@ class Daemon:
         self._driver = watched.driver if watched is not None else ""
         self._health = HealthWatch(self._site, watched or Watched(), self._health_changed, self._looked)
         self._watch = watch
+        self.metrics = Exposition(self._site, self._bidding.waits)
+        self._lease = 0
         self._since = time.time()
         self._host_rev: int | None = None
         """Revision of this host's record as the watch saw it last, 0 while there is none; None: not seen yet."""
@@ -170,6 +175,9 @@ class Daemon:
 
     async def _lease_is_new(self, lease: int) -> None:
         """Called by the lease. Returns at once: while it waits, nobody keeps the lease alive."""
+        if self._lease not in (0, lease):
+            self._site.meters.lease_lost()
+        self._lease = lease
         self._site.rundir.save_lease(lease)
         self._publisher.write_all_again()
         self._site.spawn(self._commits.lease_is_new(), "claiming again what runs")

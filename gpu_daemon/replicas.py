@@ -176,12 +176,14 @@ class Replicas:
             id, incarnation=incarnation, ports=_ports(replica.ports), memory_limit=spec.memory_limit
         )
         log.info("%s started as process %d", replica.name, handle.pid)
+        self._site.meters.started(again=replica.starts > 0)
         replica.reason = ""
         self._run(replica, handle)
         self._write_record(replica)
 
     def _run(self, replica: LocalReplica, handle: Handle) -> None:
         replica.handle = handle
+        replica.starts += 1
         self._site.spawn(self._watch(replica, handle), f"watching {replica.name}")
         if self._memory_watch is None or self._memory_watch.done():
             self._memory_watch = self._site.spawn(self._watch_memory(), "watching memory")
@@ -192,6 +194,7 @@ class Replicas:
         ended = await handle.wait()
         reason = replica.death_reason or str(ended)
         log.info("%s, process %d: %s", replica.name, handle.pid, reason)
+        self._site.meters.ended("daemon" if replica.death_reason else "itself")
         replica.handle = None
         if replica.session is not None:
             replica.session.close()

@@ -21,6 +21,7 @@ from .auth import REMEMBER, HubUsers
 from .config import ConfigError, GatewayConfig, read_config
 from .copy import ClusterCopy
 from .kernels import Kernels
+from .metrics import GatewayMetrics, MetricsHandler
 from .moves import Moves
 from .repair import Repair
 from .watching import ClusterWatch
@@ -33,12 +34,14 @@ _HARD_BODY_LIMIT = 1 << 30
 
 def make_app(kernels: Kernels, watch: ClusterWatch, users: HubUsers, prefix: str) -> Application:
     """The routes below the service's prefix."""
-    parts = {"kernels": kernels, "watch": watch, "users": users}
+    parts: dict[str, object] = {"kernels": kernels, "watch": watch, "users": users}
+    metrics = GatewayMetrics(kernels.copy, watch.ready.is_set)
     kernel = r"api/kernels/([^/]+)"
     routes: list[tuple[str, type, dict[str, object]]] = [
         (prefix + "?", dashboard.DashboardHandler, parts),
         (f"{prefix}oauth_callback", dashboard.CallbackHandler, {}),
         (f"{prefix}static/(.*)", dashboard.AssetHandler, {"path": str(dashboard.HERE / "static")}),
+        (f"{prefix}metrics", MetricsHandler, parts),
         (f"{prefix}api/health", handlers.HealthHandler, parts),
         (f"{prefix}api/openapi.json", handlers.DescriptionHandler, parts),
         (f"{prefix}api/status", handlers.StatusHandler, parts),
@@ -48,6 +51,11 @@ def make_app(kernels: Kernels, watch: ClusterWatch, users: HubUsers, prefix: str
         (f"{prefix}{kernel}/restart", handlers.RestartHandler, parts),
         (f"{prefix}{kernel}/move", handlers.MoveHandler, parts),
     ]
+
+    def answered(handler: handlers.JsonHandler) -> None:
+        metrics.answered(handler)
+        _log_request(handler)
+
     # The same for every gateway of this service, so that a login holds on all of them.
     cookie_secret = hashlib.sha256(b"nbos dashboard cookie" + users.auth.api_token.encode()).digest()
     return Application(
@@ -55,7 +63,8 @@ def make_app(kernels: Kernels, watch: ClusterWatch, users: HubUsers, prefix: str
         cookie_secret=cookie_secret,
         default_handler_class=handlers.NotFoundHandler,
         default_handler_args=parts,
-        log_function=_log_request,
+        log_function=answered,
+        metrics=metrics,
     )
 
 

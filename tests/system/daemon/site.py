@@ -83,6 +83,7 @@ class Host:
         self.run_dir = directory / name
         self.config = directory / f"{name}.json"
         self.log = directory / f"{name}.log"
+        sections = {name: config.pop(name) for name in list(config) if name[0].isupper()}  # Metrics={…}
         command = config.pop("replica_command", [sys.executable, str(DOUBLE)])
         self.environment: dict[str, str] = config.pop("environment", {})
         health = config.pop("health", {})
@@ -100,7 +101,8 @@ class Host:
             "replica_command": command,
             **config,
         }
-        self.config.write_text(json.dumps({"GPUDaemon": options, "Health": health, "Warm": warm}))
+        sections = {**sections, "Health": health, "Warm": warm}
+        self.config.write_text(json.dumps({"GPUDaemon": options, **sections}))
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Host:

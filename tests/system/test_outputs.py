@@ -177,9 +177,9 @@ async def test_a_cell_that_floods_nobody_holds_no_more_than_the_bound(cluster: C
     await cell.text("0 xxx")
     await page.close()
 
-    async def sizes(file: str) -> list[int]:
+    async def sizes(file: str) -> list[int] | None:
         names = [entry["name"] for entry in (await server.api("GET", "contents"))["content"]]
-        return [process.memory_info().rss for process in processes] if file in names else []
+        return [process.memory_info().rss for process in processes] if file in names else None
 
     before = await eventually(lambda: sizes("flooded5999"), "the first half is printed", 60)
     await put(server, "go5999")
@@ -219,9 +219,9 @@ async def test_outputs_of_a_closed_page_are_in_the_file_that_the_next_one_opens(
     assert (await read(server, "work.ipynb"))["known"]["outputs"] == [], "its own page is there"
     await page.close()
 
-    async def partly() -> str:
+    async def partly() -> str | None:
         outputs = (await read(server, "work.ipynb"))["known"]["outputs"]
-        return "".join("".join(output["text"]) for output in outputs)
+        return "".join("".join(output["text"]) for output in outputs) or None
 
     text = await eventually(partly, "the file holds what was printed", 30)
     assert "this cell still runs" in text

@@ -118,6 +118,12 @@ def test_an_old_driver_that_lacks_functions_still_shows_its_devices(tmp_path: Pa
     assert (device["uuid"], device["healthy"]) == ("GPU-0", True)
 
 
+def test_nbos_doctor_names_what_cannot_be_granted_and_why(tmp_path: Path) -> None:
+    code = "import json; from nbos.doctor import check_gpus; found = check_gpus(); print(json.dumps(found.text))"
+    text = PlayedNVML(tmp_path, gpu(0, mig=1), mig(0), gpu(1, mig=1)).python(code)
+    assert text.startswith("1 NVIDIA GPU(s): NVIDIA H200 MIG 1g.18gb, driver 580.65.06; GPU 1 cannot be granted: MIG")
+
+
 def test_a_driver_that_breaks_under_the_count_is_said(tmp_path: Path) -> None:
     found = look(tmp_path, gpu(0), "fault nvmlDeviceGetCount_v2 * 999")
     assert (found["state"], found["devices"]) == ("NO_DEVICE", [])

@@ -15,7 +15,7 @@ from nbos_cluster.records import GPUProcess
 
 def owners(pid: int) -> Owners:
     """Of a host whose one replica is the process `pid`."""
-    replica = SimpleNamespace(id=ReplicaId("k", 2), handle=SimpleNamespace(pid=pid))
+    replica = SimpleNamespace(id=ReplicaId("k", 2), handle=SimpleNamespace(pid=pid, container=""))
     view = SimpleNamespace(spec=SimpleNamespace(owner="ada"))
     site: Any = SimpleNamespace(replicas={replica.id: replica}, view=lambda kernel: view)
     return Owners(site)

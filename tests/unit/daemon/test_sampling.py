@@ -35,7 +35,7 @@ def look(
 
 
 def test_use_heat_power_errors_and_processes_are_read(tmp_path: Path) -> None:
-    seen = look(tmp_path, gpu(0, procs="4711:1048576,4712:-", ecc=3))
+    seen = look(tmp_path, gpu(0, procs="4711:1048576,4712:-", mps="4713:5", ecc=3))
     reading, sample = seen["readings"]["GPU-0"], seen["samples"]["GPU-0"]
     assert [reading[k] for k in ("memory", "utilisation", "temperature", "power", "power_limit", "ecc")] == [
         1 << 30,
@@ -45,7 +45,7 @@ def test_use_heat_power_errors_and_processes_are_read(tmp_path: Path) -> None:
         700,
         3,
     ]
-    assert reading["processes"] == [{"pid": 4711, "memory": 1 << 20}, {"pid": 4712}]
+    assert reading["processes"] == [{"pid": 4711, "memory": 1 << 20}, {"pid": 4712}, {"pid": 4713, "memory": 5}]
     assert reading["untold"] == {}
     assert (sample["ecc"], sample["temperature"], sample["limit"], sample["lost"]) == (3, 41, 90, "")
 

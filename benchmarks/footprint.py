@@ -1,7 +1,8 @@
 """What NBOS takes while nobody does anything, and what a kernel leaves in etcd.
 
 Resident memory and processor time of every process of `nbos up`, by kind, with three hosts and idle kernels
-of three replicas each. "Ours" are the daemons, the gateway, the routers, the replicas and `nbos up` itself;
+of three replicas each: how much is resident, and how much of that is the process's own ("private", shared with no
+other). "Ours" are the daemons, the gateway, the routers, the replicas and `nbos up` itself;
 JupyterHub, its proxy, the Jupyter Server and etcd are shown, and counted apart. With --cells N one kernel
 then runs N cells and the bytes that etcd holds for it are counted (keys and values below its prefix).
 
@@ -34,6 +35,7 @@ KINDS = {
     "jupyterhub.singleuser": "Jupyter Server",  # first: its command line names our extension
     "nbos_spawner.gateway": "gateway",
     "nbos_spawner.proxy": "proxy",
+    "nbos_kernel.warm": "kept warm",  # before replicas: its name begins with theirs
     "nbos_kernel": "replica",
     "nbos_provisioner.router": "router",
     "gpu_daemon": "daemon",
@@ -41,8 +43,9 @@ KINDS = {
     "jupyterhub": "JupyterHub",
     "etcd": "etcd",
 }
-OURS = ("nbos up", "daemon", "gateway", "router", "replica")
+OURS = ("nbos up", "daemon", "gateway", "router", "kept warm", "replica")
 BARS = {"router": "≤ 60", "daemon": "≤ 120"}
+PRIVATE_BARS = {"replica": "≤ 60"}
 
 
 def kind_of(process: psutil.Process) -> str:
@@ -87,13 +90,15 @@ def idle(hub: Running, seconds: float) -> Table:
     time.sleep(seconds)  # the measurement itself, not a wait for a condition
     took = time.perf_counter() - start
     memory: dict[str, list[float]] = defaultdict(list)
+    private: dict[str, list[float]] = defaultdict(list)
     busy: dict[str, float] = defaultdict(float)
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             kind = kind_of(process)
             memory[kind].append(process.memory_info().rss / 1e6)
+            private[kind].append(process.memory_full_info().uss / 1e6)
             busy[kind] += (processor_seconds(process) - began[process]) / took * 100
-    return tabulate(memory, busy, seconds)
+    return tabulate(memory, private, busy, seconds)
 
 
 def processor_seconds(process: psutil.Process) -> float:
@@ -101,15 +106,18 @@ def processor_seconds(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
-def tabulate(memory: dict[str, list[float]], busy: dict[str, float], seconds: float) -> Table:
-    columns = ("process", "how many", "MB each", "largest MB", "bar", "% of one core, all")
+def tabulate(
+    memory: dict[str, list[float]], private: dict[str, list[float]], busy: dict[str, float], seconds: float
+) -> Table:
+    columns = ("process", "how many", "MB each", "largest", "bar", "private MB", "largest", "bar", "% of one core, all")
     table = Table(f"An idle cluster over {seconds:g} s", columns)
     for kind in sorted(memory, key=lambda kind: (kind not in OURS, kind)):
         sizes = memory[kind]
-        middle, largest = statistics.median(sizes), max(sizes)
-        row = (str(len(sizes)), f"{middle:.0f}", f"{largest:.0f}", BARS.get(kind, ""), f"{busy[kind]:.2f}")
-        table.add(kind, *row)
-    table.add("ours together", "", "", "", "< 3", f"{sum(busy[kind] for kind in OURS):.2f}")
+        row = [str(len(sizes)), f"{statistics.median(sizes):.0f}", f"{max(sizes):.0f}", BARS.get(kind, "")]
+        own = private[kind]
+        row += [f"{statistics.median(own):.0f}", f"{max(own):.0f}", PRIVATE_BARS.get(kind, "")]
+        table.add(kind, *row, f"{busy[kind]:.2f}")
+    table.add("ours together", "", "", "", "", "", "", "< 3", f"{sum(busy[kind] for kind in OURS):.2f}")
     return table
 
 
@@ -180,9 +188,11 @@ def main() -> None:
     parser.add_argument("--kernels", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--cells", type=int, default=0, help="then run so many cells (10000: a few minutes)")
+    parser.add_argument("--warm", type=int, default=1, help="replicas kept warm on each host; 0: none")
+    parser.add_argument("--preload", default="", metavar="MODULES", help="what they have imported, as of `nbos up`")
     parser.add_argument("--namespace", type=int, default=0, metavar="MB", help="what large values cost (see above)")
     options = parser.parse_args()
-    with nbos_hub() as hub:
+    with nbos_hub(options=["--warm", str(options.warm), "--preload", options.preload]) as hub:
         if options.namespace:
             print(asyncio.run(lazy_rows(hub, options.namespace)).render())
             return

@@ -17,9 +17,25 @@ c.GPUDaemon.etcd_cert = "/etc/nbos/tls/gpu-1.pem"
 c.GPUDaemon.etcd_key = "/etc/nbos/tls/gpu-1.key"
 c.GPUDaemon.blob_store = "file:///shared/nbos/blobs"  # on a file system that all hosts share; or s3://bucket/prefix
 
+# --- Replicas started ahead (docs/warm.md): of replicas as processes only, so not with what follows
+# c.Warm.modules = ["numpy", "torch"]
+# c.Warm.keep = 2
+# --- Metrics for Prometheus (docs/metrics.md): nothing listens unless this is set
+# c.Metrics.listen = "10.0.0.11:9755"
+# c.Metrics.cert, c.Metrics.key = "/etc/nbos/tls/metrics.pem", "/etc/nbos/tls/metrics.key"
+# c.Metrics.client_ca = "/etc/nbos/tls/ca.pem"  # its certificate for `reader` may ask; or c.Metrics.token_file
+
 # --- Replicas in containers
 c.GPUDaemon.runtime = "docker"
 c.GPUDaemon.stop_replicas_on_exit = False  # an upgrade of the daemon leaves kernels running; True: the host shuts down
+
+# Slices of a GPU run side by side only under MPS, and only where all users of this host trust each other:
+# docs/slices.md.
+c.Slicing.one_trust_domain = False
+
+# A sick GPU gets no new cells: docs/gpus.md says what counts as sick, and how it comes back.
+c.Health.every = 10.0
+c.Health.ecc_limit = 0  # uncorrected memory errors since its last reset with which a GPU is still used
 
 # The image of kernels whose users chose none. What users may choose stands in the hub's `limits` ("images").
 c.Docker.image = "nbos/kernel"

@@ -69,6 +69,7 @@ c.JupyterHub.services.append(
             "NBOS_LIMITS": json.dumps(limits),
             # Seconds a host may be away before its replicas are placed elsewhere.
             "NBOS_HOST_GRACE": os.environ.get("NBOS_HOST_GRACE", "10"),
+            "NBOS_AT_A_TIME": os.environ.get("NBOS_AT_A_TIME", "4"),
             # A hub that was killed starts a new gateway; the old one must not keep its port.
             "NBOS_DIE_WITH_PARENT": "1",
         },

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 
 from gpu_daemon import requests
 from gpu_daemon.bidding import Bidding
@@ -25,7 +26,7 @@ from nbos_cluster.content import ALGORITHM
 from nbos_cluster.etcd import EtcdUnavailable
 from nbos_cluster.kernelview import KernelView
 from nbos_cluster.records import HostRecord, KernelSpec, LogEntry
-from nbos_cluster.wire import BLOB_CHUNK, Message
+from nbos_cluster.wire import BLOB_CHUNK, FORMAT, OLDEST, Message
 
 KNOWN_WITHIN = 5.0
 """Seconds that `hello` waits for the kernel's records (after a restart of the daemon they may be on their way)."""
@@ -75,6 +76,7 @@ class Answers:
     async def _hello(self, session: Session, message: Message, payload: bytes) -> Reply:
         said, replica = requests.hello(message), session.replica
         self._check_peer(session)
+        self._check_format(replica, said)
         spec = await self._spec(replica)
         self._check_python(replica, said.python)
         if replica.session is not None and replica.session is not session:
@@ -108,6 +110,20 @@ class Answers:
             raise Refused(
                 "refused", f"process {session.peer_pid} is not {replica.name}; only the replica may use its socket"
             )
+
+    def _check_format(self, replica: LocalReplica, said: requests.HelloRequest) -> None:
+        if OLDEST <= said.format <= FORMAT:
+            return
+        image = f"nbos {said.nbos}" if said.nbos else "an nbos that does not say its version"
+        way = (
+            "upgrade the daemons of all hosts" if said.format > FORMAT else "build the image with a newer nbos[kernel]"
+        )
+        trouble = (
+            f"the kernel image has {image}, which speaks format {said.format} with its daemon; the daemon of host "
+            f"{self._site.host} is {_nbos()} and takes {OLDEST} to {FORMAT}: {way}"
+        )
+        replica.end(trouble)
+        raise Refused("format", trouble)
 
     def _check_python(self, replica: LocalReplica, python: str) -> None:
         """Functions travel as bytecode, which only the same minor version of Python runs."""
@@ -199,7 +215,7 @@ class Answers:
         return {}, b""
 
     async def _release(self, session: Session, message: Message, payload: bytes) -> Reply:
-        self._commits.release(session.replica, requests.number(message, "n"))
+        self._commits.release(session.replica, requests.number(message, "n"), requests.took(message))
         return {}, b""
 
     async def _status(self, session: Session, message: Message, payload: bytes) -> Reply:
@@ -326,6 +342,13 @@ def _blob_errors() -> Iterator[None]:
     except BlobError as err:
         log.warning("%s", err)
         raise Refused(err.code, str(err)) from err
+
+
+def _nbos() -> str:
+    try:
+        return f"nbos {version('nbos')}"
+    except PackageNotFoundError:
+        return "nbos from a checkout"
 
 
 def other_python(view: KernelView, index: int, python: str) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,9 +20,11 @@ from gpu_daemon import inventory
 from gpu_daemon.blobs import open_store
 from gpu_daemon.daemon import Daemon
 from gpu_daemon.docker_config import Docker
-from gpu_daemon.health import NVMLHealth, Reasons
+from gpu_daemon.health import Watched
+from gpu_daemon.health_config import Health
+from gpu_daemon.metrics.config import Metrics
 from gpu_daemon.order import Policy
-from gpu_daemon.process_runtime import ProcessRuntime
+from gpu_daemon.process_runtime import ProcessRuntime, clean_environment
 from gpu_daemon.reservations import ReservationError, read_reservations
 from gpu_daemon.rundir import RunDirError
 from gpu_daemon.runtime import ReplicaRuntime, RuntimeFailed
@@ -30,6 +32,13 @@ from gpu_daemon.shares import SharesError, read_shares
 from gpu_daemon.simulated import simulated
 from gpu_daemon.site import Settings
 from gpu_daemon.sizes import parse_bytes
+from gpu_daemon.slicing.config import Slicing
+from gpu_daemon.slicing.offers import Offers, facts
+from gpu_daemon.warm_config import Warm
+from gpu_daemon.warm_pool import WarmPool
+from gpu_daemon.watchdog.config import Watchdog
+from gpu_daemon.watchdog.usage import NVMLUsage
+from gpu_daemon.watchdog.watching import GPUWatch
 from nbos_cluster import keys
 from nbos_cluster.etcd import Etcd, TLSFiles
 from nbos_cluster.records import Device
@@ -78,7 +87,9 @@ class GPUDaemon(Application):
         help="Of the GPUs that NVML finds only these; empty: all. For several daemons on one machine.",
     ).tag(config=True)
     simulated_devices = Integer(0, min=0, help="How many GPUs are played.").tag(config=True)
-    simulated_model = Unicode("Simulated GPU", help="Their model.").tag(config=True)
+    simulated_model = Unicode(
+        "Simulated GPU", help="Their model; several with commas between them: one after the other."
+    ).tag(config=True)
     simulated_tpcs = Integer(66, min=1, help="TPCs of each.").tag(config=True)
     simulated_memory = Unicode("80G", help="Memory of each, for example 80G.").tag(config=True)
     shares = Dict(
@@ -112,6 +123,11 @@ class GPUDaemon(Application):
         help="Days that this host's accounts stay in etcd, where `nbos accounts` reads them; the daemon's own journal "
         "keeps them all.",
     ).tag(config=True)
+    allowed_slowdown = Float(
+        0.04,
+        help="Right-sizing: how much slower a cell may become on fewer TPCs than it asks for, as measured on its own "
+        "executions; 0.04 is 4 %, 0 switches it off.",
+    ).tag(config=True)
     lease_ttl = Float(3.0, help="Seconds without a sign of this daemon after which its host counts as lost.").tag(
         config=True
     )
@@ -133,7 +149,7 @@ class GPUDaemon(Application):
         config=True
     )
 
-    classes: Any = [Docker]  # noqa: RUF012  as traitlets wants it
+    classes: Any = [Docker, Health, Metrics, Slicing, Warm, Watchdog]  # noqa: RUF012  as traitlets wants it
     aliases: Any = {  # noqa: RUF012  as traitlets wants it
         **Application.aliases,
         "config": "GPUDaemon.config_file",
@@ -166,6 +182,15 @@ class GPUDaemon(Application):
             raise TraitError(f"GPUDaemon.{err}") from err
         return proposal["value"]
 
+    @validate("allowed_slowdown")
+    def _valid_slowdown(self, proposal: Any) -> float:
+        if not 0 <= proposal["value"] <= 1:
+            raise TraitError(
+                f"allowed_slowdown is a part of a cell's duration from 0 (off) to 1 (twice as long), "
+                f"not {proposal['value']}; 0.04 allows 4 %"
+            )
+        return float(proposal["value"])
+
     def initialize(self, argv: Any = None) -> None:
         self.parse_command_line(argv)
         if self.config_file:
@@ -178,6 +203,9 @@ class GPUDaemon(Application):
         for required in ("run_dir", "blob_store"):
             if not getattr(self, required):
                 self.exit_with(f"GPUDaemon.{required} is not set; set it in the configuration file")
+
+    _driver = ""
+    """The NVIDIA driver's version, once `find_devices` has asked."""
 
     def exit_with(self, text: str) -> None:
         print(f"gpu_daemon: {text}", file=sys.stderr)
@@ -195,7 +223,11 @@ class GPUDaemon(Application):
         if self.devices == "simulated":
             return played
         found = inventory.look()
+        self._driver = found.driver
         logging.getLogger("gpu_daemon").info("NVML: %s %s", found.state.value, found.detail)
+        for device in found.devices:
+            if not device.healthy:
+                logging.getLogger("gpu_daemon").warning("GPU %s cannot be granted: %s", device.uuid, device.reason)
         if found.devices or self.devices == "nvml":
             return tuple(d for d in found.devices if not self.device_uuids or d.uuid in self.device_uuids)
         return played
@@ -217,6 +249,8 @@ class GPUDaemon(Application):
             blob_patience=self.blob_patience,
             collect_every=self.collect_every,
             accounts_days=self.accounts_days,
+            allowed_slowdown=self.allowed_slowdown,
+            metrics_owners=Metrics(parent=self).owners,
         )
         devices, blobs = self.find_devices(), open_store(self.blob_store, self.blob_store_options)
         runtime = self.make_runtime(host, devices, endpoints)
@@ -227,11 +261,32 @@ class GPUDaemon(Application):
             unknown_run=self.unknown_run,
             window=self.fair_window * 3600,
         )
-        return Daemon(settings, Etcd(endpoints, tls), devices, blobs, runtime, _health_of(devices), policy)
+        etcd, offers = Etcd(endpoints, tls), self.make_offers(devices)
+        watched = Watched(Health(parent=self).options(), _nvml_for(devices), self._driver)
+        watch = self.make_watch(devices)
+        return Daemon(settings, etcd, devices, blobs, runtime, watched, offers, policy, watch)
+
+    def make_watch(self, devices: tuple[Device, ...]) -> GPUWatch | None:
+        """Who looks after what processes do on real devices; nobody does on simulated ones."""
+        watchdog, real = Watchdog(parent=self), [device.uuid for device in devices if device.kind == "nvml"]
+        if not real or not watchdog.every:
+            return None
+        import pynvml
+
+        return GPUWatch(NVMLUsage(pynvml, real).read, watchdog.policy(), watchdog.every)
+
+    def make_offers(self, devices: tuple[Device, ...]) -> Offers:
+        """What may hold slices of the devices. Simulated ones are held by nothing."""
+        slicing = Slicing(parent=self)
+        if not any(device.kind == "nvml" for device in devices):
+            return Offers()
+        pipe, domain, inside = slicing.mps_pipe, slicing.one_trust_domain, self.runtime == "docker"
+        at_most: Any = slicing.at_most
+        return Offers(lambda: facts(pipe, domain, inside), at_most)
 
     def make_runtime(self, host: str, devices: tuple[Device, ...], etcd: list[str]) -> ReplicaRuntime:
         if self.runtime == "process":
-            return ProcessRuntime()
+            return ProcessRuntime(self.make_pool())
         try:
             import docker as _  # noqa: F401
         except ImportError as err:
@@ -241,6 +296,13 @@ class GPUDaemon(Application):
 
         site = Site(self.cluster, host, str(Path(self.run_dir).absolute()))
         return DockerRuntime(Docker(parent=self).options(), site, devices, etcd)
+
+    def make_pool(self) -> WarmPool | None:
+        """Replicas with a command of their own cannot be started ahead: what they run is not known."""
+        options = Warm(parent=self).options()
+        if options.policy.kind == "off" or self.replica_command:
+            return None
+        return WarmPool(options, clean_environment(os.environ, {}), Path(self.run_dir).absolute() / "warm")
 
     def start(self) -> None:
         level: Any = self.log_level
@@ -257,17 +319,23 @@ class GPUDaemon(Application):
             loop.add_signal_handler(number, daemon.stop)
         # What was imported stays; the collector need not look at it again on every cell.
         gc.freeze()
-        await daemon.run()
+        endpoint = Metrics(parent=self).endpoint()
+        if endpoint is None:
+            await daemon.run()
+            return
+        from gpu_daemon.metrics.endpoint import serving  # tornado is only needed here
+
+        async with serving(endpoint, daemon.metrics.render):
+            await daemon.run()
 
 
-def _health_of(devices: tuple[Device, ...]) -> Callable[[], Reasons] | None:
-    """Simulated devices do not fall ill."""
-    real = [device.uuid for device in devices if device.kind == "nvml"]
-    if not real:
+def _nvml_for(devices: tuple[Device, ...]) -> Any:
+    """The module pynvml where it has something to watch, else None."""
+    if not any(device.kind == "nvml" for device in devices):
         return None
     import pynvml
 
-    return NVMLHealth(pynvml, real).read
+    return pynvml
 
 
 def main() -> None:

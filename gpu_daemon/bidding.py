@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,10 +26,10 @@ from gpu_daemon.replica import Held, LocalReplica
 from gpu_daemon.requests import BidRequest
 from gpu_daemon.site import Site, plain
 from gpu_daemon.transactions import withdraw
-from nbos_cluster import election, keys
+from nbos_cluster import election, keys, moving
 from nbos_cluster.etcd import EtcdError, EtcdUnavailable, LeaseGone
 from nbos_cluster.kernelview import KernelView
-from nbos_cluster.records import ClaimRecord, GrantRecord, KernelSpec, QueueTicket
+from nbos_cluster.records import ClaimRecord, GrantRecord, KernelSpec, QueueTicket, Resources
 from nbos_cluster.wire import Message
 
 REPEAT = 2.0
@@ -62,6 +62,8 @@ class OpenBid:
     task: asyncio.Task[Message] | None = None
     granted: asyncio.Future[GrantRecord] | None = None
     """Set while it stands in the queue."""
+    waited: float = 0.0
+    """Seconds in the queue."""
     ended: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """Its exception is the yield that ends the wait."""
 
@@ -84,8 +86,6 @@ class Bidding:
         """Names of grants: random for this daemon's life, then counted, since every random number is a system call."""
         self._repeater: asyncio.Task[None] | None = None
         self._news: asyncio.TimerHandle | None = None
-        self.sized: Callable[[ledger.Request], ledger.Request] = lambda wish: wish
-        """May change what a request asks for before it is placed (right-sizing)."""
         self.told: dict[str, tuple[OpenBid, queue.Tell, float]] = {}
         """What each waiting bid was told last, by the name of its future grant, and since when it waits (Unix time)."""
 
@@ -103,7 +103,7 @@ class Bidding:
         if bid is None or bid.over:
             bid = OpenBid(replica, request, f"{self._names}{next(self._numbers):08x}")
             self._open[replica.id] = bid
-            bid.task = self._site.spawn(self._run(bid), f"bid of {replica.name} for {request.n}")
+            bid.task = self._site.spawn(self._counted(bid), f"bid of {replica.name} for {request.n}")
         assert bid.task is not None
         # The bid outlives a lost socket: the replica repeats it and finds its place in the queue kept.
         return await asyncio.shield(bid.task)
@@ -130,8 +130,12 @@ class Bidding:
                 self._site.host,
             ):
                 bid.end("taken", f"replica {held.record.replica} on {held.record.host} runs execution {n}")
+            elif (
+                view.spec is not None and bid.request.kind == "cell" and moving.leaves(view.spec, bid.replica.id.index)
+            ):
+                bid.end("draining", _moved_away(bid))
 
-    def drain(self) -> None:
+    def stop(self) -> None:
         for bid in self._open.values():
             bid.end("draining", f"host {self._site.host} takes no new cells")
 
@@ -143,7 +147,20 @@ class Bidding:
             if bid.replica.id.kernel == kernel
         ]
 
+    def waits(self) -> Iterator[tuple[str, Resources]]:
+        """The owner of each cell that waits in this host's queue, and what it asks for."""
+        for bid in self._queued.values():
+            view = self._site.view(bid.replica.id.kernel)
+            if view is not None and view.spec is not None:
+                yield view.spec.owner, bid.request.resources
+
     # -- one bid ------------------------------------------------------------------------------------------------------
+
+    async def _counted(self, bid: OpenBid) -> Message:
+        began = self._site.now()
+        answer = await self._run(bid)
+        self._site.meters.bid(answer.get("code") or "lead", self._site.now() - began - bid.waited)
+        return answer
 
     async def _run(self, bid: OpenBid) -> Message:
         grant: GrantRecord | None = None
@@ -153,6 +170,9 @@ class Bidding:
             if bid.request.resources.wants_gpu:
                 grant = await self._reserve(bid, spec)
             held = await self._claim(bid, grant)
+            if grant is not None:
+                held.waited = bid.waited
+                self._site.meters.granted(grant, bid.waited)
             return _lead(held)
         except Yielded as yielded:
             return yielded.answer
@@ -168,13 +188,15 @@ class Bidding:
     def _check(self, bid: OpenBid) -> KernelSpec:
         """What is known without asking anybody. Raises Yielded."""
         request, replica, site = bid.request, bid.replica, self._site
-        if site.draining or site.stopping:
+        if site.stopping:
             raise Yielded("draining", f"host {site.host} takes no new cells")
         view = site.view(replica.id.kernel)
         if view is None or view.spec is None or view.epoch is None:
             raise Yielded("unavailable", f"kernel {replica.id.kernel} is not (or no longer) known")
         if view.spec.placement.get(str(replica.id.index)) != site.host:
-            raise Yielded("draining", f"replica {replica.id.index} is being moved away from host {site.host}")
+            raise Yielded("draining", f"replica {replica.id.index} is no member on host {site.host} any more")
+        if request.kind == "cell":
+            self._check_leaving(bid, view.spec)
         if request.n <= view.last:
             raise Yielded("stale", f"execution {request.n} is decided already", view.last + 1)
         if request.applied < request.n - 1:
@@ -185,13 +207,21 @@ class Bidding:
             raise Yielded("impossible", over)
         return view.spec
 
+    def _check_leaving(self, bid: OpenBid, spec: KernelSpec) -> None:
+        """Raises Yielded. What changed between cells may still be replicated by a replica that leaves: only it has
+        that."""
+        if moving.leaves(spec, bid.replica.id.index):
+            raise Yielded("draining", _moved_away(bid))
+        if self._site.draining and not bid.request.wait:
+            # The others first. When none of them can run it either, the question comes again, willing to wait.
+            raise Yielded("busy", f"host {self._site.host} drains")
+
     async def _reserve(self, bid: OpenBid, spec: KernelSpec) -> GrantRecord:
         """Room on the devices, waiting for it where the bid says so. Raises Yielded."""
         id, request = bid.replica.id, bid.request
-        wish = self.sized(
-            ledger.Request(
-                bid.grant_name, spec.owner, id.kernel, id.index, request.n, request.resources, groups=spec.groups
-            )
+        sized = self._site.sizing.wish(spec.owner, request, self._site.ledger.devices)
+        wish = ledger.Request(
+            bid.grant_name, spec.owner, id.kernel, id.index, request.n, sized.resources, groups=spec.groups
         )
         granted: asyncio.Future[GrantRecord] = asyncio.get_running_loop().create_future()
         bid.granted = granted
@@ -203,9 +233,11 @@ class Bidding:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if bid.over and not granted.done():
                 bid.ended.result()
-            return replace(granted.result(), since=time.time())
+            grant, site = granted.result(), self._site
+            shares = site.offers.held(grant.shares, site.ledger.devices)
+            return sized.signed(replace(grant, since=time.time(), shares=shares))
         finally:
-            bid.granted = None
+            bid.granted, bid.waited = None, self._site.now() - now
             self._queued.pop(bid.grant_name, None)
             if self.told.pop(bid.grant_name, None) is not None:
                 self._publisher.remove(keys.ticket(self._site.host, bid.grant_name))
@@ -361,6 +393,10 @@ class Bidding:
             self._tell_them(self._site.queue.tell_all(self._site.now()))
 
 
+def _moved_away(bid: OpenBid) -> str:
+    return f"replica {bid.replica.id.index} is being moved away"
+
+
 def waiting(n: int, reason: str) -> Message:
     """Why execution n cannot begin, where no queue is involved: there is no position."""
     return {"type": "waiting", "n": n, "reason": reason, "position": None, "of": None, "estimate": None}
@@ -371,4 +407,5 @@ def _tell(tell: queue.Tell) -> Message:
 
 
 def _lead(held: Held) -> Message:
-    return {"answer": "lead", "token": held.token, "grant": plain(held.grant) if held.grant is not None else None}
+    grant = plain(held.grant) if held.grant is not None else None
+    return {"answer": "lead", "token": held.token, "grant": grant, "waited": round(held.waited, 3)}

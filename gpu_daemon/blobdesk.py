@@ -8,8 +8,10 @@ store and no collection has begun since that was seen (`collecting` says how the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Awaitable, Callable, Collection, Iterable
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -17,6 +19,7 @@ from typing import Any, TypeVar
 from gpu_daemon import collecting
 from gpu_daemon.blobs import BlobCorrupt, BlobError, BlobMissing, BlobStore, BlobStoreAway, Draft, folder_of
 from gpu_daemon.collecting import Fence
+from gpu_daemon.metrics.meters import Meters
 from gpu_daemon.site import Refused
 from nbos_cluster.kv import Txn, TxnResult
 
@@ -38,8 +41,11 @@ class _Batch:
 
 
 class BlobDesk:
-    def __init__(self, store: BlobStore, keep: float = 3600.0, patience: float = 45.0) -> None:
+    def __init__(
+        self, store: BlobStore, keep: float = 3600.0, patience: float = 45.0, meters: Meters | None = None
+    ) -> None:
         self.store = store
+        self._meters = meters or Meters()
         self.keep, self._patience = keep, patience
         """keep: seconds that a blob stays when nothing names it (yet). patience: seconds after which a call hangs."""
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="blobs")
@@ -54,17 +60,24 @@ class BlobDesk:
     async def put(self, owner: str, digest: str, data: bytes | memoryview) -> None:
         """Store it safely. Raises BlobError."""
         fence = self._fences.get(folder_of(owner))
-        draft = await self._call("a blob could not be stored", self.store.write, owner, digest, data)
-        await self._settled(owner, digest, draft)
+        with self._counting("put") as moved:
+            draft = await self._call("a blob could not be stored", self.store.write, owner, digest, data)
+            await self._settled(owner, digest, draft)
+            moved(len(data))
         if fence is not None and not fence.locked:
             self._saw(owner, [digest], fence)
 
     async def read_into(self, owner: str, digest: str, target: memoryview) -> int:
         """Read it into `target`; its size. Raises BlobError."""
-        return await self._reading(owner, digest, self.store.read_into, target)
+        with self._counting("get") as moved:
+            moved(size := await self._reading(owner, digest, self.store.read_into, target))
+        return size
 
     async def get(self, owner: str, digest: str) -> bytes:
-        return await self._reading(owner, digest, self.store.get)
+        with self._counting("get") as moved:
+            data = await self._reading(owner, digest, self.store.get)
+            moved(len(data))
+        return data
 
     async def have(self, owner: str, digests: Collection[str]) -> set[str]:
         """Which of them are there; they stay for `keep` seconds at least. Raises BlobError."""
@@ -80,6 +93,16 @@ class BlobDesk:
     async def free(self) -> int | None:
         """Bytes that can still be stored, None where nobody can tell. Raises BlobError."""
         return await self._call("the room left could not be looked up", self.store.free)
+
+    @contextlib.contextmanager
+    def _counting(self, operation: str) -> Iterator[Callable[[int], None]]:
+        """Tells the meters of one call of the store: the bytes it moved, or that it failed."""
+        began = time.perf_counter()
+        try:
+            yield lambda size: self._meters.blob(operation, time.perf_counter() - began, size)
+        except BlobError:
+            self._meters.blob_failed(operation)
+            raise
 
     # -- records that name blobs --------------------------------------------------------------------------------------
 

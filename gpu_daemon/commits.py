@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from gpu_daemon.bidding import Bidding, waiting
 from gpu_daemon.folding import Folding, store_blob
 from gpu_daemon.replica import Held, LocalReplica
-from gpu_daemon.requests import RequestError
+from gpu_daemon.requests import RequestError, Took
 from gpu_daemon.site import RETRY_LAST, Refused, Site, log
 from gpu_daemon.transactions import abandon_held, end_grant, grant_key
 from nbos_cluster import election, statelog
@@ -57,9 +57,11 @@ class Commits:
         held = replica.held
         if held is None or held.n != entry.n or not held.knows(token):
             raise Refused("fenced", f"replica {replica.id.index} does not hold the claim of execution {entry.n}")
+        began = self._site.now()
         entry = replace(entry, replica=replica.id.index, incarnation=replica.incarnation, at=time.time())
         spill = await self._fitting(replica, entry)
         await self._append_txn(replica, held, spill)
+        self._site.meters.appended(self._site.now() - began)
         self.end_grant(replica, held, recorded=False)
         if replica.held is held:
             replica.held = None
@@ -122,10 +124,11 @@ class Commits:
 
     # -- the grant ----------------------------------------------------------------------------------------------------
 
-    def release(self, replica: LocalReplica, n: int) -> None:
+    def release(self, replica: LocalReplica, n: int, took: Took | None = None) -> None:
         """The cell ended; its devices are free for others while its state is captured."""
         held = replica.held
         if held is not None and held.n == n and held.grant is not None:
+            self._site.sizing.learn(held.grant, took)
             self.end_grant(replica, held)
 
     def end_grant(self, replica: LocalReplica, held: Held, recorded: bool = True) -> None:
@@ -134,6 +137,7 @@ class Commits:
         if grant is None:
             return
         self._site.rundir.save_grant(replica.id, None)
+        self._site.meters.given_back(grant, max(0.0, time.time() - grant.since))
         self._bidding.grant_ended(grant.grant)
         if recorded:
             self._delete_grant(grant)
@@ -206,6 +210,7 @@ class Commits:
             lambda: abandon_held(kernel, n, token, reason, grant=grant, incarnation=incarnation, at=at)
         )
         outcome = election.classify_abandon(n, result)
+        self._site.meters.abandoned()
         log.info("execution %d of kernel %s abandoned (%s): %s", n, kernel, reason, outcome)
         if isinstance(outcome, election.Fenced) and grant is not None:
             self._delete_grant(grant)

@@ -201,11 +201,14 @@ def safe_name(owner: str) -> str:
 
 def device_requests(gpus: str, devices: Iterable[Device]) -> list[dict[str, Any]]:
     """All of this host's real GPUs: which of them a cell may use, its grant says (a kernel lives longer)."""
-    real = [device for device in devices if device.kind == "nvml"]
+    # One that could not even be counted is granted to nobody, and the toolkit may not find it.
+    real = [device for device in devices if device.kind == "nvml" and device.tpcs]
     if not real or gpus == "none":
         return []
     if gpus == "cdi":
-        return [{"Driver": "cdi", "DeviceIDs": [f"nvidia.com/gpu={device.index}" for device in real]}]
+        # The toolkit names a MIG instance by its UUID when told to (nvidia-ctk cdi generate).
+        names = [device.uuid if device.parent else str(device.index) for device in real]
+        return [{"Driver": "cdi", "DeviceIDs": [f"nvidia.com/gpu={name}" for name in names]}]
     return [
         {
             "Driver": "nvidia",

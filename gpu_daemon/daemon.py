@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 
 import psutil
@@ -18,8 +18,10 @@ from gpu_daemon.blobs import BlobStore
 from gpu_daemon.collector import Collector
 from gpu_daemon.commits import Commits
 from gpu_daemon.fleet import ReplicaId
-from gpu_daemon.health import HealthWatch, Reasons
+from gpu_daemon.health import HealthWatch, Watched
 from gpu_daemon.ledger import Ledger
+from gpu_daemon.metrics.exposition import Exposition
+from gpu_daemon.metrics.meters import Meters
 from gpu_daemon.order import Policy
 from gpu_daemon.publishing import Publisher
 from gpu_daemon.queue import FairQueue
@@ -27,6 +29,9 @@ from gpu_daemon.replicas import Replicas
 from gpu_daemon.rundir import RunDir
 from gpu_daemon.runtime import ReplicaRuntime
 from gpu_daemon.site import Settings, Site, log
+from gpu_daemon.sizing import Sizing
+from gpu_daemon.slicing.offers import Offers
+from gpu_daemon.watchdog.watching import GPUWatch
 from nbos_cluster import keys, records
 from nbos_cluster.etcd import Etcd, EtcdError, EtcdUnavailable, Lease
 from nbos_cluster.kernelview import Delta
@@ -40,8 +45,9 @@ STOP_WITHIN = 2.0
 class Daemon:
     """Not started until `run`. etcd need not answer yet; the daemon waits for it.
 
-    health: reads how the devices are (blocking); None where they cannot fall ill. policy: who is owed what; raises
-    SharesError or ReservationError where that is more than the devices have.
+    watched: how real devices are looked after. offers: what holds slices of them; None where there are no real ones.
+    policy: who is owed what; raises SharesError or ReservationError where that is more than the devices have.
+    watch: looks after what processes do on the devices; None: nobody does.
     """
 
     def __init__(
@@ -51,29 +57,38 @@ class Daemon:
         devices: tuple[Device, ...],
         blobs: BlobStore,
         runtime: ReplicaRuntime,
-        health: Callable[[], Reasons] | None = None,
+        watched: Watched | None = None,
+        offers: Offers | None = None,
         policy: Policy | None = None,
+        watch: GPUWatch | None = None,
     ) -> None:
         policy = policy or Policy()
         ledger = Ledger(settings.host, devices)
         rundir = RunDir(settings.run_dir)
-        desk = BlobDesk(blobs, settings.blob_grace, settings.blob_patience)
+        meters = Meters(settings.metrics_owners)
+        desk = BlobDesk(blobs, settings.blob_grace, settings.blob_patience, meters)
         policy.shares.check(settings.host, devices)
         for reservation in policy.reservations:
             reservation.check(settings.host, devices)
         queue = FairQueue(ledger, policy, wall=time.time() - time.monotonic())
-        self._site = Site(settings, etcd, ledger, queue, desk, rundir)
+        sizing = Sizing(settings.allowed_slowdown, rundir.path / "rightsizing.json")
+        self._site = Site(settings, etcd, ledger, queue, desk, rundir, offers or Offers(), sizing, meters)
         self._devices = devices
         self._publisher = Publisher(self._site)
         self._accounting = Accounting(self._site, settings.accounts_days)
         self._bidding = Bidding(self._site, self._publisher, self._accounting)
         self._commits = Commits(self._site, self._bidding)
         self._runtime = runtime
+        runtime.changed = self._warm_changed
         self._replicas = Replicas(self._site, runtime, self._commits, self._publisher)
         self._replicas.answer = Answers(
             self._site, self._bidding, self._commits, self._replicas.heard, self._replicas.progressed
         )
-        self._health = HealthWatch(health, ledger, self._health_changed) if health is not None else None
+        self._driver = watched.driver if watched is not None else ""
+        self._health = HealthWatch(self._site, watched or Watched(), self._health_changed, self._looked)
+        self._watch = watch
+        self.metrics = Exposition(self._site, self._bidding.waits)
+        self._lease = 0
         self._since = time.time()
         self._host_rev: int | None = None
         """Revision of this host's record as the watch saw it last, 0 while there is none; None: not seen yet."""
@@ -88,7 +103,10 @@ class Daemon:
         be run here."""
         site = self._site
         site.rundir.open()
+        if trouble := site.sizing.load():
+            log.warning("%s", trouble)
         await self._runtime.open()
+        self._health.remember()
         await site.etcd.connect()
         log.info("host %s: %s", site.host, ", ".join(f"{d.model} ({d.kind})" for d in self._devices) or "no GPU")
         try:
@@ -112,13 +130,15 @@ class Daemon:
         self._site.spawn(self._watch_host(), "watching this host's record")
         collector = Collector(self._site, self._site.settings.blob_grace, self._site.settings.collect_every)
         self._site.spawn(collector.run(), "collecting blobs")
-        if self._health is not None:
-            self._site.spawn(self._health.run(), "watching the GPUs' health")
+        self._site.spawn(self._health.run(), "watching the GPUs' health")
+        if self._watch is not None:
+            self._site.spawn(self._watch.run(self._site), "watching what processes do on the GPUs")
+        self._site.spawn(self._site.offers.watch(self._publish_host), "looking at what holds slices")
 
     async def _end(self) -> None:
         site = self._site
         site.stopping = True
-        self._bidding.drain()
+        self._bidding.stop()
         stop_replicas = site.settings.stop_replicas_on_exit
         if stop_replicas:
             await self._replicas.stop_all(STOP_WITHIN)
@@ -133,6 +153,7 @@ class Daemon:
             except (TimeoutError, EtcdUnavailable, EtcdError) as err:
                 log.warning("the lease ends by itself: %s", err)
         await site.etcd.close()
+        site.sizing.save()
         site.rundir.close()
 
     # -- lease --------------------------------------------------------------------------------------------------------
@@ -154,6 +175,9 @@ class Daemon:
 
     async def _lease_is_new(self, lease: int) -> None:
         """Called by the lease. Returns at once: while it waits, nobody keeps the lease alive."""
+        if self._lease not in (0, lease):
+            self._site.meters.lease_lost()
+        self._lease = lease
         self._site.rundir.save_lease(lease)
         self._publisher.write_all_again()
         self._site.spawn(self._commits.lease_is_new(), "claiming again what runs")
@@ -162,21 +186,34 @@ class Daemon:
         self._publish_host()
         self._bidding.room_changed()
 
-    def _publish_host(self) -> None:
+    def _looked(self) -> None:
+        self._publish_host(urgent=False)
+
+    def _warm_changed(self) -> None:
+        # Before the first look at the host's record it is not ours to write.
+        if self._host_rev is not None and not self._site.stopping:
+            self._publish_host(urgent=False)
+
+    def _publish_host(self, urgent: bool = True) -> None:
         site = self._site
         record = HostRecord(
             name=site.host,
             address=site.settings.address,
             pid=os.getpid(),
-            devices=tuple(site.ledger.devices),
+            devices=site.offers.published(site.ledger.devices),
             cpus=os.cpu_count() or 0,
             memory=psutil.virtual_memory().total,
             max_replicas=site.settings.max_replicas,
             version=_version(),
             draining=site.draining,
             since=self._since,
+            driver=self._driver,
+            readings=self._health.readings,
+            closed=self._health.closed,
+            reopened=self._health.reopened,
+            warm=self._runtime.warm(),
         )
-        self._publisher.put(keys.host(site.host), record, guard=self._host_as_seen)
+        self._publisher.put(keys.host(site.host), record, urgent, guard=self._host_as_seen)
 
     def _host_as_seen(self) -> Sequence[Compare] | None:
         """Never write over a `draining` that somebody set and we have not seen."""
@@ -190,7 +227,11 @@ class Daemon:
         site = self._site
         async for item in site.etcd.watch(keys.KERNELS):
             site.note_back()
-            for kernel, delta in site.views.apply(item).items():
+            deltas = site.views.apply(item)
+            if not site.synced.is_set():
+                # What must not run here any more goes first, and makes room.
+                self._replicas.remove_unwanted()
+            for kernel, delta in deltas.items():
                 self._kernel_changed(kernel, delta)
             if not site.synced.is_set():
                 site.synced.set()
@@ -232,7 +273,7 @@ class Daemon:
             await site.commit(Txn([mod_is(kv.key, kv.mod_revision)], [op_delete(kv.key)]))
 
     async def _watch_host(self) -> None:
-        """Somebody may set `draining` in this host's record; the daemon obeys and keeps it."""
+        """Somebody may set `draining`, `closed` and `reopened` in this host's record; we obey and keep them."""
         key = keys.host(self._site.host)
         async for item in self._site.etcd.watch(key):
             if isinstance(item, Snapshot):
@@ -250,11 +291,10 @@ class Daemon:
                 self._publish_host()
 
     def _obey(self, record: HostRecord) -> None:
+        self._health.obey(record.closed, record.reopened)
         if record.draining != self._site.draining:
             self._site.draining = record.draining
-            log.info("host %s %s new cells", self._site.host, "takes no" if record.draining else "takes")
-            if record.draining:
-                self._bidding.drain()
+            log.info("host %s %s", self._site.host, "drains" if record.draining else "does not drain any more")
             self._publish_host()
 
 

@@ -2,9 +2,11 @@
 
 Guarantees: at most one process per replica; a new incarnation starts only after the old process is gone; a replica that
 died is started again, at once after its first death and more slowly (0.2 s doubling to 10 s) while it keeps dying soon
-after its start; of a kernel that nobody can use yet, the first replica starts alone, so that it is usable soon.
+after its start; of a kernel that nobody can use yet, the first replica starts alone, so that it is usable soon; on a
+host that comes back nothing starts before what it must no longer run is gone.
 
-Events come in (`Wanted`, `Found`, `Hello`, `Died`, `Tick`), instructions go out (`Start`, `Stop`, `Publish`, `Forget`).
+Events come in (`Wanted`, `Unwanted`, `Found`, `Hello`, `Died`, `Tick`), instructions go out (`Start`, `Stop`,
+`Publish`, `Forget`).
 """
 
 from __future__ import annotations
@@ -34,13 +36,22 @@ class ReplicaId:
 
 @dataclass(frozen=True)
 class Wanted:
-    """The record of a kernel as it is now: the indexes placed on this host. usable: some replica of it is ready."""
+    """The record of a kernel as it is now: the indexes placed on this host. usable: some replica of it is ready. first:
+    its lowest index anywhere."""
 
     kernel: str
     indexes: frozenset[int]
     incarnation: int
     usable: bool
     now: float
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Unwanted:
+    """A replica that was found must not run on this host any more."""
+
+    id: ReplicaId
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,7 @@ class Tick:
     now: float
 
 
-Event = Wanted | Found | Hello | Died | Tick
+Event = Wanted | Unwanted | Found | Hello | Died | Tick
 
 
 @dataclass(frozen=True)
@@ -123,6 +134,7 @@ class _Replica:
     ready: bool = False
     quick_deaths: int = 0
     reason: str = ""
+    found: bool = False
 
 
 class Fleet:
@@ -138,6 +150,8 @@ class Fleet:
         match event:
             case Wanted():
                 return self._on_wanted(event)
+            case Unwanted():
+                return self._on_unwanted(event)
             case Found():
                 self._on_found(event)
                 return []
@@ -150,7 +164,13 @@ class Fleet:
 
     def next_due(self) -> float | None:
         """When the next `Tick` is needed; None when nothing waits for the clock."""
+        if self._clearing():
+            return None
         return min((r.due for r in self._replicas.values() if r.phase == "waiting"), default=None)
+
+    def _clearing(self) -> bool:
+        """Whether something of before the daemon's restart is still to go."""
+        return any(replica.found and not replica.wanted for replica in self._replicas.values())
 
     def wants(self, replica: ReplicaId) -> bool:
         return replica in self._replicas and self._replicas[replica].wanted
@@ -190,7 +210,7 @@ class Fleet:
     def _want(self, id: ReplicaId, event: Wanted) -> list[Instruction]:
         replica = self._replicas.get(id)
         if replica is None:
-            head_start = 0.0 if id.index == 0 or event.usable else HEAD_START
+            head_start = 0.0 if id.index == event.first or event.usable else HEAD_START
             self._replicas[id] = _Replica(id, event.incarnation, due=event.now + head_start)
             return [Publish(id, "starting")]
         replica.wanted = True
@@ -214,10 +234,14 @@ class Fleet:
             return [Stop(replica.id, UNWANTED)]
         return []
 
+    def _on_unwanted(self, event: Unwanted) -> list[Instruction]:
+        replica = self._replicas.get(event.id)
+        return self._unwant(replica) if replica is not None and replica.wanted else []
+
     def _on_found(self, event: Found) -> None:
         """Found processes are told before the records; the records then say whether they are still wanted."""
         self._replicas[event.id] = _Replica(
-            event.id, event.incarnation, phase="running", running=event.incarnation, started=event.now
+            event.id, event.incarnation, phase="running", running=event.incarnation, started=event.now, found=True
         )
 
     def _on_hello(self, event: Hello) -> list[Instruction]:
@@ -235,7 +259,7 @@ class Fleet:
         replica.phase, replica.ready, replica.running = "waiting", False, 0
         if not replica.wanted:
             del self._replicas[event.id]
-            return [Forget(event.id)]
+            return [Forget(event.id), *self._start_due(event.now)]
         if asked_for:
             replica.due, replica.reason = event.now, ""
             return [Publish(event.id, "starting"), *self._start_due(event.now)]
@@ -248,6 +272,8 @@ class Fleet:
 
     def _start_due(self, now: float) -> list[Instruction]:
         out: list[Instruction] = []
+        if self._clearing():
+            return out
         for replica in self._replicas.values():
             if replica.phase == "waiting" and replica.wanted and replica.due <= now:
                 replica.phase, replica.running, replica.started = "running", replica.incarnation, now

@@ -1,8 +1,9 @@
-"""Whether this host's GPUs are well: read from NVML every few seconds, told to the ledger when it changes.
+"""The daemon's watch over its GPUs: what NVML shows and tells goes to `condition`, its verdicts to the ledger.
 
-Guarantees: a device that is lost, has uncorrected memory errors or reported a fatal XID gets no new grants, with the
-reason in the host's record; one that recovered is used again; a driver that hangs blocks nobody but this watch, and
-makes its devices unusable after half a minute. Cells that run are left alone: they may be done before it matters.
+Guarantees: a device that is not well gets no new grants, with the reason in the host's record and for whoever waits;
+one that is well again is used again; a driver that hangs blocks nobody but this watch, and makes its devices unusable
+after half a minute. Cells that run are left alone: they may be done before it matters. What cannot be measured again
+(XIDs, what an admin said) outlives a restart of the daemon; XIDs do not outlive one of the machine.
 """
 
 from __future__ import annotations
@@ -10,157 +11,172 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from gpu_daemon.ledger import Ledger
-from gpu_daemon.site import log
+from msgspec.structs import replace
 
-EVERY = 10.0
-STUCK = 30.0
+from gpu_daemon import xids
+from gpu_daemon.condition import Closed, Conditions, Event, Heard, Looked, Policy, Reopened, Verdict
+from gpu_daemon.owners import Owners
+from gpu_daemon.sampling import Sampler, Sight
+from gpu_daemon.site import Site, log
+from gpu_daemon.xid_listener import XIDListener
+from nbos_cluster.records import Reading
 
-FATAL_XIDS = {
-    48: "an uncorrectable memory error",
-    64: "a row of its memory could not be replaced",
-    79: "it has fallen off the bus",
-    95: "an uncontained memory error",
-    119: "its system processor does not answer",
-    120: "its system processor failed",
-}
-"""Errors after which only a reset helps. Others (13, 31, 43, 45, …) are mistakes of the program that ran."""
-
-RESET = "reset it (nvidia-smi --gpu-reset) or restart the machine"
-
-Reasons = Mapping[str, str]
-"""By UUID: why the device cannot be used, '' when it is well."""
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-class NVMLHealth:
-    """Reads through NVML. Blocking: called from a thread. nvml: the module pynvml, or what plays it."""
+@dataclass(frozen=True)
+class HealthOptions:
+    """every: seconds between two looks; stuck: after which a driver that does not answer makes its GPUs unusable."""
 
-    def __init__(self, nvml: Any, uuids: Collection[str]) -> None:
-        self._nvml, self._uuids = nvml, tuple(uuids)
-        self._ready = False
-        self._events: Any = None
-        self._xids: dict[str, int] = {}
-        """Fatal XIDs seen; they count until this daemon is started anew."""
+    every: float = 10.0
+    stuck: float = 30.0
+    policy: Policy = field(default_factory=Policy)
 
-    def read(self) -> dict[str, str]:
-        try:
-            if not self._ready:
-                self._nvml.nvmlInit()
-                self._ready = True
-                self._listen()
-            self._hear()
-        except self._nvml.NVMLError as err:
-            self._ready = False
-            return dict.fromkeys(self._uuids, f"NVML does not work any more: {err}; look at the NVIDIA driver")
-        return {uuid: self._reason(uuid) for uuid in self._uuids}
 
-    def _reason(self, uuid: str) -> str:
-        nvml, xid = self._nvml, self._xids.get(uuid)
-        if xid is not None:
-            return f"{FATAL_XIDS[xid]} (XID {xid}); {RESET}"
-        try:
-            handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
-            nvml.nvmlDeviceGetMemoryInfo(handle)
-            errors = self._optional(
-                nvml.nvmlDeviceGetTotalEccErrors,
-                handle,
-                nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
-                nvml.NVML_VOLATILE_ECC,
-            )
-            rows = self._optional(nvml.nvmlDeviceGetRemappedRows, handle)
-        except nvml.NVMLError as err:
-            lost = err.value in (nvml.NVML_ERROR_GPU_IS_LOST, nvml.NVML_ERROR_NOT_FOUND)
-            return f"the device is lost ({err}); {RESET}" if lost else f"NVML cannot read it: {err}"
-        if errors:
-            return f"{errors} uncorrected memory errors since its last reset; {RESET}"
-        if rows is not None and rows[3]:
-            return "a row of its memory could not be replaced; have the device replaced"
-        return ""
+@dataclass(frozen=True)
+class Watched:
+    """nvml: the module pynvml, None where all devices are simulated. driver: its version, as it was found."""
 
-    def _optional(self, call: Callable[..., Any], *args: Any) -> Any:
-        """What the device tells, None where it does not count that (no ECC, an older chip)."""
-        try:
-            return call(*args)
-        except self._nvml.NVMLError as err:
-            if err.value == self._nvml.NVML_ERROR_NOT_SUPPORTED:
-                return None
-            raise
-
-    def _listen(self) -> None:
-        """XIDs are told once, to who listens."""
-        nvml = self._nvml
-        self._events = None
-        try:
-            events = nvml.nvmlEventSetCreate()
-            for uuid in self._uuids:
-                handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
-                nvml.nvmlDeviceRegisterEvents(handle, nvml.nvmlEventTypeXidCriticalError, events)
-        except nvml.NVMLError as err:
-            log.info("XIDs of the GPUs cannot be heard: %s", err)
-            return
-        self._events = events
-
-    def _hear(self) -> None:
-        """Every event that waits; NVML says TIMEOUT when there is none."""
-        nvml = self._nvml
-        while self._events is not None:
-            try:
-                event = nvml.nvmlEventSetWait_v2(self._events, 0)
-            except nvml.NVMLError as err:
-                if err.value != nvml.NVML_ERROR_TIMEOUT:
-                    log.warning("XIDs of the GPUs cannot be heard any more: %s", err)
-                    self._events = None
-                return
-            uuid, xid = nvml.nvmlDeviceGetUUID(event.device), int(event.eventData)
-            uuid = uuid.decode() if isinstance(uuid, bytes) else uuid
-            log.warning("GPU %s reported XID %d", uuid, xid)
-            if xid in FATAL_XIDS:
-                self._xids[uuid] = xid
+    options: HealthOptions = field(default_factory=HealthOptions)
+    nvml: Any = None
+    driver: str = ""
 
 
 class HealthWatch:
-    """read: the reasons by device, blocking. changed: called when the ledger knows something new."""
+    """changed: called when the ledger knows something new, looked: when only the readings are new. Belongs to the
+    daemon's loop."""
 
-    def __init__(self, read: Callable[[], Reasons], ledger: Ledger, changed: Callable[[], None]) -> None:
-        self._read, self._ledger, self._changed = read, ledger, changed
-        # What was wrong at the start (its SMs cannot be counted) stays wrong.
-        self._watched = {device.uuid for device in ledger.devices if device.healthy}
+    def __init__(
+        self,
+        site: Site,
+        watched: Watched,
+        changed: Callable[[], None],
+        looked: Callable[[], None],
+    ) -> None:
+        self._site, self._options, self._nvml = site, watched.options, watched.nvml
+        self._changed, self._looked = changed, looked
+        self._owners = Owners(site)
+        # What was wrong at the start (its SMs cannot be counted) stays wrong until the daemon is started anew.
+        self._of: dict[str, list[str]] = {}
+        """The devices of each GPU: itself, or its MIG instances."""
+        for device in site.ledger.devices:
+            if device.healthy:
+                self._of.setdefault(device.parent or device.uuid, []).append(device.uuid)
+        self._conditions = Conditions(self._of, watched.options.policy)
+        self._readings: Mapping[str, Reading] = {}
+        self._last_xid: dict[str, int] = {}
+        self.closed: dict[str, str] = {}
+        self.reopened: dict[str, int] = {}
+
+    @property
+    def readings(self) -> tuple[Reading, ...]:
+        """Of all devices that could be read, as of the last look."""
+        return tuple(self._readings[d.uuid] for d in self._site.ledger.devices if d.uuid in self._readings)
+
+    def remember(self) -> None:
+        """Called once, when the run directory is there."""
+        saved = self._site.rundir.load_health()
+        if saved.get("boot") == _boot_id():
+            self._conditions = Conditions(self._of, self._options.policy, saved.get("xids"))
+        self.closed, self.reopened = dict(saved.get("closed") or {}), dict(saved.get("reopened") or {})
+        self._conditions.handle(Closed(self.closed))
+        self._apply(self._conditions.verdicts())
+
+    def obey(self, closed: Mapping[str, str], reopened: Mapping[str, int]) -> None:
+        """An admin said something in the host's record (or nothing new)."""
+        for gpu in [gpu for gpu, count in reopened.items() if self.reopened.get(gpu) != count]:
+            log.info("an admin says that GPU %s may be used again", gpu)
+            self._take(Reopened(gpu))
+        news = (self.closed, self.reopened) != (closed, reopened)
+        self.closed, self.reopened = dict(closed), dict(reopened)
+        self._take(Closed(closed))
+        if news:
+            self._save()
+            self._looked()
 
     async def run(self) -> None:
         """For as long as the daemon lives."""
+        real = [device for device in self._site.ledger.devices if device.kind == "nvml"]
+        if self._nvml is None or not real:
+            return
+        gpus = dict.fromkeys(device.parent or device.uuid for device in real)
+        XIDListener(self._nvml, gpus, asyncio.get_running_loop(), self._heard).start()
+        sampler = Sampler(self._nvml, real)
         while True:
-            reading = asyncio.ensure_future(self._reading())
-            if not (await asyncio.wait({reading}, timeout=STUCK))[0]:
-                self._apply(dict.fromkeys(self._watched, f"the NVIDIA driver has not answered for {STUCK:.0f} s"))
-            self._apply(await reading)
-            await asyncio.sleep(EVERY)
+            looking = asyncio.ensure_future(_in_thread(sampler.look))
+            if not (await asyncio.wait({looking}, timeout=self._options.stuck))[0]:
+                self._take(Looked({}, gone=f"the driver has not answered for {self._options.stuck:g} s"))
+            self._see(await looking)
+            await asyncio.sleep(self._options.every)
 
-    async def _reading(self) -> Reasons:
-        """In a thread that ends with the process, whatever it hangs in: the executor's threads would hold us up."""
-        loop = asyncio.get_running_loop()
-        result: asyncio.Future[Reasons] = loop.create_future()
+    def _see(self, sight: Sight) -> None:
+        self._readings = {uuid: self._complete(reading) for uuid, reading in sight.readings.items()}
+        if not self._take(sight.looked):
+            self._looked()
 
-        def work() -> None:
-            try:
-                tell, outcome = result.set_result, self._read()
-            except Exception as err:  # noqa: BLE001  the watch must hear of it, whatever it is
-                tell, outcome = result.set_exception, err  # type: ignore[assignment]
-            with contextlib.suppress(RuntimeError):  # the daemon ended meanwhile
-                loop.call_soon_threadsafe(tell, outcome)
+    def _complete(self, reading: Reading) -> Reading:
+        """With whose processes they are, and the last XID."""
+        processes = tuple(self._owners.of(process) for process in reading.processes)
+        xid = self._last_xid.get(reading.uuid)
+        notes = (*reading.notes, f"the driver told of: {xids.words(xid)}") if xid is not None else reading.notes
+        return replace(reading, processes=processes, notes=notes)
 
-        threading.Thread(target=work, name="reading the GPUs' health", daemon=True).start()
-        return await result
+    def _heard(self, uuid: str, xid: int) -> None:
+        meaning = xids.meaning(xid, self._options.policy.harmless)
+        log.warning("GPU %s: %s, %s", uuid, xids.words(xid), meaning)
+        if meaning != "critical":
+            self._last_xid |= dict.fromkeys(self._of.get(uuid, [uuid]), xid)
+        self._take(Heard(uuid, xid))
+        self._save()
 
-    def _apply(self, reasons: Reasons) -> None:
-        news = False
-        for device in self._ledger.devices:
-            reason = reasons.get(device.uuid, device.reason)
-            if device.uuid in self._watched and device.reason != reason:
-                news = True
-                log.warning("GPU %s: %s", device.uuid, reason or "it is well again")
-                self._ledger.set_health(device.uuid, not reason, reason)
-        if news:
+    def _take(self, event: Event) -> bool:
+        """Whether it changed whether some device is used, or why not."""
+        verdicts = self._conditions.handle(event)
+        self._apply(verdicts)
+        if verdicts:
             self._changed()
+        return bool(verdicts)
+
+    def _apply(self, verdicts: list[Verdict]) -> None:
+        known = {device.uuid: device for device in self._site.ledger.devices}
+        for verdict in verdicts:
+            for uuid in self._of[verdict.uuid]:
+                if known[uuid].reason != verdict.reason:
+                    log.warning("GPU %s: %s", uuid, verdict.reason or "it is well again")
+                self._site.ledger.set_health(uuid, not verdict.reason, verdict.reason, verdict.passing)
+
+    def _save(self) -> None:
+        self._site.rundir.save_health(
+            boot=_boot_id(), xids=self._conditions.heard(), closed=self.closed, reopened=self.reopened
+        )
+
+
+async def _in_thread(work: Callable[[], Sight]) -> Sight:
+    """In a thread that ends with the process, whatever it hangs in: the executor's threads would hold us up."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[Sight] = loop.create_future()
+
+    def run() -> None:
+        try:
+            sight = work()
+        except Exception as err:  # noqa: BLE001  whatever it is (the bindings have errors of their own)
+            # A watch that ends would watch nothing.
+            log.exception("looking at the GPUs failed")
+            sight = Sight(Looked({}, gone=f"looking at the GPUs failed: {err}"))
+        with contextlib.suppress(RuntimeError):  # the daemon ended meanwhile
+            loop.call_soon_threadsafe(result.set_result, sight)
+
+    threading.Thread(target=run, name="looking at the GPUs", daemon=True).start()
+    return await result
+
+
+def _boot_id() -> str:
+    try:
+        return BOOT_ID.read_text().strip()
+    except OSError:
+        return ""

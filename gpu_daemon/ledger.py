@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import msgspec
 
 from gpu_daemon.book import Book, bits_of
+from nbos_cluster.gpumodel import is_model
 from nbos_cluster.records import Device, DeviceShare, GrantRecord, Resources
 
 GIB = 1 << 30
@@ -87,6 +88,7 @@ class Ledger:
         self._memory: dict[Resources, int] = {}
         self.kinds = tuple({(b.device.memory, b.device.tpcs): b.device for b in self._books.values()}.values())
         """One device of each size."""
+        self._ill = frozenset(uuid for uuid, book in self._books.items() if not book.device.healthy)
         self._story: deque[tuple[str, object]] = deque(maxlen=50)
 
     # -- what is held -------------------------------------------------------------------------------------------------
@@ -114,7 +116,7 @@ class Ledger:
         """An independent ledger in the same state, to play out what would happen."""
         twin = Ledger(self.host)
         twin._books = {uuid: book.copy() for uuid, book in self._books.items()}
-        twin._grants = dict(self._grants)
+        twin._grants, twin._ill = dict(self._grants), self._ill
         return twin
 
     # -- questions ----------------------------------------------------------------------------------------------------
@@ -134,8 +136,8 @@ class Ledger:
             return books
         if not resources.wants_gpu:
             return Fit(())
-        if closed:
-            books = [b for b in books if b.uuid not in closed]
+        if closed or self._ill:
+            books = [b for b in books if b.uuid not in closed and b.uuid not in self._ill]
         if resources.gpus:
             return self._fit_whole(resources, [b for b in books if b.uuid not in kept] if kept else books)
         return self._fit_slice(resources, books, kept or {})
@@ -153,7 +155,7 @@ class Ledger:
             books = [b for b in books if b.device.tpcs - kept.get(b.uuid, (0, 0))[0] >= resources.tpcs]
             if resources.gpus:
                 books = [b for b in books if b.uuid not in kept]
-        nearest = sorted(books, key=lambda b: (b.used_tpcs, b.device.index))
+        nearest = sorted(books, key=lambda b: (b.uuid in self._ill, b.used_tpcs, b.device.index))
         return frozenset(b.uuid for b in nearest[: max(resources.gpus, 1)])
 
     def serves(self, resources: Resources, uuids: Collection[str]) -> bool:
@@ -175,7 +177,8 @@ class Ledger:
         return found
 
     def _suitable(self, resources: Resources) -> list[Book] | Impossible:
-        """The devices that have room for `resources` when nothing runs on them, by index; or why there is none."""
+        """The devices that have room for `resources` when nothing runs on them (and that are well, or will be), by
+        index; or why there is none."""
         found = self._shapes.get(resources)
         if found is None:
             if len(self._shapes) > SHAPES:
@@ -193,13 +196,16 @@ class Ledger:
             return Impossible(malformed)
         if not resources.wants_gpu:
             return []
-        books = [b for b in self._books.values() if b.device.healthy and _model_is(b.device, resources.model)]
+        # A device whose trouble passes by itself is worth waiting for.
+        well = [b for b in self._books.values() if b.device.healthy or b.device.passing]
+        books = [b for b in well if _suits(b.device, resources)]
         if not books:
             return Impossible(self._without_device(resources))
         ask = describe(resources)
         if resources.gpus > len(books):
             return Impossible(
                 f"the cell asks for {ask}, host {self.host} has {len(books)}; ask for at most {len(books)}"
+                + self._out_of_use()
             )
         tpcs = max(b.device.tpcs for b in books)
         if resources.tpcs > tpcs:
@@ -266,10 +272,12 @@ class Ledger:
                 raise self._error(f"{share.uuid} was not held by {grant} as its record says")
         return record
 
-    def set_health(self, uuid: str, healthy: bool, reason: str = "") -> None:
-        """A device failed or recovered. Its grants stand; nobody new gets a part of it while it is unhealthy."""
+    def set_health(self, uuid: str, healthy: bool, reason: str = "", passing: bool = False) -> None:
+        """A device failed or recovered. Its grants stand; nobody new gets a part of it while it is unhealthy. passing:
+        it is expected to recover by itself, so that cells wait for it."""
         book = self._books[uuid]
-        book.device = msgspec.structs.replace(book.device, healthy=healthy, reason=reason)
+        book.device = msgspec.structs.replace(book.device, healthy=healthy, reason=reason, passing=passing)
+        self._ill = frozenset(b.uuid for b in self._books.values() if not b.device.healthy)
         self._forget_shapes()
         self._story.append((f"device {uuid} is", "healthy" if healthy else f"unhealthy: {reason}"))
 
@@ -304,10 +312,13 @@ class Ledger:
     def _fit_whole(self, resources: Resources, books: Sequence[Book]) -> Fit | Busy:
         idle = [b for b in books if not b.holders]
         if len(idle) < resources.gpus:
-            count = sum(b.idle for b in self._books.values())
+            suiting = [b for b in self._books.values() if _suits(b.device, resources)]
+            count = sum(b.idle and b.device.healthy for b in suiting)
+            such = "such " if len(suiting) < len(self._books) else ""
             return Busy(
-                f"{describe(resources)} asked, {count} of {len(self._books)} GPUs of host {self.host} free"
+                f"{describe(resources)} asked, {count} of {len(suiting)} {such}GPUs of host {self.host} free"
                 + self._users()
+                + self._out_of_use()
             )
         chosen = sorted(idle, key=lambda b: (b.device.memory, b.device.index))[: resources.gpus]
         return Fit(tuple(_whole(b.device, resources.memory) for b in sorted(chosen, key=lambda b: b.device.index)))
@@ -323,7 +334,7 @@ class Ledger:
             memory = max((b.free_memory for b in books), default=0)
             return Busy(
                 f"{describe(resources)} asked, at most {free} TPCs and {memory / GIB:.1f} GiB of one GPU "
-                f"of host {self.host} free" + self._users()
+                f"of host {self.host} free" + self._users() + self._out_of_use()
             )
         return Fit((_share(best.device, best.choose(tpcs), share_of(best.device, resources), whole=False),))
 
@@ -337,11 +348,21 @@ class Ledger:
                 f"the cell asks for {describe(resources)}, host {self.host} has no GPU; run the cell with %%cpu, "
                 "or start the kernel on a host with GPUs"
             )
-        models = sorted({b.device.model for b in self._books.values() if b.device.healthy})
-        has = f"has {', '.join(models)}" if models else "has no healthy GPU"
-        return (
-            f"the cell asks for {describe(resources)}, host {self.host} {has}; ask for one of these, or for any model"
-        )
+        well = [b.device for b in self._books.values() if b.device.healthy or b.device.passing]
+        asked = f"the cell asks for {describe(resources)}, host {self.host}"
+        if not well:
+            return f"{asked} has no healthy GPU{self._out_of_use()}"
+        models = ", ".join(sorted({device.model for device in well}))
+        if resources.gpus > 1 and any(is_model(device.model, resources.model) for device in well):
+            return f"{asked} has {models}: instances of MIG, of which a cell can use one; ask for 1 GPU"
+        return f"{asked} has {models}; ask for one of these, or for any model{self._out_of_use()}"
+
+    def _out_of_use(self) -> str:
+        """Which devices nobody gets, and why: it may be what a cell waits for."""
+        ill = [b.device for b in self._books.values() if not b.device.healthy]
+        told = "; ".join(f"GPU {d.index} ({d.model}) is out of use: {d.reason or 'not healthy'}" for d in ill[:4])
+        more = f"; and {len(ill) - 4} more" if len(ill) > 4 else ""
+        return f"; {told}{more}" if ill else ""
 
     def _error(self, what: str) -> LedgerError:
         return LedgerError(what + "\nlatest steps:\n  " + "\n  ".join(f"{did} {it}" for did, it in self._story))
@@ -355,8 +376,9 @@ def _malformed(resources: Resources) -> str:
     return ""
 
 
-def _model_is(device: Device, wanted: str) -> bool:
-    return not wanted or wanted.lower() in device.model.lower()
+def _suits(device: Device, resources: Resources) -> bool:
+    """Of the model asked for; and a process can use one MIG instance at most."""
+    return is_model(device.model, resources.model) and not (device.parent and resources.gpus > 1)
 
 
 def share_of(device: Device, resources: Resources) -> int:

@@ -6,6 +6,7 @@ Guarantees: read at most once in FRESH seconds, whoever asks; rounded down to ST
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import psutil
 
@@ -26,3 +27,12 @@ class HostMemory:
 
 
 host = HostMemory()
+
+
+def private(pid: int) -> int:
+    """Bytes that no other process shares with it; 0 when that cannot be read."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("Private_", "Swap:")))

@@ -15,15 +15,22 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 from gpu_daemon.rundir import read_json, write_json
 from gpu_daemon.runtime import Exit, Handle, Launch, ReplicaRuntime, RuntimeFailed
 from gpu_daemon.site import log
+from gpu_daemon.warm_pool import WarmPool
+from gpu_daemon.warm_process import Spare
+from nbos_cluster.records import WarmRecord
 
 PASSED_ON = frozenset({"PATH", "HOME", "LANG", "TZ", "VIRTUAL_ENV", "LD_LIBRARY_PATH"})
 PASSED_ON_PREFIXES = ("LC_", "PYTHON")
 LOG_LIMIT = 16 * 1024 * 1024
 """Bytes: a replica's log that is longer is begun anew at the next start."""
+
+TOLD_WITHIN = 2.0
+"""Seconds in which a warm parent says how a replica ended."""
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -35,11 +42,12 @@ def clean_environment(environ: Mapping[str, str], extra: Mapping[str, str]) -> d
 
 
 class ProcessHandle(Handle):
-    """A process by pidfd; `child` when this daemon started it (only then can its exit status be read)."""
+    """A process by pidfd. child: whether this daemon started it, so that its exit status can be read; ended: gives that
+    of one which a warm parent forked (and reaps), None when that is gone as well."""
 
-    def __init__(self, pid: int, child: bool) -> None:
+    def __init__(self, pid: int, child: bool, ended: asyncio.Future[int | None] | None = None) -> None:
         self.pid = pid
-        self._child = child
+        self._child, self._ended = child, ended
         self._exit: Exit | None = None
         self._pidfd = os.pidfd_open(pid)
 
@@ -52,7 +60,7 @@ class ProcessHandle(Handle):
                 await gone
             finally:
                 loop.remove_reader(self._pidfd)
-            self._exit = self._reap()
+            self._exit = self._reap() if self._ended is None else await self._told(self._ended)
         return self._exit
 
     def kill(self) -> None:
@@ -77,6 +85,15 @@ class ProcessHandle(Handle):
         except (OSError, IndexError):
             return 0
 
+    async def _told(self, ended: asyncio.Future[int | None]) -> Exit:
+        """As the warm parent says, which reaps it, and has ended what it left running before."""
+        await asyncio.wait({ended}, timeout=TOLD_WITHIN)
+        if not ended.done() or (code := ended.result()) is None:
+            self._reap()
+            return Exit(detail="ended (how is not known: the warm parent that it was forked from is gone)")
+        os.close(self._pidfd)
+        return _exit_of(code)
+
     def _reap(self) -> Exit:
         # What the replica left running goes with it. Before waitpid: until then its pid, and so its group, is its own.
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -84,8 +101,7 @@ class ProcessHandle(Handle):
         result = Exit()
         if self._child:
             with contextlib.suppress(ChildProcessError):
-                code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-                result = Exit(code=code) if code >= 0 else Exit(signal=-code)
+                result = _exit_of(os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]))
         os.close(self._pidfd)
         return result
 
@@ -95,10 +111,35 @@ def _settle(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
+def _exit_of(code: int) -> Exit:
+    return Exit(code=code) if code >= 0 else Exit(signal=-code)
+
+
 class ProcessRuntime(ReplicaRuntime):
+    """pool: replicas that were started ahead, None to start each afresh."""
+
+    def __init__(self, pool: WarmPool | None = None) -> None:
+        self._pool = pool
+
+    async def open(self) -> None:
+        if self._pool is not None:
+            self._pool.changed = lambda: self.changed()
+            await self._pool.open()
+
+    async def close(self) -> None:
+        if self._pool is not None:
+            await self._pool.close()
+
+    def warm(self) -> tuple[WarmRecord, ...]:
+        return (self._pool.record(),) if self._pool is not None else ()
+
     async def start(self, launch: Launch) -> ProcessHandle:
+        env = clean_environment(os.environ, launch.env)
+        spare = await self._pool.take(env) if self._pool is not None else None
         try:
-            return await asyncio.to_thread(_spawn, launch)
+            if spare is not None and (handle := await _use(launch, env, spare)):
+                return handle
+            return await asyncio.to_thread(_spawn, launch, env)
         except OSError as err:
             raise RuntimeFailed(f"its process could not be started in {launch.cwd or launch.folder}: {err}") from err
 
@@ -118,31 +159,84 @@ class ProcessRuntime(ReplicaRuntime):
         return handle
 
 
-def _spawn(launch: Launch) -> ProcessHandle:
+def _folder(launch: Launch) -> str:
+    """Where it starts."""
     cwd = launch.cwd or str(launch.folder)
-    if not Path(cwd).is_dir():
-        # A folder that was deleted must not make the kernel unusable.
-        log.warning("kernel %s: its folder %s is not there, it starts in the home folder", launch.kernel, cwd)
-        cwd = str(Path.home())
-    output_file = launch.folder / "log"
-    with contextlib.suppress(FileNotFoundError):
-        if output_file.stat().st_size > LOG_LIMIT:
-            output_file.unlink()
+    if Path(cwd).is_dir():
+        return cwd
+    # A folder that was deleted must not make the kernel unusable.
+    log.warning("kernel %s: its folder %s is not there, it starts in the home folder", launch.kernel, cwd)
+    return str(Path.home())
+
+
+def _argv(launch: Launch) -> tuple[str, ...]:
+    """Its command line; the connection file is written."""
     connection = launch.folder / "connection.json"
     write_json(connection, launch.connection_file(launch.ip))
-    argv = launch.argv(sys.executable, str(launch.folder / "s"), str(connection))
-    with open(output_file, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as output:
+    return launch.argv(sys.executable, str(launch.folder / "s"), str(connection))
+
+
+def _output(launch: Launch) -> IO[bytes]:
+    path = launch.folder / "log"
+    with contextlib.suppress(FileNotFoundError):
+        if path.stat().st_size > LOG_LIMIT:
+            path.unlink()
+    return open(path, "ab", opener=lambda path, flags: os.open(path, flags, 0o600))
+
+
+def _note(launch: Launch, pid: int) -> None:
+    """So that a restarted daemon finds it again."""
+    write_json(launch.folder / "process.json", {"pid": pid, "start": _start_time(pid)})
+
+
+async def _use(launch: Launch, env: Mapping[str, str], spare: Spare) -> ProcessHandle | None:
+    """The replica that `spare` has become; None when it ended before."""
+    try:
+        return await asyncio.to_thread(_assign, launch, env, spare)
+    except ConnectionError:
+        log.warning("kernel %s: spare %d ended just now; its replica starts afresh", launch.kernel, spare.pid)
+        await spare.discard()
+        return None
+    except OSError:
+        await spare.discard()
+        raise
+
+
+def _assign(launch: Launch, env: Mapping[str, str], spare: Spare) -> ProcessHandle:
+    """Raises ConnectionError when the spare is gone."""
+    argv, cwd = _argv(launch), _folder(launch)
+    try:
+        handle = ProcessHandle(spare.pid, child=spare.ended is None, ended=spare.ended)
+    except ProcessLookupError as err:
+        raise ConnectionResetError("it was reaped") from err
+    try:
+        # After the pidfd is open: while the spare's socket is, the pid is the spare's.
+        if not spare.alive():
+            raise ConnectionResetError("it ended")
+        # Before it is told: a daemon that dies in between leaves a spare without a daemon, which ends.
+        _note(launch, spare.pid)
+        with _output(launch) as output:
+            spare.assign(argv, env, cwd, output.fileno())
+    except BaseException:
+        handle.forget()
+        raise
+    return handle
+
+
+def _spawn(launch: Launch, env: Mapping[str, str]) -> ProcessHandle:
+    argv, cwd = _argv(launch), _folder(launch)
+    with _output(launch) as output:
         process = subprocess.Popen(
             list(argv),
             cwd=cwd,
-            env=clean_environment(os.environ, launch.env),
+            env=dict(env),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             start_new_session=True,
         )
     # At once: a daemon that dies here must find it again.
-    write_json(launch.folder / "process.json", {"pid": process.pid, "start": _start_time(process.pid)})
+    _note(launch, process.pid)
     # We wait through the pidfd; Popen must neither wait nor warn.
     process.returncode = 0
     # When memory runs out, the replica goes before the daemon that would start it again.

@@ -34,6 +34,8 @@ class Held:
     claim: ClaimRecord
     grant: GrantRecord | None = None
     old_tokens: set[int] = field(default_factory=set)
+    waited: float = 0.0
+    """Seconds that it waited in this host's queue for its grant."""
 
     def knows(self, token: object) -> bool:
         return token == self.token or token in self.old_tokens
@@ -61,6 +63,8 @@ class LocalReplica:
     python: str = ""
     lost: dict[str, str] = field(default_factory=dict)
     lacks: tuple[str, ...] = ()
+    starts: int = 0
+    """Processes that this daemon has started, or found, for it."""
     death_reason: str = ""
     """Why the daemon itself ended it (memory limit, …): told instead of the signal."""
 

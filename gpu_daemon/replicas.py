@@ -46,17 +46,29 @@ class Replicas:
     def kernel_changed(self, kernel: str, view: KernelView | None) -> None:
         """The records of a kernel are as in `view`; None: it is gone."""
         spec = view.spec if view is not None else None
-        indexes: set[int] = set()
+        indexes = self._placed(spec)
         if spec is not None:
-            indexes = {int(i) for i, host in spec.placement.items() if host == self._site.host}
             indexes -= self._no_room(spec, indexes)
         self._forget_refused(kernel, spec)
         usable = view is not None and any(r.state == "ready" for r in view.replicas.values())
         incarnation = spec.incarnation if spec is not None else 0
-        wanted = fleet.Wanted(kernel, frozenset(indexes), incarnation, usable, self._site.now())
+        first = min(map(int, spec.placement), default=0) if spec is not None else 0
+        wanted = fleet.Wanted(kernel, frozenset(indexes), incarnation, usable, self._site.now(), first)
         if indexes or any(id.kernel == kernel for id in self._site.replicas):
             self._handle(wanted)
         self.log_changed(kernel, members=True)
+
+    def _placed(self, spec: KernelSpec | None) -> set[int]:
+        placement = spec.placement if spec is not None else {}
+        return {int(i) for i, host in placement.items() if host == self._site.host}
+
+    def remove_unwanted(self) -> None:
+        """Once, when the records have been read for the first time: replicas of before that are placed elsewhere now,
+        or whose kernel is gone, are ended before any new one is started."""
+        for id in list(self._site.replicas):
+            view = self._site.view(id.kernel)
+            if id.index not in self._placed(view.spec if view is not None else None):
+                self._handle(fleet.Unwanted(id))
 
     def log_changed(self, kernel: str, members: bool = False) -> None:
         """There are entries (or members) to push."""
@@ -164,12 +176,14 @@ class Replicas:
             id, incarnation=incarnation, ports=_ports(replica.ports), memory_limit=spec.memory_limit
         )
         log.info("%s started as process %d", replica.name, handle.pid)
+        self._site.meters.started(again=replica.starts > 0)
         replica.reason = ""
         self._run(replica, handle)
         self._write_record(replica)
 
     def _run(self, replica: LocalReplica, handle: Handle) -> None:
         replica.handle = handle
+        replica.starts += 1
         self._site.spawn(self._watch(replica, handle), f"watching {replica.name}")
         if self._memory_watch is None or self._memory_watch.done():
             self._memory_watch = self._site.spawn(self._watch_memory(), "watching memory")
@@ -180,6 +194,7 @@ class Replicas:
         ended = await handle.wait()
         reason = replica.death_reason or str(ended)
         log.info("%s, process %d: %s", replica.name, handle.pid, reason)
+        self._site.meters.ended("daemon" if replica.death_reason else "itself")
         replica.handle = None
         if replica.session is not None:
             replica.session.close()

@@ -13,6 +13,8 @@ MAX_TEXT = 4096
 MAX_LOST = 10_000
 MAX_LACKS = 200
 MAX_LACKS_TEXT = 300
+MAX_CODE = 64
+MAX_SECONDS = 1e8
 
 
 class RequestError(ValueError):
@@ -25,6 +27,8 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True)
 class HelloRequest:
+    format: int
+    nbos: str
     pid: int
     python: str
     ip: str
@@ -42,6 +46,17 @@ class BidRequest:
     resources: Resources
     wait: bool
     applied: int
+    code: str = ""
+    """Fingerprint of what the cell does; '' where it must get exactly what it asks for."""
+
+
+@dataclass(frozen=True)
+class Took:
+    """How long an execution took: seconds of a step or of the cell, as `unit` says; whole: of the cell."""
+
+    seconds: float
+    unit: Literal["cell", "step"]
+    whole: float
 
 
 def hello(message: Message) -> HelloRequest:
@@ -55,6 +70,8 @@ def hello(message: Message) -> HelloRequest:
             raise RequestError("ports must be an object")
         ports = Ports(**{name: number(raw, name, most=65535) for name in Ports.__struct_fields__})
     return HelloRequest(
+        format=number(message, "format") if message.get("format") is not None else 1,
+        nbos=text(message, "nbos", ""),
         pid=number(message, "pid"),
         python=text(message, "python", ""),
         ip=text(message, "ip", ""),
@@ -75,7 +92,19 @@ def bid(message: Message) -> BidRequest:
         resources=resources(message.get("resources")),
         wait=flag(message, "wait"),
         applied=number(message, "applied", least=-1),
+        code=text(message, "code", "")[:MAX_CODE],
     )
+
+
+def took(message: Message) -> Took | None:
+    """Of `release`; None where the replica measured nothing, or says what cannot be."""
+    raw = message.get("took")
+    if not isinstance(raw, dict):
+        return None
+    seconds, whole, unit = raw.get("seconds"), raw.get("whole"), raw.get("unit")
+    if not (isinstance(seconds, float) and isinstance(whole, float) and 0 < seconds <= whole < MAX_SECONDS):
+        return None
+    return Took(seconds, cast(Literal["cell", "step"], unit), whole) if unit in ("cell", "step") else None
 
 
 def resources(raw: object) -> Resources:

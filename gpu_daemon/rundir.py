@@ -106,6 +106,13 @@ class RunDir:
         lease = (read_json(self.path / "lease.json") or {}).get("lease", 0)
         return lease if isinstance(lease, int) else 0
 
+    def save_health(self, **fields: object) -> None:
+        """What is known of the GPUs' health and cannot be measured again."""
+        write_json(self.path / "health.json", fields)
+
+    def load_health(self) -> dict[str, Any]:
+        return read_json(self.path / "health.json") or {}
+
 
 def write(path: Path, data: bytes) -> None:
     """Whole or not at all, readable for this user only. Not synced: after a power cut no replica is left to find."""

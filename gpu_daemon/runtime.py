@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nbos_cluster.records import Ports
+from gpu_daemon.lineage import lineage
+from nbos_cluster.records import Ports, WarmRecord
 
 
 def _nobody(text: str) -> None:
@@ -115,6 +116,11 @@ class Handle(ABC):
     def owns(self, pid: int) -> bool:
         """Whether the process `pid` (as this host counts) may use this replica's socket. Asked at `hello`."""
 
+    def holds(self, pid: int) -> bool:
+        """Whether the process `pid` is this replica's: itself, or what it started. For who looks at the host's
+        processes."""
+        return self.pid > 0 and self.pid in lineage(pid)
+
     @abstractmethod
     def memory(self) -> int:
         """Bytes of resident memory, 0 when it is gone or something else keeps its limit. Called about twice a second
@@ -126,6 +132,12 @@ class ReplicaRuntime(ABC):
 
     socket_mode = 0o600
     """Of a replica's socket: whoever may reach its path may connect."""
+    changed: Callable[[], None] = staticmethod(lambda: None)
+    """Called when `warm` may answer differently. Set by the daemon."""
+
+    def warm(self) -> tuple[WarmRecord, ...]:
+        """Replicas that were started ahead and wait, for the host's record."""
+        return ()
 
     async def open(self) -> None:  # noqa: B027  doing nothing is fine
         """Called once, before anything else. Raises RuntimeFailed when no replica can be run here."""

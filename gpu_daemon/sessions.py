@@ -233,12 +233,15 @@ class Session:
         try:
             reply, data = await self._answer(self, message, payload)
         except RequestError as err:
+            self._site.meters.refused(err.code)
             return refusal(err.code, str(err))
         except Refused as err:
+            self._site.meters.refused(err.code)
             reply, data = refusal(err.code, str(err))
             return {**err.fields, **reply}, data
         except Exception as err:  # noqa: BLE001
             # A mistake of ours: told and logged, so that the replica does not wait for ever.
+            self._site.meters.refused("failed")
             log.exception("a request %r of %s failed", message.get("type"), self.replica.name)
             return refusal("failed", f"the daemon could not carry out {message.get('type')!r}: {err}")
         return {"ok": True, **reply}, data

@@ -18,8 +18,11 @@ import msgspec
 
 from gpu_daemon.fleet import ReplicaId
 from gpu_daemon.ledger import Ledger
+from gpu_daemon.metrics.meters import Meters
 from gpu_daemon.queue import FairQueue
 from gpu_daemon.rundir import RunDir
+from gpu_daemon.sizing import Sizing
+from gpu_daemon.slicing.offers import Offers
 from nbos_cluster.etcd import Etcd, EtcdError, EtcdUnavailable, Lease, LeaseGone
 from nbos_cluster.kernelview import KernelView, KernelViews
 from nbos_cluster.kv import Txn, TxnResult
@@ -66,6 +69,8 @@ class Settings:
     blob_patience: float = 45.0
     collect_every: float = 600.0
     accounts_days: int = 100
+    allowed_slowdown: float = 0.0
+    metrics_owners: bool = False
 
 
 @dataclass
@@ -76,6 +81,9 @@ class Site:
     queue: FairQueue
     blobs: BlobDesk
     rundir: RunDir
+    offers: Offers = field(default_factory=Offers)
+    sizing: Sizing = field(default_factory=Sizing)
+    meters: Meters = field(default_factory=Meters)
     views: KernelViews = field(default_factory=KernelViews)
     replicas: dict[ReplicaId, LocalReplica] = field(default_factory=dict)
     draining: bool = False
@@ -133,12 +141,14 @@ class Site:
 
     async def commit(self, txn: Txn) -> TxnResult:
         """Carry out one transaction. Raises EtcdUnavailable."""
-        asked = time.time()
+        asked, began = time.time(), time.perf_counter()
         try:
             result = await self.etcd.txn(txn.compare, txn.success, txn.failure)
         except EtcdUnavailable:
+            self.meters.etcd_failed()
             self.note_away(asked)
             raise
+        self.meters.etcd_answered(time.perf_counter() - began)
         self.note_back()
         return result
 
@@ -185,6 +195,7 @@ class Site:
     def note_back(self) -> None:
         if self.away_since is not None:
             log.warning("etcd answers again after %.1f s", time.time() - self.away_since)
+            self.meters.etcd_was_away(time.time() - self.away_since)
             self.away_since = None
             self.back_at = self.now()
 

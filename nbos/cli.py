@@ -13,22 +13,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, accountscommand
-from .trustarguments import certs_arguments, drain_arguments, etcd_arguments
+from .trustarguments import certs_arguments, drain_arguments, etcd_arguments, move_arguments
 
 if TYPE_CHECKING:
     from .layout import UpOptions
+    from .status import Cluster
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status."""
-    options = parser().parse_args(argv)
+    top = parser()
+    options = top.parse_args(argv)
+    if options.command in ("status", "gpus") and options.url and not options.token_file:
+        top.error("--url needs --token-file, a file with a JupyterHub token")
     commands = {
         "up": _up,
         "status": _status,
+        "gpus": _gpus,
         "doctor": _doctor,
         "certs": _certs,
         "etcd-setup": _etcd_setup,
         "drain": _drain,
+        "move": _move,
         "accounts": _accounts,
     }
     return commands[options.command](options)
@@ -43,17 +49,27 @@ def parser() -> argparse.ArgumentParser:
     _up_arguments(commands.add_parser("up", help="start everything on this machine; Ctrl-C ends it"))
     status = commands.add_parser("status", help="show hosts, GPUs and kernels of a running `nbos up`")
     status.add_argument("--json", action="store_true", help="for programs")
+    gpus = commands.add_parser("gpus", help="show the GPUs of a running `nbos up`, who holds what of them, who waits")
+    gpus.add_argument("--json", action="store_true", help="for programs")
     doctor = commands.add_parser("doctor", help="check what this machine has and lacks")
     doctor.add_argument("--port", type=_port, default=8000, help="the port to check (8000)")
     doctor.add_argument(
         "--clean", action="store_true", help="remove replicas' containers and networks whose daemon does not run"
     )
-    for command in (status, doctor, accountscommand.arguments(commands)):
+    for command in (status, gpus, doctor, accountscommand.arguments(commands)):
         _state_argument(command)
+    for command in (status, gpus):
+        command.add_argument(
+            "--url", default="", help="the hub of a cluster, http://HOST:PORT/ (this machine's nbos up)"
+        )
+        command.add_argument(
+            "--token-file", default="", metavar="FILE", help="with --url: a JupyterHub token; an admin's sees all"
+        )
     doctor.add_argument("--certs", metavar="DIR", help="look at a cluster's certificates in DIR instead")
     certs_arguments(commands)
     etcd_arguments(commands)
-    drain_arguments(commands)
+    _state_argument(drain_arguments(commands))
+    _state_argument(move_arguments(commands))
     return top
 
 
@@ -73,7 +89,7 @@ def _up_arguments(up: argparse.ArgumentParser) -> None:
     up.add_argument("--gpus", type=_between(0, 64), default=2, help="simulated GPUs per host (2)")
     up.add_argument("--tpcs", type=_between(1, 1024), default=66, help="TPCs of a simulated GPU (66)")
     up.add_argument("--gpu-memory", type=_size, default=80 << 30, metavar="SIZE", help="its memory (80G)")
-    up.add_argument("--gpu-model", default="Simulated H100", help="its name")
+    up.add_argument("--gpu-model", default="Simulated H100", help="its name; several with commas: in turn")
     up.add_argument("--simulate", action="store_true", help="simulate GPUs even where there are real ones")
     up.add_argument(
         "--limits",
@@ -101,6 +117,34 @@ def _up_arguments(up: argparse.ArgumentParser) -> None:
         help="how replicas run: as processes (default), or each in a container of this machine's Docker Engine",
     )
     up.add_argument("--image", default="nbos/kernel", help="their image with --runtime docker (nbos/kernel)")
+    up.add_argument(
+        "--warm",
+        type=_between(0, 64),
+        default=1,
+        metavar="N",
+        help="how many replicas each host has started before they are asked for, at least (1); 0: none, ever",
+    )
+    up.add_argument(
+        "--preload",
+        type=_modules,
+        default=(),
+        metavar="MODULES",
+        help="what they have imported besides ipykernel, for example numpy,torch; shared by all of a host's replicas",
+    )
+    up.add_argument(
+        "--host-grace",
+        type=_between(0, 3600),
+        default=10,
+        metavar="SECONDS",
+        help="how long a host may be away before its replicas are placed elsewhere (10)",
+    )
+    up.add_argument(
+        "--at-a-time",
+        type=_between(1, 1000),
+        default=4,
+        metavar="N",
+        help="replicas that draining hosts move, and that are made anew for lost ones, at the same time (4)",
+    )
     up.add_argument("--admin", type=_name, default="admin", help="name of the administrator (admin)")
 
 
@@ -126,6 +170,14 @@ def _size(text: str) -> int:
         return parse_size(text)
     except ValueError as err:
         raise argparse.ArgumentTypeError(str(err)) from err
+
+
+def _modules(text: str) -> tuple[str, ...]:
+    names = tuple(filter(None, text.split(",")))
+    for name in names:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise argparse.ArgumentTypeError(f"must be modules with commas between them, not {text!r}")
+    return names
 
 
 def _limits(path: str) -> dict[str, Any]:
@@ -189,7 +241,23 @@ def _status(options: argparse.Namespace) -> int:
     from .state import StateDir
     from .status import status
 
-    return status(StateDir.at(options.state_dir), as_json=options.json)
+    return status(StateDir.at(options.state_dir), as_json=options.json, cluster=_cluster(options))
+
+
+def _gpus(options: argparse.Namespace) -> int:
+    from .gpus import gpus
+    from .state import StateDir
+
+    return gpus(StateDir.at(options.state_dir), as_json=options.json, cluster=_cluster(options))
+
+
+def _cluster(options: argparse.Namespace) -> Cluster | None:
+    """The cluster that `--url` names; None: the `nbos up` of this machine."""
+    if not options.url:
+        return None
+    from .status import Cluster
+
+    return Cluster(options.url, Path(options.token_file))
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -211,6 +279,12 @@ def _certs(options: argparse.Namespace) -> int:
 
 def _drain(options: argparse.Namespace) -> int:
     from .draincommand import run
+
+    return run(options)
+
+
+def _move(options: argparse.Namespace) -> int:
+    from .movecommand import run
 
     return run(options)
 

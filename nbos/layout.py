@@ -38,10 +38,18 @@ class UpOptions:
     runtime: str = "process"
     image: str = "nbos/kernel"
     """Of kernels whose users chose none; runtime docker only."""
+    warm: int = 1
+    """Replicas that each host has started ahead, at least; 0: none. Runtime process only, as what follows."""
+    preload: tuple[str, ...] = ()
+    """Modules that they have imported."""
     limits: dict[str, Any] = field(default_factory=dict)
     """What users may ask for: the table of configs/jupyterhub_config.py; empty: as it stands there."""
     sharing: dict[str, Any] = field(default_factory=dict)
     """Who is owed what: options of every daemon (docs/sharing.md)."""
+    host_grace: int = 10
+    """Seconds a host may be away before its replicas are placed elsewhere."""
+    at_a_time: int = 4
+    """Replicas that draining hosts move, and that are made anew for lost ones, at the same time."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,13 @@ class Layout:
                 "simulated_memory": str(options.gpu_memory),
                 "simulated_model": options.gpu_model,
             }
-        return {"GPUDaemon": app, **self.docker_config(app)}
+        return {"GPUDaemon": app, "Warm": self.warm_config(), **self.docker_config(app)}
+
+    def warm_config(self) -> dict[str, Any]:
+        count = self.options.warm
+        if not count:
+            return {"policy": "off"}
+        return {"keep": count, "most": max(4, 2 * count), "modules": list(self.options.preload)}
 
     def docker_config(self, app: dict[str, Any]) -> dict[str, Any]:
         """With replicas in Docker, what stands besides; `app` is told as well. The notebooks' folders are mounted
@@ -217,6 +231,8 @@ class Layout:
         limits = {"NBOS_LIMITS": json.dumps(self.options.limits)} if self.options.limits else {}
         return {
             **limits,
+            "NBOS_HOST_GRACE": str(self.options.host_grace),
+            "NBOS_AT_A_TIME": str(self.options.at_a_time),
             "NBOS_GATEWAY": f"http://127.0.0.1:{self.ports['gateway']}",
             "NBOS_ETCD_ENDPOINTS": ",".join(self.endpoints),
             "NBOS_ETCD_CA": str(tls.ca),

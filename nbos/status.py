@@ -7,11 +7,14 @@ import json
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nbos_spawner.sizes import show_size
 
+from .columns import columns
 from .state import StateDir
 
 
@@ -19,10 +22,18 @@ class NotRunning(RuntimeError):
     """Nothing answers; says what was asked and the way out."""
 
 
-def status(state: StateDir, *, as_json: bool) -> int:
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster on other machines: its hub's address, and a file with a JupyterHub token."""
+
+    url: str
+    token_file: Path
+
+
+def status(state: StateDir, *, as_json: bool, cluster: Cluster | None = None) -> int:
     """Print it; the exit status: 0, or 1 when nothing answers."""
     try:
-        report = collect(state)
+        report = collect(state, cluster)
     except NotRunning as err:
         if as_json:
             print(json.dumps({"running": False, "state_dir": str(state.path), "error": str(err)}, indent=2))
@@ -32,16 +43,18 @@ def status(state: StateDir, *, as_json: bool) -> int:
     return 0
 
 
-def collect(state: StateDir) -> dict[str, Any]:
-    """The gateway's status with the place it came from. Raises NotRunning."""
+def collect(state: StateDir, cluster: Cluster | None = None) -> dict[str, Any]:
+    """The gateway's status with the place it came from: of `cluster`, else of the `nbos up` in `state`. Raises
+    NotRunning."""
+    if cluster is not None:
+        hub, token = cluster.url.rstrip("/") + "/", _token(cluster.token_file)
+        api = f"{hub}services/nbos/api"
+        found = _get(f"{api}/status", token, running=True)
+        return {"running": True, "hub_url": hub, "api_url": api, "token_file": str(cluster.token_file), **found}
     info = state.info()
     if not info:
         raise NotRunning(f"there is no NBOS in {state.path}; start one with `nbos up`, or name it with --state-dir")
-    try:
-        token = state.token_file.read_text().strip()
-    except OSError as err:
-        raise NotRunning(f"the token file {state.token_file} cannot be read: {err.strerror}") from err
-    found = _get(f"{info['api_url']}/status", token, running=state.in_use())
+    found = _get(f"{info['api_url']}/status", _token(state.token_file), running=state.in_use())
     return {
         "running": True,
         "hub_url": info["hub_url"],
@@ -52,6 +65,13 @@ def collect(state: StateDir) -> dict[str, Any]:
         "pid": info["pid"],
         **found,
     }
+
+
+def _token(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except OSError as err:
+        raise NotRunning(f"the token file {file} cannot be read: {err.strerror}") from err
 
 
 def _get(url: str, token: str, *, running: bool) -> dict[str, Any]:
@@ -71,6 +91,7 @@ def _get(url: str, token: str, *, running: bool) -> dict[str, Any]:
 
 
 def message_of(err: urllib.error.HTTPError) -> str:
+    """What the gateway says about a refusal."""
     try:
         return str(json.load(err)["message"])
     except (ValueError, KeyError, TypeError):
@@ -80,8 +101,9 @@ def message_of(err: urllib.error.HTTPError) -> str:
 def table(report: dict[str, Any]) -> list[str]:
     """The lines for people."""
     lines = [f"JupyterHub  {report['hub_url']}    dashboard  {report['hub_url']}services/nbos/", ""]
-    lines += _columns(["HOST", "REPLICAS", "GPU", "TPCS", "MEMORY", "STATE"], _host_rows(report["hosts"]))
+    lines += columns(["HOST", "REPLICAS", "GPU", "TPCS", "MEMORY", "STATE"], _host_rows(report["hosts"]))
     lines += [f"host {name} is away; its replicas are being placed elsewhere" for name in report["away"]]
+    lines += [_warm(host["name"], warm) for host in report["hosts"] for warm in host["warm"]]
     grants = [_grant(grant) for host in report["hosts"] for grant in host["grants"]]
     lines += ["", *grants] if grants else ["", "no GPU is granted"]
     lines += [_ticket(ticket) for ticket in report["queues"]]
@@ -112,6 +134,12 @@ def _device(device: dict[str, Any]) -> list[str]:
     ]
 
 
+def _warm(host: str, warm: dict[str, Any]) -> str:
+    note = f": {warm['note']}" if warm["note"] else ""
+    image = f" of {warm['image']}" if warm["image"] else ""
+    return f"kept warm on {host}: {warm['ready']} of {warm['wanted']} replicas{image}{note}"
+
+
 def _grant(grant: dict[str, Any]) -> str:
     shares = ", ".join(
         f"GPU {s['index']} ({'whole' if s['whole'] else str(len(s['tpcs'])) + ' TPCs'}, {show_size(s['memory'])})"
@@ -128,8 +156,9 @@ def _ticket(ticket: dict[str, Any]) -> str:
 
 
 def _kernel(kernel: dict[str, Any]) -> list[str]:
+    notebook = f"notebook {kernel['owner']}/{kernel['notebook'].lstrip('/')}  " if kernel["notebook"] else ""
     head = (
-        f"kernel {kernel['kernel_id']}  owner {kernel['owner']}  epoch {kernel['epoch']}  "
+        f"kernel {kernel['kernel_id']}  owner {kernel['owner']}  {notebook}epoch {kernel['epoch']}  "
         f"last committed {kernel['last']}"
     )
     rows = [
@@ -137,7 +166,10 @@ def _kernel(kernel: dict[str, Any]) -> list[str]:
         for m in kernel["members"]
     ]
     lost = [f"  not replicated: {name}: {reason}" for name, reason in sorted(kernel["lost"].items())]
-    return [head, *_columns(["  REPLICA", "HOST", "PID", "STATE", "ROLE", "APPLIED", ""], _indent(rows)), *lost]
+    move = kernel["move"]
+    moves = [f"  moving {move['source']} to {move['to_host']}: {move['progress']}"] if move else []
+    table = columns(["  REPLICA", "HOST", "PID", "STATE", "ROLE", "APPLIED", ""], _indent(rows))
+    return [head, *table, *moves, *lost]
 
 
 def _applied(member: dict[str, Any], kernel: dict[str, Any]) -> str:
@@ -152,10 +184,3 @@ def _applied(member: dict[str, Any], kernel: dict[str, Any]) -> str:
 
 def _indent(rows: list[list[str]]) -> list[list[str]]:
     return [[f"  {row[0]}", *row[1:]] for row in rows]
-
-
-def _columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
-    ]

@@ -1,4 +1,4 @@
-"""The arguments of `nbos certs`, `etcd-setup` and `drain`, apart from what they do: it is quick to import."""
+"""The arguments of `nbos certs`, `etcd-setup`, `drain` and `move`, apart from what they do: it is quick to import."""
 
 from __future__ import annotations
 
@@ -49,15 +49,40 @@ def etcd_arguments(commands: Commands) -> None:
     setup.add_argument("--disable", action="store_true", help="turn access control off: every certificate may do all")
 
 
-def drain_arguments(commands: Commands) -> None:
+def drain_arguments(commands: Commands) -> argparse.ArgumentParser:
     drain = commands.add_parser("drain", help="have a host take nothing new and move its replicas away")
     drain.add_argument("hosts", nargs="+", metavar="HOST")
     drain.add_argument("--undo", action="store_true", help="let it take cells and replicas again")
     drain.add_argument("--wait", type=float, metavar="SECONDS", help="until no replica is left there, so long at most")
-    drain.add_argument("--endpoints", required=True, metavar="HOST:PORT,...", help="etcd's members")
+    drain.add_argument(
+        "--gpu",
+        action="append",
+        default=[],
+        metavar="GPU",
+        help="only this GPU of the host (number or UUID; may be repeated); with --undo it may be used again",
+    )
+    drain.add_argument(
+        "--reason", default="an admin has taken it out of use", metavar="TEXT", help="told to those who wait for it"
+    )
+    drain.add_argument(
+        "--endpoints", default="", metavar="HOST:PORT,...", help="etcd's members (those of this machine's nbos up)"
+    )
     drain.add_argument(
         "--dir", type=Path, default=Path(DEFAULT_DIR), help=f"with the admin's certificate ({DEFAULT_DIR})"
     )
+    return drain
+
+
+def move_arguments(commands: Commands) -> argparse.ArgumentParser:
+    move = commands.add_parser("move", help="move one replica of a kernel to another host while cells run")
+    move.add_argument("kernel", metavar="KERNEL", help="its id, or USER/NOTEBOOK, as nbos status shows them")
+    move.add_argument("--from", dest="source", default="", metavar="HOST", help="the replica there (most loaded host)")
+    move.add_argument("--to", default="", metavar="HOST", help="where it goes (least loaded host without one)")
+    move.add_argument("--back", action="store_true", help="have a replica that is on its way stay where it was")
+    move.add_argument("--no-wait", action="store_true", help="do not wait until it has moved")
+    move.add_argument("--url", default="", help="the hub of a cluster, http://HOST:PORT/ (this machine's nbos up)")
+    move.add_argument("--token-file", default="", metavar="FILE", help="with an administrator's JupyterHub token")
+    return move
 
 
 def _days(text: str) -> int:

@@ -63,10 +63,17 @@ def classify_create(spec: KernelSpec, result: TxnResult) -> Created | Exists:
 
 def replan(view: KernelView, placement: dict[str, str]) -> Txn:
     """Give the kernel's replicas other hosts; the epoch rises. Fails when anybody changed spec or epoch since
-    `view`."""
-    spec, epoch = _known(view)
-    new = replace(spec, placement=placement, replicas=len(placement))
-    return _change(view, new, Epoch(epoch=epoch.epoch + 1, incarnation=epoch.incarnation))
+    `view`. While a replica moves, `placement` holds both its old and its new place."""
+    spec, _ = _known(view)
+    extra = 1 if spec.move is not None else 0
+    return change(view, replace(spec, placement=placement, replicas=len(placement) - extra))
+
+
+def change(view: KernelView, spec: KernelSpec) -> Txn:
+    """Replace the spec, and raise the epoch: no claim made on the old membership succeeds. Fails when anybody changed
+    spec or epoch since `view`."""
+    _, epoch = _known(view)
+    return _change(view, spec, Epoch(epoch=epoch.epoch + 1, incarnation=epoch.incarnation))
 
 
 def respec(view: KernelView, spec: KernelSpec) -> Txn:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from .gpumodel import is_model
 from .records import HostRecord, KernelSpec, Resources
 
 
@@ -62,10 +63,12 @@ def unfit(host: HostRecord, needs: Resources) -> str:
     """Why `host` could never run an execution that asks for `needs`; empty when it could."""
     if not needs.wants_gpu:
         return ""
-    right = [d for d in host.devices if d.healthy and needs.model in ("", d.model)]
+    well = [d for d in host.devices if (d.healthy or d.passing) and not (d.parent and needs.gpus > 1)]
+    right = [d for d in well if is_model(d.model, needs.model)]
     model = f" {needs.model}" if needs.model else ""
     if len(right) < max(1, needs.gpus):
-        return f"host {host.name} has {len(right)} healthy{model} GPUs of the {max(1, needs.gpus)} asked for"
+        has = f" (it has {', '.join(sorted({d.model for d in well}))})" if model and well else ""
+        return f"host {host.name} has {len(right)} healthy{model} GPUs of the {max(1, needs.gpus)} asked for{has}"
     if sum(d.tpcs >= needs.tpcs for d in right) < max(1, needs.gpus):
         most = max(d.tpcs for d in right)
         return f"host {host.name}'s largest{model} GPU has {most} TPCs, {needs.tpcs} are asked for"
@@ -76,46 +79,60 @@ def unfit(host: HostRecord, needs: Resources) -> str:
 
 
 def place(spec: KernelSpec, hosts: Mapping[str, HostLoad], existing: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Host name by replica index ("0" … "replicas-1"), as `KernelSpec.placement` holds it.
+    """Host name by replica index, as `KernelSpec.placement` holds it; new ones get the lowest that are free.
 
-    existing: replicas that stand already; those on hosts that still live stay where they are. Raises NoRoom.
-    `hosts` is not changed.
+    existing: replicas that stand already; those on hosts that still live stay where they are. While a replica moves
+    there is one more than `spec.replicas`. Raises NoRoom. `hosts` is not changed.
     """
-    plan = {i: host for i, host in (existing or {}).items() if host in hosts and int(i) < spec.replicas}
+    plan = {i: host for i, host in (existing or {}).items() if host in hosts}
+    wanted = spec.replicas + (spec.move is not None)
     state = {name: _copy(load, spec.kernel) for name, load in hosts.items()}
     for host in plan.values():
         _subscribe(state[host], spec.kernel, spec.resources)
-    for index in (str(i) for i in range(spec.replicas)):
-        if index not in plan:
+    for index in (str(i) for i in range(wanted + len(plan))):
+        if len(plan) < wanted and index not in plan:
             chosen = _choose(spec, state, list(plan.values()))
             plan[index] = chosen.name
             _subscribe(chosen, spec.kernel, spec.resources)
     return dict(sorted(plan.items(), key=lambda item: int(item[0])))
 
 
-def replace_lost(
-    spec: KernelSpec, hosts: Mapping[str, HostLoad], running: Container[str] = ()
-) -> dict[str, str] | None:
-    """A new placement when replicas stand on hosts that are not in `hosts` (lost) or drain; None when all is
+def replace_lost(spec: KernelSpec, hosts: Mapping[str, HostLoad]) -> dict[str, str] | None:
+    """A new placement when replicas stand on hosts that are not in `hosts` (lost), or are missing; None when all is
     well.
 
-    A replica on a draining host moves only when another host has room, and when its cell has ended (running: those
-    that execute one); on a lost host NoRoom is raised as in `place`. `hosts` counts this kernel's replicas, as `loads`
-    gives it.
+    A replica that moves is left to its move (`moving.decide`). Raises NoRoom as `place` does. `hosts` counts this
+    kernel's replicas, as `loads` gives it.
     """
+    moves = {str(spec.move.source), str(spec.move.target)} if spec.move is not None else set()
     lost = {i for i, host in spec.placement.items() if host not in hosts}
-    draining = {i for i, host in spec.placement.items() if host in hosts and hosts[host].record.draining}
-    leaving = {i for i in draining if i not in running}
-    missing = {str(i) for i in range(spec.replicas)} - set(spec.placement)
-    if not lost and not leaving and not missing:
+    if lost & moves or (not lost and len(spec.placement) >= spec.replicas + (spec.move is not None)):
         return None
-    others = _without(hosts, spec)
-    try:
-        return place(spec, others, {i: h for i, h in spec.placement.items() if i not in lost | leaving})
-    except NoRoom:
-        if not lost and not missing:
-            return None
-        return place(spec, others, {i: h for i, h in spec.placement.items() if i not in lost})
+    return place(spec, _without(hosts, spec), {i: h for i, h in spec.placement.items() if i not in lost})
+
+
+def choose_target(spec: KernelSpec, hosts: Mapping[str, HostLoad], source: str, avoid: Container[str] = ()) -> str:
+    """The host to which the replica with index `source` should move: none of the kernel's own hosts while there are
+    others.
+
+    avoid: hosts where it failed lately. Raises NoRoom.
+    """
+    left = spec.placement[source]
+    state = {name: load for name, load in hosts.items() if name != left and name not in avoid}
+    taken = [host for i, host in spec.placement.items() if i != source]
+    return _choose(spec, state, taken).name
+
+
+def busiest(spec: KernelSpec, hosts: Mapping[str, HostLoad]) -> str:
+    """Index of the replica whose host is the most loaded: the one to move when nobody says which."""
+
+    def load(index: str) -> tuple[int, float, float, int]:
+        there = hosts.get(spec.placement[index])
+        crowded = list(spec.placement.values()).count(spec.placement[index])
+        return (crowded, there.ratio(), there.replicas / max(1, there.record.max_replicas), int(index)) if there else (
+            0, 0.0, 0.0, int(index))  # fmt: skip
+
+    return max(spec.placement, key=load)
 
 
 def spread(placement: Mapping[str, str]) -> int:

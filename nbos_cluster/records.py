@@ -39,7 +39,11 @@ class Resources(Record, frozen=True):
 
 
 class Device(Record, frozen=True):
-    """One GPU of a host. kind says whether NVML found it or the simulator plays it."""
+    """One GPU of a host, or one MIG instance of a GPU. kind says whether NVML found it or the simulator plays it.
+
+    healthy: new cells may get it; if not, reason says why, and passing whether that is expected to end by itself (cells
+    wait for it). sms, capability ('9.0'): 0 and '' where they are not told. parent: of a MIG instance, its GPU's UUID.
+    """
 
     uuid: str
     index: int
@@ -47,11 +51,62 @@ class Device(Record, frozen=True):
     tpcs: int
     memory: int
     kind: Literal["nvml", "simulated"]
+    mechanism: str = ""
+    """What holds slices of it: green, percentage or cooperative (docs/slices.md); '' where that is not known yet."""
+    why: str = ""
+    """What stands in the way of a stronger one."""
     healthy: bool = True
     reason: str = ""
+    passing: bool = False
+    sms: int = 0
+    capability: str = ""
+    parent: str = ""
+
+
+class GPUProcess(Record, frozen=True):
+    """A process on a device. memory: bytes, -1 where NVML does not tell. kernel, replica, owner: whose it is; '' where
+    it is no replica of this host."""
+
+    pid: int
+    memory: int = -1
+    kernel: str = ""
+    replica: int = -1
+    owner: str = ""
+
+
+class Reading(Record, frozen=True):
+    """How one device was when it was looked at last. -1: not told; `untold` says why, by field.
+
+    memory: bytes in use. utilisation: percent of the time. temperature: °C. power, power_limit: watts. ecc:
+    uncorrected memory errors since the last reset. notes: what an admin should know though it stops nothing.
+    """
+
+    uuid: str
+    memory: int = -1
+    utilisation: int = -1
+    temperature: int = -1
+    power: int = -1
+    power_limit: int = -1
+    ecc: int = -1
+    processes: tuple[GPUProcess, ...] = ()
+    notes: tuple[str, ...] = ()
+    untold: dict[str, str] = {}
+
+
+class WarmRecord(Record, frozen=True):
+    """Replicas of an image that a host has started ahead; '' is the host's own environment. note: why there are fewer
+    than wanted, or how they differ."""
+
+    image: str = ""
+    ready: int = 0
+    wanted: int = 0
+    note: str = ""
 
 
 class HostRecord(Record, frozen=True, tag="host"):
+    """readings: of real devices, refreshed as often as the daemon looks. closed: devices (UUID) that an admin took out
+    of use, and why. reopened: how often an admin has said of a device that it may be used again."""
+
     name: str
     address: str
     pid: int
@@ -62,6 +117,11 @@ class HostRecord(Record, frozen=True, tag="host"):
     version: str = ""
     draining: bool = False
     since: float = 0.0
+    driver: str = ""
+    readings: tuple[Reading, ...] = ()
+    closed: dict[str, str] = {}
+    reopened: dict[str, int] = {}
+    warm: tuple[WarmRecord, ...] = ()
 
 
 class DeviceShare(Record, frozen=True):
@@ -74,9 +134,20 @@ class DeviceShare(Record, frozen=True):
     memory: int
     whole: bool
     kind: Literal["nvml", "simulated"]
+    mechanism: str = ""
+    """What holds it: mig, green, percentage, cooperative, or '' where that is not known."""
+    why: str = ""
+    """What stands in the way of a stronger one."""
+    of: int = 0
+    """TPCs of the whole device."""
+    mps: str = ""
+    """Pipe folder of the MPS daemon to use, '' for none."""
 
 
 class GrantRecord(Record, frozen=True, tag="grant"):
+    """What one execution holds. asked: TPCs that the cell asked for, where right-sizing had a word in what it got (else
+    0); why: what it said, for people; code: the fingerprint by which it knows the cell."""
+
     grant: str
     host: str
     owner: str
@@ -86,6 +157,32 @@ class GrantRecord(Record, frozen=True, tag="grant"):
     shares: tuple[DeviceShare, ...]
     since: float = 0.0
     groups: tuple[str, ...] = ()
+    asked: int = 0
+    why: str = ""
+    code: str = ""
+
+
+class Move(Record, frozen=True):
+    """A replica that goes from one host to another: `target`, a new index, takes the place of `source`.
+
+    joining: both run cells, the target catches up. leaving: the source takes no new cells. returning: the target takes
+    none, the source stays. done, undone: how it ended. why: an administrator asked for it, or the source's host drains.
+    since: Unix seconds, for people. reason: why it returned.
+    """
+
+    source: int
+    target: int
+    from_host: str
+    to_host: str
+    why: Literal["asked", "drain"] = "asked"
+    phase: Literal["joining", "leaving", "returning", "done", "undone"] = "joining"
+    since: float = 0.0
+    reason: str = ""
+
+    @property
+    def leaver(self) -> int | None:
+        """The replica that takes no new cells now."""
+        return {"leaving": self.source, "returning": self.target}.get(self.phase)
 
 
 class KernelSpec(Record, frozen=True, tag="kernel"):
@@ -118,6 +215,8 @@ class KernelSpec(Record, frozen=True, tag="kernel"):
     env: dict[str, str] = {}
     created: float = 0.0
     groups: tuple[str, ...] = ()
+    move: Move | None = None
+    moved: Move | None = None
 
 
 class Epoch(Record, frozen=True, tag="epoch"):

@@ -16,6 +16,12 @@ from typing import Any
 
 _PREFIX = struct.Struct("!II")
 
+FORMAT = 1
+"""How the messages of this conversation are written; a change that the other side would misunderstand raises it."""
+
+OLDEST = 1
+"""The oldest format that a daemon of this version serves. Kernel images may be older than the daemons, not newer."""
+
 MAX_HEADER = 4 * 1024 * 1024
 """Bytes of JSON in one frame."""
 

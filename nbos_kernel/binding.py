@@ -3,7 +3,8 @@
 Binding: while CUDA has not started in this process, CUDA_VISIBLE_DEVICES names exactly the granted devices (none
 without a grant). Once torch has started CUDA the variable has no effect any more; then the current device is
 chosen among those that were visible at that time, and a grant on another device is reported to the user instead
-of silently using the wrong one. A slice's share of the memory is bound with torch's own limit.
+of silently using the wrong one. A slice is held to its TPCs (`gpu.confine`), and torch to the grant's memory
+(`gpu.budget`), until `unbind`, which waits for what the cell launched: its TPCs are another's from then on.
 """
 
 from __future__ import annotations
@@ -12,64 +13,27 @@ import importlib.abc
 import importlib.machinery
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 from .capture import parked
+from .gpu import budget, offload
+from .gpu.confine import Confinement, Held
+from .gpu.grants import COOPERATIVE, Grant, Share, from_wire
+
+__all__ = ["Grant", "Share", "bind", "bring_parked", "from_wire", "grant", "held", "release", "unbind"]
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
-@dataclass(frozen=True)
-class Share:
-    """The part of one device: its uuid, index on the host, model, TPC numbers, bytes of device memory."""
-
-    uuid: str
-    index: int
-    model: str
-    tpcs: tuple[int, ...]
-    memory: int
-    whole: bool
-    simulated: bool
-
-
-@dataclass(frozen=True)
-class Grant:
-    """What the running cell may use of this host's GPUs; it ends with the cell."""
-
-    id: str
-    host: str
-    n: int
-    shares: tuple[Share, ...]
-
-    @property
-    def devices(self) -> tuple[str, ...]:
-        """UUIDs of the granted devices, in the order CUDA numbers them in this process."""
-        return tuple(share.uuid for share in self.shares)
-
-    @property
-    def tpcs(self) -> int:
-        """TPCs granted, over all devices (1 TPC = 2 SMs)."""
-        return sum(len(share.tpcs) for share in self.shares)
-
-    @property
-    def memory(self) -> int:
-        """Bytes of device memory granted, over all devices."""
-        return sum(share.memory for share in self.shares)
-
-    @property
-    def whole(self) -> bool:
-        return all(share.whole for share in self.shares)
-
-    @property
-    def simulated(self) -> bool:
-        """True where no real GPU stands behind the grant: the cell runs on the CPU."""
-        return any(share.simulated for share in self.shares)
-
-
 _current: Grant | None = None
+_confinement = Confinement()
+_held: tuple[Held, ...] = ()
+_bound: list[int] = []
+"""Torch's numbers of the devices that the running cell was bound to."""
+_said: set[str] = set()
+"""Why slices are not held: said once a process, not under every cell."""
 
 
 def grant() -> Grant | None:
@@ -77,33 +41,21 @@ def grant() -> Grant | None:
     return _current
 
 
-def from_wire(raw: Mapping[str, Any] | None) -> Grant | None:
-    if not raw:
-        return None
-    shares = tuple(
-        Share(
-            uuid=share["uuid"],
-            index=share["index"],
-            model=share.get("model", ""),
-            tpcs=tuple(share.get("tpcs", ())),
-            memory=share.get("memory", 0),
-            whole=share.get("whole", True),
-            simulated=share.get("kind") == "simulated",
-        )
-        for share in raw.get("shares", ())
-    )
-    return Grant(raw.get("grant", ""), raw.get("host", ""), raw.get("n", 0), shares)
+def held() -> tuple[Held, ...]:
+    """What holds the running cell to each share of its grant; () while torch has not started CUDA."""
+    return _held
 
 
 def bind(granted: Grant | None) -> str:
     """Make `granted` what this process uses; returns what the user must know, or an empty string."""
-    global _current
-    _current = granted
+    global _current, _held
+    _current, _held = granted, ()
     real = _real(granted)
     torch = _running_torch()
     if torch is None:
         _watch()
         os.environ[VISIBLE] = ",".join(share.uuid for share in real)
+        _confinement.prepare(os.environ, real)
         notice = ""
     else:
         notice = _choose(torch, real) if real else ""
@@ -118,10 +70,36 @@ def bring_parked() -> None:
         parked.bring_home()
 
 
-def unbind() -> None:
-    """The cell is over. What it left on the device stays there until somebody needs the room."""
-    global _current
-    _current = None
+def unbind() -> str:
+    """The cell is over, and with it what it launched. What it left on the device stays there until somebody needs the
+    room. Returns what the user must know, or an empty string."""
+    global _current, _held
+    _current, _held = None, ()
+    torch, bound = _running_torch(), list(_bound)
+    _bound.clear()
+    if torch is None:
+        return ""
+    try:
+        for number in bound:
+            torch.cuda.synchronize(number)
+            budget.lift(torch, number)
+        _confinement.leave(torch)
+    except RuntimeError as err:
+        return (
+            f"NBOS: what this cell launched on the GPU failed after its last line: {err}\nCUDA in this process may be "
+            "broken by it; if the next cell with a GPU fails too, restart the kernel."
+        )
+    return ""
+
+
+def release() -> str:
+    """Give back what this process has on its devices, between cells that hold one. What came of it, for the user."""
+    torch = _running_torch()
+    if _real(_current):
+        return "This cell holds a GPU: what it has there stays. Run this in a cell without one (%%cpu)."
+    if torch is None:
+        return "Torch has not used a GPU in this process: there is nothing to give back."
+    return str(offload.release(torch))
 
 
 def _real(granted: Grant | None) -> list[Share]:
@@ -148,7 +126,11 @@ def _watch() -> None:
 def _started() -> None:
     """Torch starts CUDA, before the user's first use of it."""
     real = _real(_current)
-    notice = _choose(sys.modules["torch"], real) if real else ""
+    _confinement.started()
+    try:
+        notice = _choose(sys.modules["torch"], real) if real else ""
+    except Exception as err:  # noqa: BLE001 - raised here it would end torch's start of CUDA, for every later cell too
+        notice = f"NBOS: the grant could not be bound in this process: {err}"
     if notice:
         print(notice, file=sys.stderr)
 
@@ -194,8 +176,32 @@ def _choose(torch: Any, shares: list[Share]) -> str:
             "another device any more; restart the kernel to use it."
         )
     torch.cuda.set_device(numbers[0])
+    return _hold(torch, numbers, shares)
+
+
+def _hold(torch: Any, numbers: list[int], shares: list[Share]) -> str:
+    """Bind memory and TPCs of each share, on torch's device of that number."""
+    global _held
+    _bound[:] = numbers
     for number, share in zip(numbers, shares, strict=True):
-        total = torch.cuda.get_device_properties(number).total_memory
-        fraction = 1.0 if share.whole or not share.memory else min(1.0, share.memory / total)
-        torch.cuda.set_per_process_memory_fraction(fraction, number)
-    return ""
+        budget.bind(torch, number, share)
+    _held = tuple(_confinement.enter(torch, number, share) for number, share in zip(numbers, shares, strict=True))
+    return "\n".join(
+        text for one, share in zip(_held, shares, strict=True) if (text := _shortfall(one, share)) and _new(text)
+    )
+
+
+def _shortfall(held: Held, share: Share) -> str:
+    """What the user must know of a slice that is not held to its TPCs."""
+    if share.whole and not held.reason:
+        return ""
+    if held.mechanism == COOPERATIVE:
+        why = f": {held.reason}" if held.reason else ""
+        return f"NBOS: nothing holds this cell to the TPCs of its slice; it is cooperative here{why}."
+    return f"NBOS: {held.reason}." if held.reason else ""
+
+
+def _new(text: str) -> bool:
+    new = text not in _said
+    _said.add(text)
+    return new

@@ -17,7 +17,7 @@ from typing import Any
 
 from .capture import names
 
-_OWN = ("CUDA_VISIBLE_DEVICES", "NBOS_", "JPY_", "HOSTNAME")
+_OWN = ("CUDA_VISIBLE_DEVICES", "CUDA_MPS_", "NBOS_", "JPY_", "HOSTNAME")
 
 WireEffects = dict[str, Any]
 

@@ -23,10 +23,11 @@ from typing import Any, Protocol
 
 from nbos_cluster import wire
 
-from . import binding, oversize, resources
+from . import binding, oversize, resources, sizing
 from .append import Appender, Entry
 from .blobchannel import BlobChannel
 from .link import DaemonAway, Link
+from .pace import pace
 from .replica import Replica
 from .reports.reporter import Reporter
 
@@ -85,6 +86,8 @@ class Execution:
         self._shell, self._link, self._replica, self._channel = shell, link, replica, channel
         self.greeting: Message = {}
         self.running: Running | None = None
+        self.latest: Message = {}
+        """The request of the execution that was led last."""
         self._bidding: tuple[int, Message, Any] | None = None
         self._cancelled: set[str] = set()  # msg_ids
         self._left = asyncio.Event()
@@ -99,6 +102,11 @@ class Execution:
         """`running` of the hello message."""
         running = self.running
         return None if running is None else {"n": running.n, "token": running.token}
+
+    def cell_runs(self) -> bool:
+        """Whether user code of a numbered cell runs now, so that an interrupt has something to hit."""
+        running = self.running
+        return running is not None and running.kind == "cell" and running.status == "ok" and not running.committed
 
     def cancel(self, n: int, msg_id: str = "") -> None:
         """Leave the queue; a request that has not come off the channel yet is known by its msg_id."""
@@ -154,6 +162,8 @@ class Execution:
             replica = self._replica
             await replica.rerun.before_cell(running.needs, self._channel.run_again, self._appender.tell_user)
             replica.records.begin(str(running.parent["content"].get("code", "")))
+            if running.granted:
+                pace.begin()
 
     def ended(self) -> None:
         """The cell's code is over: the grant goes back, and an interrupt has nothing to hit any more."""
@@ -161,8 +171,10 @@ class Execution:
         running = self.running
         if running is not None and running.granted:
             running.granted = False
-            binding.unbind()
-            self._link.tell({"type": "release", "n": running.n})
+            notice = binding.unbind()
+            if notice:
+                self._appender.tell_user(notice)
+            self._link.tell({"type": "release", "n": running.n, "took": pace.took(running.status == "ok")})
 
     async def replied(self, status: str) -> None:
         """The reply is ready and not sent: the place for a durable append."""
@@ -218,6 +230,8 @@ class Execution:
         wait = bool(asked.get("wait"))
         bid = {"type": "bid", "n": n, "attempt": int(asked.get("attempt", 1)), "kind": kind, "resources": needs}
         bid["wait"] = wait
+        if kind == "cell":
+            bid["code"] = self._code(parent, needs)
         self._left.clear()
         with _interrupts(lambda: self.cancel(n)):
             self._bidding = (n, parent, ident)
@@ -233,6 +247,10 @@ class Execution:
             self._channel.reply("nbos_yield", {**content, "next": answer.get("next")}, parent, ident)
             return None
         return self._lead(n, kind, answer, ident, parent)
+
+    def _code(self, parent: Message, needs: Message) -> str:
+        code = str(parent["content"].get("code", ""))
+        return sizing.key(code, parent["metadata"], needs, self._shell.user_ns)
 
     async def _ready(self, wait: bool) -> Message | None:
         """Have the previous append and the entries of others behind us; a yield when that does not come about."""
@@ -257,6 +275,7 @@ class Execution:
     def _lead(self, n: int, kind: str, answer: Message, ident: Any, parent: Message) -> Running:
         running = self.running = Running(n, answer["token"], kind, parent, ident)
         running.granted = answer.get("grant") is not None
+        self.latest = parent
         self._channel.fence(running.token)
         content = {"n": n, "token": running.token, "grant": answer.get("grant"), "host": self.greeting.get("host", "")}
         self._channel.reply("nbos_lead", content, parent, ident)
@@ -326,8 +345,12 @@ class Execution:
     async def _settle(self) -> None:
         """Look into what the cell touched, so that the next capture may leave it out: in slices, while the user thinks.
 
-        Ends as soon as another execution or entry begins; what is not known by then is simply examined again.
+        Ends as soon as another execution or entry begins; what is not known by then is simply examined again. Cells
+        that follow each other without a pause would go on like that: what has been examined in vain is looked
+        into at once, which takes about as long as examining it.
         """
+        for _ in self._replica.capture.settle(in_vain=1):
+            pass
         work = self._replica.capture.settle()
         try:
             while True:

@@ -18,6 +18,8 @@ from ipykernel.iostream import IOPubThread, OutStream
 from jupyter_client.session import DELIM
 from zmq.eventloop.zmqstream import ZMQStream
 
+from .keeping import TOPIC, Keeper
+
 MEMBERS_TOPIC = b"nbos.members"
 _MASTER = 0
 
@@ -26,6 +28,19 @@ class FencedIOPubThread(IOPubThread):
     """ipykernel's IOPub thread, with the token before every topic. `fence` may be called from any thread."""
 
     prefix = b"nbos.0."
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.keeper = Keeper()
+
+    def publish_kept(self, session: Any) -> None:
+        """Say what was kept, for the router; on this thread, between what it has kept and what comes after."""
+
+        def publish() -> None:
+            message = session.msg("nbos_outputs", self.keeper.dump(), parent={})
+            self._really_send(session.serialize(message, ident=[TOPIC]))
+
+        self.schedule(publish)
 
     def fence(self, token: int) -> None:
         self.prefix = b"nbos.%d." % token
@@ -60,6 +75,7 @@ class FencedIOPubThread(IOPubThread):
 
     def _really_send(self, msg: Any, *args: Any, **kwargs: Any) -> None:
         if self._check_mp_mode() == _MASTER:
+            self.keeper.see(msg)
             first = bytes(msg[0])
             if first == DELIM:
                 msg = [self.prefix, *msg]

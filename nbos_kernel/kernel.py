@@ -19,14 +19,18 @@ import time
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from ipykernel.jsonutil import json_clean
 from ipykernel.zmqshell import ZMQInteractiveShell
 from traitlets import Type, Unicode
 
-from . import __version__, lost, magics, oversize
+from nbos_cluster.wire import FORMAT
+
+from . import __version__, binding, lost, magics, oversize
 from .blobchannel import BlobChannel, BlobFailed, Target
 from .capture import names
 from .entries import has_blobs
 from .execution import Execution
+from .gpu import budget
 from .iopub import MEMBERS_TOPIC
 from .lazy.kernel import PERMANENT, LoadingKernel
 from .lazy.loading import BlobMissing, Lazy, NotLoadedError
@@ -50,14 +54,16 @@ DIRECT = (
 
 
 class NBOSShell(RecordingShell, ZMQInteractiveShell):
-    """IPython's shell; a NameError about a lost name gets the reason."""
+    """IPython's shell; a NameError about a lost name gets the reason, an error for want of device memory its budget."""
 
     lost_names: dict[str, str] | None = None
     lazy: Lazy | None = None
 
     def showtraceback(self, exc_tuple: Any = None, *args: Any, **kwargs: Any) -> None:
+        error = exc_tuple[1] if exc_tuple else sys.exc_info()[1]
         if self.lost_names or self.lazy:
-            lost.explain(exc_tuple[1] if exc_tuple else sys.exc_info()[1], self.lost_names or {}, self.lazy)
+            lost.explain(error, self.lost_names or {}, self.lazy)
+        budget.explain(error, binding.grant())
         super().showtraceback(exc_tuple, *args, **kwargs)
 
     def ask_exit(self) -> None:
@@ -80,6 +86,7 @@ class NBOSKernel(LoadingKernel):
         "nbos_cancel_request",
         "nbos_outcome_request",
         "nbos_status_request",
+        "nbos_outputs_request",
     ]
 
     def __init__(self, **kwargs: Any) -> None:
@@ -119,6 +126,8 @@ class NBOSKernel(LoadingKernel):
     def _hello(self) -> Message:
         ports = {name.removesuffix("_port"): port for name, port in self._recorded_ports.items()}
         return {
+            "format": FORMAT,
+            "nbos": __version__,
             "pid": os.getpid(),
             "python": sys.version.split()[0],
             "ports": ports,
@@ -149,6 +158,8 @@ class NBOSKernel(LoadingKernel):
             self._publish_members({key: value for key, value in message.items() if key != "type"})
         elif kind == "token":
             self.execution.renewed(message["n"], message["token"])  # at once: a cell may hold the main thread
+        elif kind == "gpu_misuse":
+            self._misuse(str(message.get("stage", "")), str(message.get("text", "")))
         elif kind == "exit":
             self._leave(message.get("reason", ""))
 
@@ -159,6 +170,14 @@ class NBOSKernel(LoadingKernel):
     def _publish_progress(self, content: Message, parent: Message) -> None:
         """On any thread, within the fence: what is said by a replica that was cut off reaches nobody."""
         self.session.send(self.iopub_socket, "nbos_progress", content, parent=parent, ident=b"nbos_progress")
+
+    def _misuse(self, stage: str, text: str) -> None:
+        """The daemon saw this kernel use a GPU beyond its grant: say so under the latest cell, and interrupt that while
+        it runs. On the link's thread, since the cell may hold the main one."""
+        content = {"name": "stderr", "text": f"{text}\n"}
+        self.session.send(self.iopub_socket, "stream", content, parent=self.execution.latest, ident=b"stream.stderr")
+        if stage == "interrupt" and self.execution.cell_runs():
+            os.kill(os.getpid(), signal.SIGINT)
 
     def _publish_members(self, content: Message) -> None:
         members = content.get("members")
@@ -220,6 +239,7 @@ class NBOSKernel(LoadingKernel):
     async def run_cell(self, stream: Any, ident: Any, parent: Message) -> None:
         """ipykernel's own way of running a cell, replying included."""
         self._led = parent["header"]["msg_id"]
+        self.iopub_thread.keeper.begin(parent)
         standing = self.shell.user_ns.get("__builtins__")
         if isinstance(standing, lost.LostBuiltins):
             standing.refresh()
@@ -237,6 +257,7 @@ class NBOSKernel(LoadingKernel):
             # It hit ipykernel's code around the cell; to the user it is the same.
             reply = {"status": "error", "ename": "KeyboardInterrupt", "evalue": "", "traceback": [], "payload": []}
             reply |= {"execution_count": self.replica.history.last(), "user_expressions": {}}
+        self.iopub_thread.keeper.replied(self._led, json_clean(reply))
         await self.execution.replied(reply["status"])
         return reply
 
@@ -295,6 +316,14 @@ class NBOSKernel(LoadingKernel):
         content = parent["content"]
         ask = {"type": "outcome", "n": int(content["n"]), "abandon": bool(content.get("abandon"))}
         self._answer_later(ask, "nbos_outcome_reply", stream, ident, parent)
+
+    async def nbos_outputs_request(self, stream: Any, ident: Any, parent: Message) -> None:
+        """From the router: `forget`, `file`: requests whose outputs are settled; `publish`: say the rest on iopub."""
+        content = parent["content"]
+        self.iopub_thread.keeper.settle(content.get("forget") or (), content.get("file") or ())
+        if content.get("publish"):
+            self.iopub_thread.publish_kept(self.session)
+        self.session.send(stream, "nbos_outputs_reply", {"status": "ok"}, parent, ident=ident)
 
     async def nbos_status_request(self, stream: Any, ident: Any, parent: Message) -> None:
         self._answer_later({"type": "status"}, "nbos_status_reply", stream, ident, parent)

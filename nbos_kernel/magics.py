@@ -1,4 +1,4 @@
-"""What users type: `%nbos status`, `%nbos state`, `%%gpu …`, `%%cpu`.
+"""What users type: `%nbos status`, `%nbos state`, `%nbos gpu`, `%%gpu …`, `%%cpu`.
 
 `%%gpu` and `%%cpu` are read before the cell is run (`resources.py`), so their line is turned into a comment by
 an input transformer, which keeps line numbers right and lets another cell magic follow. The registered magics
@@ -14,7 +14,8 @@ from IPython.core.error import UsageError
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
 from IPython.display import display
 
-from . import binding, resources
+from . import binding, resources, sizing
+from .gpu import shown
 from .reports import stateview
 
 Status = Callable[[], dict[str, Any]]
@@ -47,24 +48,34 @@ class NBOSMagics(Magics):
     @line_magic
     def nbos(self, line: str) -> dict[str, Any] | None:
         """%nbos status: the kernel's replicas, what they have applied, what cannot be replicated, and what is
-        granted. %nbos state [--json]: the variables by size, which share objects, what is replicated, pending or not,
-        and what the last cell wrote; with --json as a dict."""
+        granted. %nbos gpu: what this cell may use of the GPUs, and what holds it to that. %nbos gpu release: move what
+        this process has on them to host memory, until the next cell with a GPU. %nbos state [--json]: the variables by
+        size, which share objects, what is replicated, pending or not, and what the last cell wrote; with --json as a
+        dict. %nbos rightsizing [on|off]: whether cells of this notebook may get fewer TPCs than they ask for, where
+        that was measured to cost little."""
         asked = line.split()
         if asked == ["state", "--json"]:
             return self._survey()
         if asked == ["state"]:
             state = self._survey()
             display({"text/plain": stateview.as_text(state), "text/html": stateview.as_html(state)}, raw=True)
+        elif asked == ["gpu", "release"]:
+            print(binding.release())
+        elif asked == ["gpu"]:
+            print(shown.describe(binding.grant(), binding.held()))
         elif asked in ([], ["status"]):
             print(describe(self._status()))
+        elif asked[0] == "rightsizing" and (said := sizing.switch(asked[1:])) is not None:
+            print(said)
         else:
-            raise UsageError(f"%nbos knows `status` and `state [--json]`, not {line.strip()!r}")
+            known = "`status`, `gpu [release]`, `state [--json]` and `rightsizing [on|off]`"
+            raise UsageError(f"%nbos knows {known}, not {line.strip()!r}")
         return None
 
     @cell_magic
     def gpu(self, line: str, cell: str) -> None:
-        """%%gpu [number] [tpcs=N] [mem=SIZE] [model=NAME]: run this cell with GPUs. Must be the cell's first
-        line."""
+        """%%gpu [number] [tpcs=N] [mem=SIZE] [model=NAME] [exact]: run this cell with GPUs. Must be the
+        cell's first line."""
         self._explain("gpu", line)
 
     @cell_magic
@@ -91,10 +102,8 @@ def describe(status: dict[str, Any]) -> str:
         applied = f"applied {member.get('applied', '?')}"
         who = f"  replica {member['index']}  {member['host']:<16}"
         lines.append(f"{who} {member.get('state', ''):<9} {role:<9} {applied}")
-    held = binding.grant()
-    if held is not None:
-        kind = "simulated " if held.simulated else ""
-        lines.append(f"  grant: {held.tpcs} TPCs, {held.memory / 2**30:.1f} GiB on {kind}{', '.join(held.devices)}")
+    if binding.grant() is not None:
+        lines += [f"  grant: {line}" for line in shown.lines(binding.grant(), binding.held())]
     for waiting in status.get("queue") or ():
         lines.append(f"  queue: {waiting}")
     if status["lost"]:

@@ -4,6 +4,7 @@ default.
     %%gpu 2                     two whole devices
     %%gpu 1 model=H100          a device of a model
     %%gpu tpcs=16 mem=20G       a slice of one device
+    %%gpu tpcs=16 exact         never fewer TPCs, whatever was learnt (right-sizing)
 
 Pure functions. Errors name the argument and what is allowed.
 """
@@ -17,7 +18,8 @@ from typing import Any
 Resources = dict[str, Any]
 
 NONE: Resources = {"gpus": 0, "tpcs": 0, "memory": 0, "model": ""}
-USAGE = "%%gpu [number of devices] [tpcs=N] [mem=SIZE, such as 20G] [model=NAME]"
+USAGE = "%%gpu [number of devices] [tpcs=N] [mem=SIZE, such as 20G] [model=NAME] [exact]"
+EXACT = "exact"
 MAX_GPUS = 64
 MAX_TPCS = 512
 
@@ -68,6 +70,15 @@ def in_first_line(code: str) -> bool:
     return _FIRST.match(code) is not None
 
 
+def exact(code: str, metadata: Mapping[str, Any]) -> bool:
+    """Whether the cell wants all that it asks for, though less would do."""
+    line = _FIRST.match(code)
+    if line is not None:
+        return EXACT in (line[2] or "").split()
+    ours = metadata.get("nbos")
+    return isinstance(ours, Mapping) and ours.get(EXACT) is True
+
+
 def blank_first_line(code: str) -> str:
     """The cell with a valid `%%gpu`/`%%cpu` line emptied, so that line numbers in tracebacks stay right."""
     line = _FIRST.match(code)
@@ -89,6 +100,8 @@ def parse(magic: str, arguments: str) -> Resources:
         return dict(NONE)
     asked: dict[str, Any] = {}
     for word in words:
+        if word == EXACT:
+            continue
         key, equals, value = word.partition("=")
         if not equals:
             key, value = "gpus", word

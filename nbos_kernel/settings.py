@@ -49,7 +49,8 @@ class Settings:
         """The user ran this line magic, and it did not fail."""
         asks = magic == "config" and "=" not in line
         drawing = magic == "matplotlib" and line.strip() not in ("", "inline")
-        if (magic in REPEATED and not asks) or drawing:
+        sizing = magic == "nbos" and line.split()[:1] == ["rightsizing"]
+        if (magic in REPEATED and not asks) or drawing or sizing:
             this = (magic, line)
             # Running the same line twice sets the same: only its last place counts.
             self.lines = (*(other for other in self.lines if other != this), this)

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from jupyter_client.provisioning import KernelProvisionerFactory
+from jupyter_server.services.kernels.connection.channels import ZMQChannelsWebsocketConnection
 from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
 from traitlets import TraitError
 
+from .filing import Filing, file_before_reading
 from .gateway import GatewayError
 from .kernelmanager import NBOSKernelManager
+from .websocket import NBOSWebsocketConnection
 
 PROVISIONER = "nbos-provisioner"
 KERNELS = Path(__file__).parent / "kernels"
@@ -37,6 +40,7 @@ def load(app: Any) -> None:
             '"nbos_provisioner.kernelmanager.NBOSKernelManager" to keep them'
         )
         return
+    keep_outputs(app, manager)
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -88,6 +92,23 @@ def keep_sessions(app: Any) -> None:
         sessions.database_filepath = str(folder / "sessions.sqlite")
     except (OSError, TraitError, sqlite3.Error) as err:
         app.log.warning("sessions cannot be kept in %s (%s); notebooks will ask for their kernel", folder, err)
+
+
+def keep_outputs(app: Any, manager: NBOSKernelManager) -> None:
+    """Give browsers that come back what they have missed, and notebooks what nobody was there to receive."""
+    settings = app.web_app.settings
+    kind = settings.get("kernel_websocket_connection_class")
+    if kind is ZMQChannelsWebsocketConnection:
+        settings["kernel_websocket_connection_class"] = NBOSWebsocketConnection
+    elif not issubclass(kind, NBOSWebsocketConnection):
+        app.log.warning(
+            "outputs of NBOS kernels are lost while their browser is away: ServerApp.kernel_websocket_connection_class "
+            "is not Jupyter Server's own; make it a subclass of nbos_provisioner.websocket.NBOSWebsocketConnection"
+        )
+        return
+    manager.nbos_filing = Filing(manager, app.session_manager, app.contents_manager, app.log)
+    settings["nbos_filing"] = manager.nbos_filing
+    file_before_reading()
 
 
 async def adopt(manager: NBOSKernelManager) -> None:

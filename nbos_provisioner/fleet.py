@@ -39,6 +39,8 @@ class Fleet:
         self.debugged: int | None = None
         """The replica that the debugger is attached to: breakpoints stand there and nowhere else."""
         self.banned: set[tuple[int, int]] = set()
+        self.retired: set[int] = set()
+        """Members no more, whose connections stand until their processes end: what they said is on its way."""
         self._held: dict[int, list[list[Any]]] = {}
         self._renewed: set[int] = set()
         self.prefix = b"nbos.-1."
@@ -57,22 +59,36 @@ class Fleet:
         self.executor, self.token = index, token
         self.prefix = _PREFIX + b"%d." % token
 
+    def candidates(self) -> set[int]:
+        """Who may be asked to run a cell: those that are up; those that leave only where there is nobody else."""
+        return self.up - self.retired or self.up
+
     def best(self) -> int | None:
         """The replica that has applied most; the lowest index among equals."""
-        if not self.up:
+        candidates = self.candidates()
+        if not candidates:
             return None
-        return min(self.up, key=lambda index: (-self._applied(index), index))
+        return min(candidates, key=lambda index: (-self._applied(index), index))
 
     def _applied(self, index: int) -> int:
         member = self.members.get(index)
         return member.applied if member else -1
 
-    def lost(self, index: int) -> None:
+    def lost(self, index: int) -> list[Instruction]:
         """Its connection ended and is made anew, to the same address: what comes up there next is a successor, of
-        which the lists of members may tell later than its own messages."""
+        which the lists of members may tell later than its own messages. A retired one has no successor."""
         self.up.discard(index)
+        if index in self.retired:
+            return self._part(index)
         if index in self.connected_to:
             self._renewed.add(index)
+        return []
+
+    def _part(self, index: int) -> list[Instruction]:
+        self.retired.discard(index)
+        self.connected_to.pop(index, None)
+        self._renewed.discard(index)
+        return [Disconnect(index)]
 
     def current(self) -> int | None:
         """The executor, after choosing one when there is none."""
@@ -152,7 +168,12 @@ class Fleet:
         for index, (ip, ports, pid) in list(self.connected_to.items()):
             member = self.members.get(index)
             if member is not None and self._stands(member, ip, ports, pid):
+                self.retired.discard(index)
                 continue
+            if member is None and index in self.up:
+                self.retired.add(index)
+                continue
+            self.retired.discard(index)
             reason = "it is no longer a member" if member is None else member.reason or f"it is {member.state}"
             if index in old and member is not None and member.reachable:
                 reason = "it was started again"
@@ -185,6 +206,7 @@ class Fleet:
         gone: list[Instruction] = [Disconnect(index) for index in self.connected_to]
         self.connected_to.clear()
         self._renewed.clear()
+        self.retired.clear()
         self.up.clear()
         self.members.clear()
         self._held.clear()

@@ -49,9 +49,10 @@ class Front:
         self.ports[channel] = int(endpoint.rsplit(b":", 1)[1])
         return socket
 
-    def welcome(self, signer: Signer) -> None:
-        """Answer subscriptions with an iopub_welcome."""
+    def welcome(self, signer: Signer) -> bool:
+        """Answer subscriptions with an iopub_welcome; whether there was one."""
         iopub = self.sockets["iopub"]
+        came = False
         while iopub.poll(0):
             event = iopub.recv()
             if event[:1] != b"\x01":
@@ -59,6 +60,8 @@ class Front:
             topic = event[1:]
             _, frames = signer.make("iopub_welcome", {"subscription": topic.decode("utf-8", "replace")})
             iopub.send_multipart([topic, *frames] if topic else frames)
+            came = True
+        return came
 
     def close(self) -> None:
         for socket in self.sockets.values():

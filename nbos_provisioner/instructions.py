@@ -88,7 +88,12 @@ class Tick:
     """The deadline that the machine asked for has come (or any later time)."""
 
 
-Event = Client | FromReplica | Output | Up | Lost | Members | Reset | Tick
+@dataclass(frozen=True, slots=True)
+class Subscribed:
+    """Somebody has begun to listen to outputs."""
+
+
+Event = Client | FromReplica | Output | Up | Lost | Members | Reset | Tick | Subscribed
 
 
 @dataclass(frozen=True, slots=True)

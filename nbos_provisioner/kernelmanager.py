@@ -10,18 +10,44 @@ from __future__ import annotations
 
 import asyncio
 import os
+from functools import partial
 from typing import Any
 
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
 from traitlets import Float, Unicode
 
+from .filing import Filing
 from .gateway import Gateway, GatewayError
-from .provisioner import NBOSProvisioner
+from .websocket import Offline, is_nbos
 
 
 class NBOSKernelManager(AsyncMappingKernelManager):
     nbos_kernel_name = Unicode("nbos-python3", config=True, help="Kernelspec under which living kernels come back")
     adopt_patience = Float(5.0, config=True, help="Seconds the server's start may wait for the gateway")
+
+    nbos_filing: Filing | None = None
+    """Set by the extension."""
+
+    def nbos_cell_ended(self, kernel_id: str, session: str, msg_id: str) -> None:
+        """Called by the provisioner: the router has passed on a cell's end."""
+        if self.nbos_filing is not None:
+            self.nbos_filing.ended(kernel_id, session, msg_id)
+
+    def nbos_connected(self, kernel_id: str, session: str) -> None:
+        """Called by a websocket that has asked for what it has missed."""
+        if self.nbos_filing is not None:
+            self.nbos_filing.connected(kernel_id, session)
+
+    def start_buffering(self, kernel_id: str, session_key: str, channels: dict[str, Any]) -> None:
+        """Called when a kernel's last websocket has gone: keep what the router does not, within bounds."""
+        super().start_buffering(kernel_id, session_key, channels)
+        km = self._kernels[kernel_id]
+        if not self.buffer_offline_messages or not is_nbos(km) or not km.provisioner.keep_bytes:
+            return
+        offline = Offline(km.provisioner.keep_bytes, km.provisioner.keep_messages)
+        self._kernel_buffers[kernel_id]["buffer"] = offline
+        for channel, stream in channels.items():
+            stream.on_recv(partial(offline.take, channel))
 
     async def shutdown_all(self, now: bool = False) -> None:
         """Called when the server ends (SIGTERM, Ctrl-C): let NBOS kernels go, shut the others down."""
@@ -30,7 +56,7 @@ class NBOSKernelManager(AsyncMappingKernelManager):
             if kernel_id not in self:
                 # A start that failed stays pending in jupyter_client, and would end this with a 404.
                 del self._pending_kernels[kernel_id]
-        mine = {kernel_id: km for kernel_id, km in self._kernels.items() if _is_nbos(km)}
+        mine = {kernel_id: km for kernel_id, km in self._kernels.items() if is_nbos(km)}
         await asyncio.gather(*(self._detach(kernel_id, km) for kernel_id, km in mine.items()))
         await self._async_shutdown_all(now=now)
 
@@ -61,8 +87,9 @@ class NBOSKernelManager(AsyncMappingKernelManager):
         except Exception as err:  # noqa: BLE001  (one kernel's failure, of whatever kind, must not cost the others)
             self.log.error("kernel %s could not be taken up again: %s", kernel_id, err)
             return False
-        # Its state was "starting" for the server; it has been running all along.
-        self._kernels[kernel_id].execution_state = "idle"
+        # Its state was "starting" for the server; it has been running all along. That it runs a cell its router says.
+        if self._kernels[kernel_id].execution_state == "starting":
+            self._kernels[kernel_id].execution_state = "idle"
         self.log.info("kernel %s is here again", kernel_id)
         return True
 
@@ -76,10 +103,6 @@ class NBOSKernelManager(AsyncMappingKernelManager):
                 return
             except GatewayError as err:
                 self.log.warning("living kernels are not known yet: %s", err)
-
-
-def _is_nbos(km: Any) -> bool:
-    return isinstance(getattr(km, "provisioner", None), NBOSProvisioner)
 
 
 def _is_mine(model: dict[str, Any]) -> bool:

@@ -176,8 +176,11 @@ class Signer:
         content: dict[str, Any],
         parent: dict[str, Any] | None = None,
         metadata: dict[str, Any] | None = None,
+        speaker: str = "",
     ) -> tuple[str, list[Any]]:
-        """(msg_id, frames from the delimiter on) of a new message."""
+        """(msg_id, frames from the delimiter on) of a new message. speaker: the session it is said in, if not ours."""
         header = self.header(msg_type)
+        if speaker:
+            header["session"] = speaker
         body = [dump(header), dump(parent or {}), dump(metadata or {}), dump(content)]
         return header["msg_id"], [DELIMITER, self.sign(body), *body]

@@ -11,17 +11,22 @@ from typing import Any
 from .fleet import Fleet
 from .forwarding import Forwarding
 from .instructions import Publish
+from .keeping import Keeping
 from .messages import DELIMITER, BadMessage, load, text
 from .outbox import Outbox
 from .runner import Runner
+
+KEPT = b"nbos_outputs"
+"""What a replica has kept of its cells, for the router (`keeping.py`)."""
 
 PROGRESS = b"nbos_progress"
 """How far the replication of a cell's changes is: for the router, which shows it."""
 
 
 class Outputs:
-    def __init__(self, fleet: Fleet, runner: Runner, forwarding: Forwarding, out: Outbox) -> None:
+    def __init__(self, fleet: Fleet, runner: Runner, forwarding: Forwarding, keeping: Keeping, out: Outbox) -> None:
         self._fleet, self._runner, self._forwarding, self._out = fleet, runner, forwarding, out
+        self._keeping = keeping
 
     def take(self, replica: int, topic: bytes, frames: list[Any], now: float) -> bool:
         """Pass on what is to be passed on; True when an execution came to its end by it."""
@@ -38,6 +43,9 @@ class Outputs:
             topic = admitted
         if topic.endswith(b"status"):
             return self._status(replica, topic, frames)
+        if topic == KEPT:
+            self._keeping.found(load(frames[6], "content") if len(frames) > 6 else {})
+            return False
         if topic == PROGRESS:
             if len(frames) < 7 or text(frames[1]) != DELIMITER:
                 return False

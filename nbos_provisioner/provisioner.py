@@ -14,13 +14,16 @@ from typing import Any
 
 from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.provisioning import KernelProvisionerBase
-from traitlets import Float, Integer, Unicode, default
+from traitlets import Float, Integer, TraitError, Unicode, default, validate
 
 from .gateway import Gateway, GatewayError
 from .router_process import RouterProcess
 
 FORWARDED_ENV = ("JPY_SESSION_NAME",)
 """Of the server's environment a kernel gets only this; a replica lives on another machine."""
+
+KEEP = {"keep_bytes": (0, 256 * 1024 * 1024), "keep_messages": (1, 1_000_000)}
+"""From, to."""
 
 
 class NBOSProvisioner(KernelProvisionerBase):
@@ -30,6 +33,24 @@ class NBOSProvisioner(KernelProvisionerBase):
         "", config=True, help="on, off, or from which size standbys leave variables in the store; '': $NBOS_LAZY"
     )
     stable_start_time = Float(120.0, config=True, help="Seconds a first start may take (image pulls)")
+
+    keep_bytes = Integer(
+        16 * 1024 * 1024,
+        config=True,
+        help="Bytes of its cells' outputs that a kernel keeps for a browser or server that is away, in its replica and "
+        "in its router; the oldest are left out first. 0: keep nothing",
+    )
+    keep_messages = Integer(10_000, config=True, help="Messages kept at most; neighbouring texts count as one")
+
+    @validate("keep_bytes", "keep_messages")
+    def _check_keep(self, proposal: Any) -> int:
+        name, least, most = proposal["trait"].name, *KEEP[proposal["trait"].name]
+        if not least <= proposal["value"] <= most:
+            raise TraitError(
+                f"NBOSProvisioner.{name} = {proposal['value']}: must be from {least} to {most}"
+                " (keep_bytes = 0 keeps nothing)"
+            )
+        return int(proposal["value"])
 
     @default("gateway_url")
     def _default_gateway_url(self) -> str:
@@ -115,7 +136,10 @@ class NBOSProvisioner(KernelProvisionerBase):
             connection = _encrypted(model["connection"])
             follow = {"url": gateway.of_kernel(self.kernel_id), "token": gateway.token}
             rerun = model.get("rerun", True)
-            await self._router.configure({**connection, "ip": "127.0.0.1", "rerun": rerun, "follow": follow})
+            keep = [self.keep_bytes, self.keep_messages]
+            await self._router.configure(
+                {**connection, "ip": "127.0.0.1", "rerun": rerun, "follow": follow, "keep": keep}
+            )
         except BaseException:
             await asyncio.gather(spawned, return_exceptions=True)
             await self._router.close()
@@ -195,6 +219,10 @@ class NBOSProvisioner(KernelProvisionerBase):
         """An event of the router."""
         if event["event"] == "shutdown_requested" and not event.get("restart"):
             asyncio.get_running_loop().call_later(0.5, self._client_shutdown)
+        elif event["event"] == "cell_ended" and self.parent is not None:
+            heard = getattr(self.parent.parent, "nbos_cell_ended", None)
+            if heard is not None:
+                heard(self.kernel_id, event["session"], event["msg_id"])
 
     def _client_shutdown(self) -> None:
         """A client (not the server) has asked the kernel to end: as with a plain kernel, it is then started anew."""

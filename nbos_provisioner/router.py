@@ -19,6 +19,8 @@ from typing import Any
 
 import zmq
 
+from nbos_cluster.kept import Bounds
+
 from .following import Follower
 from .front import Front
 from .instructions import (
@@ -31,6 +33,7 @@ from .instructions import (
     Output,
     Publish,
     Reset,
+    Subscribed,
     Tell,
     Tick,
     ToClient,
@@ -60,7 +63,12 @@ class Router:
             raise ValueError("the kernel has no CurveZMQ keys, and its messages never travel in clear")
         self.front = Front(self.context, config.get("ip", "127.0.0.1"), config.get("ports") or {}, public, secret)
         named = {f"{channel}_port": port for channel, port in self.front.ports.items()}
-        self.core = RouterCore(self.signer, rerun=bool(config.get("rerun", True)), ports=named)
+        self.core = RouterCore(
+            self.signer,
+            rerun=bool(config.get("rerun", True)),
+            ports=named,
+            keep=Bounds(*config["keep"]) if config.get("keep") else None,
+        )
         own_public, own_secret = zmq.curve_keypair()
         self._keys = (own_public, own_secret, public)
         self._identity = os.urandom(16).hex().encode()
@@ -74,7 +82,7 @@ class Router:
         self._follower = Follower(**config["follow"], log=log) if config.get("follow") else None
         for channel in ("control", "shell", "stdin"):
             self._listen(self.front.sockets[channel], partial(self._read_client, channel))
-        self._listen(self.front.sockets["iopub"], lambda: self.front.welcome(self.signer))
+        self._listen(self.front.sockets["iopub"], self._read_subscriptions)
         self._listen(sys.stdin.fileno(), self._read_commands)
         if self._follower is not None:
             self._listen(self._follower.reader, self._read_members)
@@ -206,6 +214,10 @@ class Router:
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         for line in lines:
             self._command(json.loads(line))
+
+    def _read_subscriptions(self) -> None:
+        if self.front.welcome(self.signer):
+            self._event(Subscribed(), time.monotonic())
 
     def _read_members(self) -> None:
         assert self._follower is not None

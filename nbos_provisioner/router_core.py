@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
+from nbos_cluster.kept import Bounds
+
 from . import execution as executions
 from .absent import KERNEL_INFO, Absence
 from .execution import Execution, Phase
@@ -27,10 +29,12 @@ from .instructions import (
     Members,
     Output,
     Reset,
+    Subscribed,
     ToClient,
     ToReplica,
     Up,
 )
+from .keeping import Keeping
 from .members import members_from
 from .messages import BadMessage, Message, Signer, load, parse, text
 from .outbox import Outbox
@@ -47,14 +51,17 @@ QUEUE_LIMIT = 10_000
 
 
 class RouterCore:
-    def __init__(self, signer: Signer, *, rerun: bool = True, ports: dict[str, int] | None = None) -> None:
+    def __init__(
+        self, signer: Signer, *, rerun: bool = True, ports: dict[str, int] | None = None, keep: Bounds | None = None
+    ) -> None:
         self.out = Outbox(signer)
         self.fleet = Fleet()
-        self.runner = Runner(self.fleet, self.out, rerun=rerun)
+        self.keeping = Keeping(self.fleet, self.out, keep or Bounds(0, 0))
+        self.runner = Runner(self.fleet, self.out, rerun=rerun, keep=self.keeping.kept.bounds)
         self.runner.on_over = self._over
         self.runner.on_executor = self._led
         self.forwarding = Forwarding(self.fleet, self.out)
-        self.outputs = Outputs(self.fleet, self.runner, self.forwarding, self.out)
+        self.outputs = Outputs(self.fleet, self.runner, self.forwarding, self.keeping, self.out)
         self.ports = ports or {}
         self.queue: deque[Message] = deque()
         self.held: deque[tuple[Channel, Message]] = deque()
@@ -64,6 +71,8 @@ class RouterCore:
         self._ask_status_at: float | None = None
         self._sync_at: float | None = None
         self._pump_due = False
+        self._awaited: Any = None
+        """The replica that ran the last cell, as another one's daemon says, while it is not connected."""
         self._handlers = {
             Client: self._client,
             FromReplica: self._from_replica,
@@ -72,6 +81,7 @@ class RouterCore:
             Lost: self._lost,
             Members: self._members,
             Reset: self._reset,
+            Subscribed: lambda event, now: self.keeping.say_busy(),
         }
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
@@ -85,7 +95,10 @@ class RouterCore:
         if type(event) is not Output or self._pump_due:
             self._pump_due = False
             self._pump(now)
-        return self.out.take()
+        items = self.out.take()
+        self.keeping.see(items)
+        # What the end of a cell calls for.
+        return [*items, *self.out.take()]
 
     def deadline(self) -> float | None:
         """When a Tick is due at the latest."""
@@ -130,6 +143,8 @@ class RouterCore:
             restart = bool(message.content.get("restart", False))
             self._answer("control", message, {"status": "ok", "restart": restart})
             self.out.tell({"event": "shutdown_requested", "restart": restart})
+        elif message.msg_type == "nbos_outputs_request":
+            self.keeping.asked(message)
         elif message.msg_type == "interrupt_request":
             whose = self.runner.interrupt(now)
             if whose == "left" or (whose == "none" and self.fleet.current() is None):
@@ -194,12 +209,14 @@ class RouterCore:
         except BadMessage as err:
             self.out.log(f"{head} was dropped: {err}")
             return True
+        self.keeping.begin(head)
         self.runner.start(cell, now)
         return True
 
     def _led(self, now: float) -> None:
         """A cell has begun to run: what its executor said before its lead was heard, and what waits to go there."""
         self._flush_comms()
+        self._awaited = None
         replica = self.fleet.executor
         if replica is None:
             return
@@ -273,8 +290,16 @@ class RouterCore:
                 return
             self._asked.clear()
             self.runner.next_n = content["next"]
-            if content.get("executor") in self.fleet.up and not self._running():
-                self.fleet.appoint(content["executor"])
+            self._awaited = content.get("executor")
+            self._take_up(now)
+
+    def _take_up(self, now: float) -> None:
+        """The replica that ran the last cell, or runs it still, is connected: it is the executor; what it shows, and
+        has shown while there was no router, counts. Another cell that has begun to run makes that another's."""
+        if self._awaited in self.fleet.up and not self._running():
+            self.fleet.appoint(self._awaited)
+            self.keeping.adopt(self._awaited)
+            self._awaited = None
 
     def _output(self, event: Output, now: float) -> None:
         topic = text(event.frames[0])
@@ -287,11 +312,12 @@ class RouterCore:
 
     def _up(self, event: Up, now: float) -> None:
         self.fleet.up.add(event.replica)
+        self._take_up(now)
 
     def _lost(self, event: Lost, now: float) -> None:
         if event.replica not in self.fleet.up:
             return
-        self.fleet.lost(event.replica)
+        self._extend(self.fleet.lost(event.replica))
         self._asked = {msg_id: replica for msg_id, replica in self._asked.items() if replica != event.replica}
         self.out.log(f"{self.fleet.name(event.replica)} was lost: {event.reason}")
         if event.replica == self.fleet.executor:
@@ -314,6 +340,8 @@ class RouterCore:
         for index in sorted(self.fleet.up):
             self.forwarding.lost(index)
         self.runner.abort()
+        self.keeping.forget()
+        self._awaited = None
         self._doomed.update(m.msg_id for m in self.queue if m.msg_type == "execute_request")
         self.forwarding.dirty, self._sync_at = False, None
         self._extend(self.fleet.reset())

@@ -12,6 +12,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Literal
 
+from nbos_cluster.kept import Bounds
+
 from .election import DEBUGGED, Election
 from .execution import Execution, Phase
 from .fleet import Fleet
@@ -31,8 +33,9 @@ REMEMBERED = 512
 
 
 class Runner:
-    def __init__(self, fleet: Fleet, out: Outbox, *, rerun: bool = True) -> None:
+    def __init__(self, fleet: Fleet, out: Outbox, *, rerun: bool = True, keep: Bounds | None = None) -> None:
         self.fleet = fleet
+        self._keep = {"keep": [keep.size, keep.messages]} if keep is not None and keep.size else {}
         self.out = out
         self.rerun = rerun
         self.notices = Notices(out)
@@ -79,12 +82,13 @@ class Runner:
         if execution.n != self.next_n:
             execution.n, execution.election = self.next_n, Election()
         current = self.fleet.current()
-        up = self.fleet.up if execution.cell else {current} & self.fleet.up
+        up = self.fleet.candidates() if execution.cell else {current} & self.fleet.up
         if not execution.cell and (execution.tries > SYNC_TRIES or now > execution.started + SYNC_PATIENCE):
             return self._drop_sync(execution)
         if self.fleet.debugged is not None and self.fleet.debugged == current:
             execution.election.patience = DEBUGGED
-        step = execution.election.step(up, current, now, self.fleet.absent())  # type: ignore[arg-type]
+        preferred = current if current in up else self.fleet.best()
+        step = execution.election.step(up, preferred, now, self.fleet.absent())  # type: ignore[arg-type]
         execution.wake = step.wake
         for replica, wait in step.asks:
             self._ask(execution, replica, wait)
@@ -97,7 +101,7 @@ class Runner:
         # Every question differs from the last: a replica's Session drops a signature that it has seen.
         self._asks += 1
         execution.tries += 1
-        order = {"n": execution.n, "attempt": execution.attempt, "wait": wait, "ask": self._asks}
+        order = {"n": execution.n, "attempt": execution.attempt, "wait": wait, "ask": self._asks, **self._keep}
         frames = self.out.signer.with_metadata(execution.message, {"nbos_execution": order})
         self.out.append(ToReplica(replica, "shell", frames))
 

@@ -79,13 +79,16 @@ class Capture(Known):
 
     # Looking into components, while the user thinks --------------------------------------------------------------
 
-    def settle(self) -> Generator[None, None, None]:
+    def settle(self, in_vain: int = 0) -> Generator[None, None, None]:
         """Find out which components are sealed. A step takes about a millisecond; the namespace may change between
-        two runs of this, not during one: close it before a cell runs."""
-        standing = {id(unit): unit for unit in self.units.values()}.values()
+        two runs of this, not during one: close it before a cell runs. `in_vain`: only into those that were examined
+        so often since anybody named them."""
+        standing = list({id(unit): unit for unit in self.units.values()}.values())
+        pending = [unit for unit in standing if unit.exposed == NOT_LOOKED_INTO and unit.in_vain >= in_vain]
+        if in_vain and not pending:
+            return
         yield from self.outside.look({function for unit in standing for function in unit.functions})
-        pending = {id(unit): unit for unit in self.units.values() if unit.exposed == NOT_LOOKED_INTO}
-        for unit in pending.values():
+        for unit in pending:
             if any(self.units.get(name) is not unit for name in unit.names):
                 continue  # a part of it was written again since
             values = self._values_of(unit)

@@ -163,6 +163,8 @@ class Comparison:
             again = Unit(unit.names, identities, unit.digest, unit.marks, patience=unit.patience)
             if unit.exposed and unit.exposed != NOT_LOOKED_INTO and unit.skip and name not in self._known.words:
                 again.exposed, again.skip = unit.exposed, unit.skip - 1
+            elif unit.exposed == NOT_LOOKED_INTO and self._known.words.isdisjoint(unit.names):
+                again.in_vain = unit.in_vain + 1
             return [again]
         alone = [each for each in there if identities[each] != unit.identities.get(each)]
         if not set(alone) <= set(names.LATEST):  # IPython moves those on; the results also stand in `_<n>`

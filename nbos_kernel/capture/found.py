@@ -50,6 +50,8 @@ class Unit:
     skip: int = 0
     """Examinations to come that need no new look into it: one that stays exposed is looked into ever more rarely."""
     patience: int = 1
+    in_vain: int = 0
+    """Examinations in a row though no code named it, for want of a look into it."""
 
     @property
     def size(self) -> int:

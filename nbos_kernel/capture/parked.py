@@ -1,4 +1,5 @@
-"""CUDA tensors on a replica that holds no grant: kept in host memory, moved to the device when a cell gets one.
+"""CUDA tensors in a process that holds no grant (a standby, or one that gave its device back): kept in host memory,
+moved to the device when a cell gets one.
 
 Guarantees: applying the log never touches a GPU, so a standby holds none; tensors that share a storage still share it
 after the move, and every tensor and parameter stays the same object (`tensor.data` is exchanged, as
@@ -37,6 +38,14 @@ def wait(tensor: Any) -> None:
     address = tensor.untyped_storage().data_ptr()
     if address in _homes:
         _waiting.setdefault(address, []).append(weakref.ref(tensor))
+
+
+def send(tensors: list[Any], storage: Any, home: str, memory: Any) -> None:
+    """Put `tensors`, which share one storage on the device `home`, on `storage`, a copy of it in host memory."""
+    _exchange(tensors, storage)
+    park(storage, home, memory)
+    for tensor in tensors:
+        wait(tensor)
 
 
 def home_of(storage: Any) -> str:

@@ -21,6 +21,8 @@ from .auth import REMEMBER, HubUsers
 from .config import ConfigError, GatewayConfig, read_config
 from .copy import ClusterCopy
 from .kernels import Kernels
+from .metrics import GatewayMetrics, MetricsHandler
+from .moves import Moves
 from .repair import Repair
 from .watching import ClusterWatch
 
@@ -32,12 +34,14 @@ _HARD_BODY_LIMIT = 1 << 30
 
 def make_app(kernels: Kernels, watch: ClusterWatch, users: HubUsers, prefix: str) -> Application:
     """The routes below the service's prefix."""
-    parts = {"kernels": kernels, "watch": watch, "users": users}
+    parts: dict[str, object] = {"kernels": kernels, "watch": watch, "users": users}
+    metrics = GatewayMetrics(kernels.copy, watch.ready.is_set)
     kernel = r"api/kernels/([^/]+)"
     routes: list[tuple[str, type, dict[str, object]]] = [
         (prefix + "?", dashboard.DashboardHandler, parts),
         (f"{prefix}oauth_callback", dashboard.CallbackHandler, {}),
         (f"{prefix}static/(.*)", dashboard.AssetHandler, {"path": str(dashboard.HERE / "static")}),
+        (f"{prefix}metrics", MetricsHandler, parts),
         (f"{prefix}api/health", handlers.HealthHandler, parts),
         (f"{prefix}api/openapi.json", handlers.DescriptionHandler, parts),
         (f"{prefix}api/status", handlers.StatusHandler, parts),
@@ -45,7 +49,13 @@ def make_app(kernels: Kernels, watch: ClusterWatch, users: HubUsers, prefix: str
         (f"{prefix}api/kernels", handlers.KernelsHandler, parts),
         (f"{prefix}{kernel}", handlers.KernelHandler, parts),
         (f"{prefix}{kernel}/restart", handlers.RestartHandler, parts),
+        (f"{prefix}{kernel}/move", handlers.MoveHandler, parts),
     ]
+
+    def answered(handler: handlers.JsonHandler) -> None:
+        metrics.answered(handler)
+        _log_request(handler)
+
     # The same for every gateway of this service, so that a login holds on all of them.
     cookie_secret = hashlib.sha256(b"nbos dashboard cookie" + users.auth.api_token.encode()).digest()
     return Application(
@@ -53,7 +63,8 @@ def make_app(kernels: Kernels, watch: ClusterWatch, users: HubUsers, prefix: str
         cookie_secret=cookie_secret,
         default_handler_class=handlers.NotFoundHandler,
         default_handler_args=parts,
-        log_function=_log_request,
+        log_function=answered,
+        metrics=metrics,
     )
 
 
@@ -74,16 +85,18 @@ async def run(config: GatewayConfig) -> None:
         copy = ClusterCopy()
         watch = ClusterWatch(etcd, copy)
         kernels = Kernels(etcd, copy, watch, config)
-        repair = Repair(kernels, watch, config.host_grace)
+        repair = Repair(kernels, watch, config.host_grace, config.at_a_time)
+        moves = Moves(kernels, watch, config.host_grace, config.at_a_time)
         await watch.start()
         server = HTTPServer(make_app(kernels, watch, users, config.prefix), max_body_size=_HARD_BODY_LIMIT)
         server.listen(config.port, config.address, reuse_port=True)
         log.info("the gateway serves http://%s:%d%s", config.address, config.port, config.prefix)
         repairing = asyncio.create_task(repair.run(), name="repair")
         stopping = asyncio.create_task(stopped.wait(), name="stop")
-        # Watches and repair never end by themselves. Should one fail, the whole gateway ends and is started afresh:
-        # better than one that answers from an old copy.
-        parts = {repairing, *watch.tasks}
+        moving = asyncio.create_task(moves.run(), name="moves")
+        # Watches, repair and moves never end by themselves. Should one fail, the whole gateway ends and is started
+        # afresh: better than one that answers from an old copy.
+        parts = {repairing, moving, *watch.tasks}
         await asyncio.wait({stopping, *parts}, return_when=asyncio.FIRST_COMPLETED)
         server.stop()
         failed = [task for task in parts if task.done()]

@@ -17,7 +17,7 @@ from urllib.parse import quote
 from jupyterhub.services.auth import HubOAuth
 from tornado.web import HTTPError, RequestHandler
 
-from ..scopes import ADMIN, KERNELS
+from ..scopes import ADMIN, KERNELS, METRICS
 from .errors import ApiError, unavailable
 
 REMEMBER = 10
@@ -26,13 +26,15 @@ REMEMBER = 10
 
 @dataclass(frozen=True)
 class Caller:
-    """kind is 'user' or 'service'. A service has no kernels of its own. kernels: may have some, use and end them."""
+    """kind is 'user' or 'service'. A service has no kernels of its own. kernels: may have some, use and end them.
+    metrics: may read those of the gateway."""
 
     name: str
     kind: str
     admin: bool
     groups: tuple[str, ...] = ()
     kernels: bool = False
+    metrics: bool = False
 
 
 class HubUsers:
@@ -70,13 +72,14 @@ class HubUsers:
             wanted = ", ".join(sorted(self.auth.access_scopes))
             raise ApiError(403, "scope", f"this token may not use NBOS; it needs the scope {wanted}")
         name, admin = model["name"], ADMIN in model.get("scopes", ())
+        metrics = METRICS in model.get("scopes", ())
         if model.get("kind") == "service":
-            return Caller(name, "service", admin)
+            return Caller(name, "service", admin, metrics=metrics)
         known = await self._user(name)
         if browser:
             return known
         kernels = bool(self.auth.check_scopes({f"{KERNELS}!user={name}"}, model))
-        return replace(known, admin=known.admin and admin, kernels=kernels)
+        return replace(known, admin=known.admin and admin, kernels=kernels, metrics=metrics)
 
     async def _user(self, name: str) -> Caller:
         """Asked with our own token: a token's scopes may hide its owner's groups."""

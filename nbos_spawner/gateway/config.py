@@ -4,6 +4,7 @@ NBOS_ETCD_ENDPOINTS  host:port, separated by commas
 NBOS_ETCD_CA, NBOS_ETCD_CERT, NBOS_ETCD_KEY  PEM files; all three, or none for an etcd without TLS
 NBOS_LIMITS          the same table as the spawner's `limits`, as JSON
 NBOS_HOST_GRACE      seconds a host may be away before its replicas are placed elsewhere (10)
+NBOS_AT_A_TIME       replicas that draining hosts move, and that are made anew for lost hosts, at the same time (4)
 NBOS_DIE_WITH_PARENT set: end when the hub does (a hub that was killed starts a new gateway)
 """
 
@@ -34,6 +35,7 @@ class GatewayConfig:
     prefix: str
     limits: LimitTable = field(default_factory=LimitTable)
     host_grace: float = 10.0
+    at_a_time: int = 4
     die_with_parent: bool = False
 
 
@@ -51,6 +53,7 @@ def read_config(env: Mapping[str, str] = os.environ) -> GatewayConfig:
         prefix=env.get("JUPYTERHUB_SERVICE_PREFIX", "/services/nbos/"),
         limits=_limits(env.get("NBOS_LIMITS", "")),
         host_grace=_seconds(env.get("NBOS_HOST_GRACE", "10")),
+        at_a_time=_count(env.get("NBOS_AT_A_TIME", "4")),
         die_with_parent=bool(env.get("NBOS_DIE_WITH_PARENT")),
     )
 
@@ -84,3 +87,9 @@ def _seconds(text: str) -> float:
         return max(0.0, float(text))
     except ValueError as err:
         raise ConfigError(f"NBOS_HOST_GRACE={text!r} must be seconds") from err
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1000:
+        raise ConfigError(f"NBOS_AT_A_TIME={text!r} must be a number of replicas from 1 to 1000")
+    return int(text)

@@ -22,6 +22,7 @@ from .auth import Caller, HubUsers, check_may_change
 from .errors import ApiError, unavailable
 from .kernels import Kernels
 from .models import is_ready, kernel_model, may_see, status_model
+from .moverequests import read_move_wanted
 from .requests import MAX_BODY, read_kernel_wanted
 from .watching import ClusterWatch
 
@@ -29,7 +30,7 @@ log = logging.getLogger("nbos.gateway")
 
 _DESCRIPTION = (Path(__file__).parent / "openapi.json").read_bytes()
 
-LONGEST_WAIT = 25.0
+LONGEST_WAIT = 25
 """Seconds that `wait=ready` holds a request open; below the usual time-outs of proxies."""
 
 
@@ -156,14 +157,22 @@ class KernelHandler(AuthenticatedHandler):
         wait = self.get_query_argument("wait", "")
         if wait not in ("", "ready"):
             raise ApiError(400, "malformed", f"wait={wait[:40]!r} is unknown; use wait=ready")
-        after = self.get_query_argument("after", "")
-        if after and not (after.isascii() and after.isdigit() and len(after) < 20):
-            raise ApiError(400, "malformed", f"after={after[:40]!r} must be the revision of a model")
+        seen = self._number("after", 2**53 - 1, "the revision of a model")
+        within = self._number("within", LONGEST_WAIT, f"seconds, from 0 to {LONGEST_WAIT}")
         self.kernels.find(self.caller, kernel_id)
         if wait:
-            seen = int(after) if after else None
-            await self.watch.until(lambda: self._worth_telling(kernel_id, seen), LONGEST_WAIT)
+            patience = LONGEST_WAIT if within is None else within
+            await self.watch.until(lambda: self._worth_telling(kernel_id, seen), patience)
         self.answer(self.model(kernel_id))
+
+    def _number(self, name: str, most: int, what: str) -> int | None:
+        """The argument `name`; None when it was not given. Raises ApiError."""
+        given = self.get_query_argument(name, "")
+        if not given:
+            return None
+        if not (given.isascii() and given.isdigit() and len(given) < 20 and int(given) <= most):
+            raise ApiError(400, "malformed", f"{name}={given[:40]!r} must be {what}")
+        return int(given)
 
     def _worth_telling(self, kernel_id: str, seen: int | None) -> bool:
         """Ready, or gone, or its members say something new since the revision `seen`."""
@@ -181,6 +190,18 @@ class RestartHandler(AuthenticatedHandler):
         self.body()
         await self.kernels.restart(self.caller, kernel_id)
         self.answer(self.model(kernel_id))
+
+
+class MoveHandler(AuthenticatedHandler):
+    """POST api/kernels/<id>/move: begin it (202). DELETE: take it back."""
+
+    async def post(self, kernel_id: str) -> None:
+        await self.kernels.move(self.caller, kernel_id, read_move_wanted(self.body()))
+        self.answer(self.model(kernel_id), 202)
+
+    async def delete(self, kernel_id: str) -> None:
+        await self.kernels.take_back(self.caller, kernel_id)
+        self.answer(self.model(kernel_id), 202)
 
 
 class AccountsHandler(AuthenticatedHandler):

@@ -24,11 +24,13 @@ from nbos_cluster.records import HostRecord, KernelSpec, Resources
 
 from ..limits import Limits
 from ..options import KernelOptions
+from . import moverequests
 from .auth import Caller
 from .config import GatewayConfig
 from .copy import ClusterCopy
 from .errors import ApiError, no_such_kernel, unavailable
 from .models import may_see
+from .moverequests import MoveWanted
 from .requests import KernelWanted, check_count, options_of
 from .secrets import new_secrets
 from .watching import ClusterWatch
@@ -111,47 +113,59 @@ class Kernels:
             groups=tuple(sorted(caller.groups)),
         )
         try:
-            return replace(spec, placement=place(spec, self._loads()))
+            return replace(spec, placement=place(spec, self.loads()))
         except NoRoom as err:
             raise unavailable(str(err)) from err
 
-    def _loads(self) -> dict[str, HostLoad]:
+    def loads(self) -> dict[str, HostLoad]:
         specs = [view.spec for view in self.copy.living() if view.spec is not None]
         return loads(self.copy.hosts.values(), specs)
 
-    async def move_from(self, kernel_id: str, lost: set[str]) -> str:
-        """Place the kernel's replicas that stand on `lost` (or draining) hosts elsewhere; what was done, for
-        the log.
+    async def replace_lost(self, kernel_id: str, lost: set[str]) -> list[str]:
+        """Place the kernel's replicas that stand on `lost` hosts elsewhere; what was done, for the log.
 
-        Empty when there was nothing to do, or nowhere to go. A cell on a draining host is let end first. Hosts
-        that are away but not given up yet stay in the plan.
+        Empty when there was nothing to do, or nowhere to go. Hosts that are away but not given up yet stay in the plan.
         """
         view = self.copy.kernel(kernel_id)
         if view is None or view.spec is None:
-            return ""
-        hosts = self._loads()
+            return []
+        hosts = self.loads()
         for host in set(view.spec.placement.values()) - set(hosts) - lost:
             hosts[host] = _full(host)
         try:
-            plan = replace_lost(view.spec, hosts, {str(held.record.replica) for held in view.claims.values()})
+            plan = replace_lost(view.spec, hosts)
         except NoRoom as err:
             if self._said.get(kernel_id) != str(err):  # the next round comes in a second; say it once
                 log.warning("%s", err)
                 self._said[kernel_id] = str(err)
-            return ""
+            return []
         self._said.pop(kernel_id, None)
         if plan is None or plan == view.spec.placement:
-            return ""
-        before = view.spec.placement
+            return []
+        before, seen = view.spec.placement, view.revision
         result = await self.carry_out(membership.replan(view, plan))
+        await self.watch.until(lambda: view.revision > seen, 2.0)
         if not result.succeeded:  # another gateway, or the user, was first
-            return ""
-        moved = [
+            return []
+        return [
             f"replica {i} from {before.get(i, 'nowhere')} to {host}"
             for i, host in plan.items()
             if before.get(i) != host
         ]
-        return f"kernel {kernel_id}: " + ", ".join(moved)
+
+    async def move(self, caller: Caller, kernel_id: str, wanted: MoveWanted) -> KernelView:
+        """Begin to move a replica. Raises ApiError 403, 404, 409."""
+        self._as_admin(caller, kernel_id)
+        return await self._change(caller, kernel_id, lambda view: moverequests.begin(view, wanted, self.loads()))
+
+    async def take_back(self, caller: Caller, kernel_id: str) -> KernelView:
+        """Have the replica that moves stay where it was. Raises ApiError 403, 404, 409."""
+        self._as_admin(caller, kernel_id)
+        return await self._change(caller, kernel_id, moverequests.take_back)
+
+    def _as_admin(self, caller: Caller, kernel_id: str) -> None:
+        self.find(caller, kernel_id)
+        moverequests.check_admin(caller)
 
     async def restart(self, caller: Caller, kernel_id: str) -> KernelView:
         """A new incarnation. Raises ApiError 409 when the kernel keeps changing under us."""

@@ -10,12 +10,14 @@ from typing import Any
 
 import msgspec
 
+from nbos_cluster import moving
 from nbos_cluster.kernelview import KernelView
-from nbos_cluster.records import GrantRecord, HostRecord, KernelSpec
+from nbos_cluster.records import KernelSpec, Move
 from nbos_cluster.statelog import fold_unread
 
 from .auth import Caller
 from .copy import ClusterCopy
+from .hostmodels import host_model
 
 
 def may_see(caller: Caller, spec: KernelSpec) -> bool:
@@ -44,6 +46,9 @@ def kernel_model(view: KernelView, *, secrets: bool) -> dict[str, Any]:
         "last": view.last,
         "executor": view.executor,
         "lost": lost_names(view),
+        "notebook": spec.env.get("JPY_SESSION_NAME", ""),
+        "move": move_model(spec.move, moving.progress(view)) if spec.move is not None else None,
+        "moved": move_model(spec.moved, "") if spec.moved is not None else None,
     }
     if secrets:
         model["connection"] = {
@@ -80,6 +85,11 @@ def member_model(view: KernelView, spec: KernelSpec, index: str) -> dict[str, An
             "reason": record.reason,
         }
     return model
+
+
+def move_model(move: Move, progress: str) -> dict[str, Any]:
+    """A move under way, or how the latest one ended (phase done or undone)."""
+    return {**msgspec.structs.asdict(move), "progress": progress}
 
 
 def lost_names(view: KernelView) -> dict[str, str]:
@@ -119,45 +129,10 @@ def status_model(copy: ClusterCopy, caller: Caller) -> dict[str, Any]:
     views = [v for v in copy.living() if v.spec is not None and may_see(caller, v.spec)]
     counts = copy.replicas_on()
     return {
-        "hosts": [_host_model(host, copy, caller, counts) for _, host in sorted(copy.hosts.items())],
+        "hosts": [host_model(host, copy, caller, counts) for _, host in sorted(copy.hosts.items())],
         "away": sorted(copy.absent),
         "queues": [msgspec.to_builtins(t) | {"ticket": t.ticket} for t in copy.tickets_of(v.kernel for v in views)],
         "waiting": len(copy.tickets),
         "kernels": [kernel_model(v, secrets=False) for v in sorted(views, key=lambda v: v.kernel)],
         "unreadable": dict(copy.unreadable) if caller.admin else {},
-    }
-
-
-def _host_model(host: HostRecord, copy: ClusterCopy, caller: Caller, counts: dict[str, int]) -> dict[str, Any]:
-    grants = list(copy.grants.get(host.name, {}).values())
-    mine = [g for g in grants if caller.admin or (caller.kind == "user" and g.owner == caller.name)]
-    return {
-        "name": host.name,
-        "address": host.address,
-        "pid": host.pid,
-        "version": host.version,
-        "draining": host.draining,
-        "since": host.since,
-        "cpus": host.cpus,
-        "memory": host.memory,
-        "replicas": counts.get(host.name, 0),
-        "max_replicas": host.max_replicas,
-        "devices": [_device_model(device, grants) for device in host.devices],
-        "grants": [msgspec.to_builtins(g) for g in mine],
-    }
-
-
-def _device_model(device: Any, grants: list[GrantRecord]) -> dict[str, Any]:
-    shares = [s for g in grants for s in g.shares if s.uuid == device.uuid]
-    return {
-        "uuid": device.uuid,
-        "index": device.index,
-        "model": device.model,
-        "kind": device.kind,
-        "tpcs": device.tpcs,
-        "tpcs_granted": sum(len(s.tpcs) for s in shares),
-        "memory": device.memory,
-        "memory_granted": sum(s.memory for s in shares),
-        "healthy": device.healthy,
-        "reason": device.reason,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -56,3 +57,9 @@ class ClusterWatch:
         except TimeoutError:
             return condition()
         return True
+
+    async def change(self, timeout: float) -> None:
+        """Wait until anything changes, `timeout` seconds at most."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout), self._changed:
+                await self._changed.wait()

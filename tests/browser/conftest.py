@@ -50,9 +50,9 @@ def chromium() -> str:
     return found
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cluster() -> Iterator[Running]:
-    """One `nbos up` for the tests of a module; each test has a user of its own."""
+    """One `nbos up` for all of these tests; each test has a user of its own."""
     with nbos_hub() as running:
         yield running
 

@@ -158,11 +158,11 @@ class Channels:
         self._reader = asyncio.create_task(self._read())
 
     @classmethod
-    async def open(cls, url: str, headers: dict[str, str], timeout: float = 30.0) -> Channels:
+    async def open(cls, url: str, headers: dict[str, str], timeout: float = 30.0, session: str = "") -> Channels:
         """Connect to `url` (ws://…/api/kernels/<id>/channels), the way JupyterLab does: with the v1
         subprotocol, and without one when nobody on the way confirms it.
         """
-        session = uuid.uuid4().hex
+        session = session or uuid.uuid4().hex
         request = HTTPRequest(f"{url}?session_id={session}", headers=headers, connect_timeout=timeout)
         async with asyncio.timeout(timeout):
             socket = await websocket_connect(request, subprotocols=[SUBPROTOCOL], max_message_size=MAX_MESSAGE)
@@ -178,6 +178,17 @@ class Channels:
         with contextlib.suppress(asyncio.CancelledError):
             await self._reader
         await self._lose("the test closed it")
+
+    @property
+    def session(self) -> str:
+        return self._session
+
+    def go_on(self, before: Channels) -> None:
+        """Take up what waited on an earlier websocket of this session, as a page does that reconnects."""
+        assert before.session == self._session
+        self._cells = before._cells
+        for cell in self._cells.values():
+            cell.lost = ""
 
     async def submit(
         self,

@@ -34,8 +34,8 @@ def free_port() -> int:
 
 
 class Cluster:
-    def __init__(self, state_dir: Path, *options: str, module: str = "nbos.cli") -> None:
-        self.state_dir, self._module = state_dir, module
+    def __init__(self, state_dir: Path, *options: str, module: str = "nbos.cli", hosts: int = 3) -> None:
+        self.state_dir, self._module, self._hosts = state_dir, module, hosts
         self.options: Sequence[str] = options
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
@@ -56,7 +56,7 @@ class Cluster:
                 raise RuntimeError(f"`nbos up` ended: {self.log.read_text()[-3000:]}")
             with contextlib.suppress(RuntimeError, OSError):
                 status = nbos_status(self.state_dir)
-                if len(status["hosts"]) == 3:
+                if len(status["hosts"]) == self._hosts:
                     return
             if time.monotonic() > deadline:
                 raise TimeoutError(f"`nbos up` is not there after {timeout} s: {self.log.read_text()[-3000:]}")

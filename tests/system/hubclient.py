@@ -199,9 +199,9 @@ class Server:
     async def restart(self, kernel: str, timeout: float = 60.0) -> None:
         await self.api("POST", f"kernels/{kernel}/restart", timeout=timeout)
 
-    async def open(self, kernel: str, timeout: float = 30.0) -> Channels:
-        """The kernel's websocket, the way a browser opens it."""
+    async def open(self, kernel: str, timeout: float = 30.0, session: str = "") -> Channels:
+        """The kernel's websocket, the way a browser opens it; `session` where it opens it again."""
         parts = urlsplit(f"{self.url}/api/kernels/{quote(kernel)}/channels")
         scheme = "wss" if parts.scheme == "https" else "ws"
         headers = {"Authorization": f"token {self.hub.token}"}
-        return await Channels.open(urlunsplit(parts._replace(scheme=scheme)), headers, timeout)
+        return await Channels.open(urlunsplit(parts._replace(scheme=scheme)), headers, timeout, session)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
+from msgspec.structs import replace
 
-from nbos.draincommand import DrainFailed, replicas_on, set_draining
+from nbos.draincommand import lines, look, replicas_on
+from nbos.hostchange import DrainFailed, set_draining
 from nbos_cluster import keys, records
 from nbos_cluster.etcd import Etcd
-from nbos_cluster.records import HostRecord, ReplicaRecord
+from nbos_cluster.records import HostRecord, Move, ReplicaRecord
 from tests.system.daemon.site import kernel_spec
 from tests.system.etcdserver import EtcdServer
 
@@ -45,5 +47,21 @@ async def test_a_host_that_is_not_there_is_named_with_those_that_are(client: Etc
 async def test_replicas_count_where_they_are_placed_and_where_they_still_run(client: Etcd) -> None:
     await client.put(keys.spec("k"), records.encode(kernel_spec("k", "a", "b")))
     await client.put(keys.replica("k", 1), records.encode(ReplicaRecord(index=1, host="c", state="ready")))
-    assert [await replicas_on(client, [host]) for host in "abcd"] == [1, 1, 1, 0]
-    assert await replicas_on(client, ["a", "c"]) == 2
+    found = await look(client)
+    assert [replicas_on(found, [host]) for host in "abcd"] == [1, 1, 1, 0]
+    assert replicas_on(found, ["a", "c"]) == 2
+
+
+async def test_what_waits_is_told_with_the_reason(client: Etcd) -> None:
+    for name in "ab":
+        host = HostRecord(name=name, address="", pid=1, max_replicas=1, draining=name == "a")
+        await client.put(keys.host(name), records.encode(host))
+    await client.put(keys.spec("k"), records.encode(kernel_spec("k", "a", "b")))
+    said = lines(await look(client), ["a"])
+    assert said == ["  kernel k: waits: kernel k cannot be placed: b holds 1 of at most 1 replicas"]
+    await client.put(keys.host("c"), records.encode(HostRecord(name="c", address="", pid=1)))
+    assert lines(await look(client), ["a"]) == ["  kernel k: waits for its turn to go to host c"]
+    move = Move(source=0, target=2, from_host="a", to_host="c")
+    moving = replace(kernel_spec("k", "a", "b", "c"), move=move, replicas=2)
+    await client.put(keys.spec("k"), records.encode(moving))
+    assert lines(await look(client), ["a"]) == ["  kernel k: replica 2 starts on host c"]

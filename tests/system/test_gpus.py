@@ -1,10 +1,14 @@
-"""GPUs are granted per execution: what a cell holds, who waits and why, and that a grant ends however its cell ends."""
+"""GPUs are granted per execution: what a cell holds, who waits and why, that a grant ends however its cell ends, and
+what `nbos gpus` shows of it."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -12,6 +16,7 @@ import pytest
 
 from tests.system.cluster import Cluster, Notebook
 from tests.system.hubclient import eventually
+from tests.system.nbosenv import environment
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -21,7 +26,8 @@ HOLD = "print('begun', flush=True)\nimport time; time.sleep({seconds})"
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """One simulated device of 66 TPCs on each of three hosts."""
-    cluster = Cluster(tmp_path_factory.mktemp("gpus") / "state", "--gpus", "1", "--tpcs", "66", "--gpu-memory", "80G")
+    options = ["--gpus", "1", "--tpcs", "66", "--gpu-memory", "80G", "--gpu-model", "Simulated H200"]
+    cluster = Cluster(tmp_path_factory.mktemp("gpus") / "state", *options)
     cluster.start()
     yield cluster
     assert cluster.stop() == []
@@ -73,6 +79,14 @@ async def test_more_than_a_host_has_is_refused_with_the_limit(notebooks: list[No
     assert result.status == "error"
     assert "72" in result.error
     assert "66" in result.error
+
+
+async def test_a_model_that_no_host_has_is_refused_with_those_there_are(notebooks: list[Notebook]) -> None:
+    result = await notebooks[0].channels.execute("%%gpu model=A100\n1")
+    assert result.status == "error"
+    for host in ("host-1", "host-2", "host-3"):
+        assert f"{host} has Simulated H200" in result.error
+    assert await notebooks[0].run("%%gpu model=h200\nprint(nbos_kernel.grant().tpcs)") == "66\n"
 
 
 @pytest.mark.parametrize("line", ["%%gpu many", "%%gpu tpcs=0", "%%gpu 1 mem=lots", "%%gpu -1"])
@@ -173,3 +187,67 @@ async def test_a_daemon_restarted_knows_the_grants_of_its_running_cells(
     await eventually(there_again, "the new daemon lists the grant", 5)
     assert (await cell.result(30)).status == "ok"
     await no_grants(cluster)
+
+
+def command(cluster: Cluster, *words: str) -> str:
+    """What an `nbos` command about this cluster prints."""
+    asked = [sys.executable, "-m", "nbos.cli", *words, "--state-dir", str(cluster.state_dir)]
+    done = subprocess.run(asked, env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+async def test_nbos_gpus_shows_who_holds_what_and_who_waits(cluster: Cluster, notebooks: list[Notebook]) -> None:
+    held = await notebooks[0].channels.submit("%%gpu tpcs=16 mem=20G model=H200\n" + HOLD.format(seconds=30))
+    whole = [await n.channels.submit("%%gpu 1\n" + HOLD.format(seconds=30)) for n in notebooks[1:3]]
+    for cell in [held, *whole]:
+        await cell.text("begun")
+    waiting = await notebooks[3].channels.submit("%%gpu 1\nprint('ran')")
+    await waiting.text("position", 10)
+
+    async def seen() -> dict[str, Any] | None:
+        found = json.loads(await asyncio.to_thread(command, cluster, "gpus", "--json"))
+        return found if len(found["waiting"]) == 1 and len(found["waiting"][0]["queues"]) == 3 else None
+
+    found = await eventually(seen, "`nbos gpus` shows the waiting cell on every host", 15)
+    gpus = [gpu for host in found["hosts"] for gpu in host["gpus"]]
+    assert {(gpu["model"], gpu["kind"], gpu["healthy"], gpu["reading"]) for gpu in gpus} == {
+        ("Simulated H200", "simulated", True, None)
+    }
+    grants = {g["kernel"]: (g["user"], g["cell"], g["memory"], len(g["tpcs"])) for gpu in gpus for g in gpu["grants"]}
+    assert grants[notebooks[0].kernel] == ("ada", 2, 20 << 30, 16)
+    assert [grants[n.kernel][3] for n in notebooks[1:3]] == [66, 66]
+    assert found["waiting"][0]["kernel"] == notebooks[3].kernel
+    assert found["waiting"][0]["asks"] == {"gpus": 1}
+    text = await asyncio.to_thread(command, cluster, "gpus")
+    assert "Simulated H200 (simulated)" in text
+    assert f"ada   {notebooks[0].kernel[:8]}  2     " in text
+    assert "16 (0-15)" in text
+    assert "0 of 1 GPUs of host" in text
+    for notebook in notebooks:
+        await notebook.server.interrupt(notebook.kernel)
+    for cell in [held, *whole, waiting]:
+        await cell.result(10)
+    await no_grants(cluster)
+
+
+async def test_a_gpu_that_an_admin_takes_out_of_use_is_told_to_who_asks_for_it_and_comes_back(
+    cluster: Cluster, notebooks: list[Notebook]
+) -> None:
+    hosts = ["host-1", "host-2", "host-3"]
+    said = await asyncio.to_thread(command, cluster, "drain", *hosts, "--gpu", "0", "--reason", "the fans are changed")
+    assert said.count("takes no new cells") == 3
+
+    async def refused() -> bool:
+        result = await notebooks[0].channels.execute("%%gpu 1\n1")
+        return "is out of use: the fans are changed" in result.error
+
+    await eventually(refused, "the cell is told why it gets no GPU", 10)
+    assert "out of use: the fans are changed" in await asyncio.to_thread(command, cluster, "gpus")
+    assert "the fans are changed" in await asyncio.to_thread(command, cluster, "status")
+    await asyncio.to_thread(command, cluster, "drain", *hosts, "--gpu", "0", "--undo")
+
+    async def granted() -> bool:
+        return (await notebooks[0].channels.execute("%%gpu 1\n1")).status == "ok"
+
+    await eventually(granted, "the GPUs are granted again", 10)

@@ -83,7 +83,11 @@ class Host:
         self.run_dir = directory / name
         self.config = directory / f"{name}.json"
         self.log = directory / f"{name}.log"
+        sections = {name: config.pop(name) for name in list(config) if name[0].isupper()}  # Metrics={…}
         command = config.pop("replica_command", [sys.executable, str(DOUBLE)])
+        self.environment: dict[str, str] = config.pop("environment", {})
+        health = config.pop("health", {})
+        warm = config.pop("warm", {})
         options = {
             "host": name,
             "run_dir": str(self.run_dir),
@@ -97,11 +101,14 @@ class Host:
             "replica_command": command,
             **config,
         }
-        self.config.write_text(json.dumps({"GPUDaemon": options}))
+        sections = {**sections, "Health": health, "Warm": warm}
+        self.config.write_text(json.dumps({"GPUDaemon": options, **sections}))
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Host:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "DAEMON_SECRET": "do not pass on"}
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        secret = {"DAEMON_SECRET": "do not pass on"}
+        environment = {**os.environ, **self.environment, "PYTHONPATH": path, **secret}
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "gpu_daemon", "--config", str(self.config), "--log-level=INFO"],

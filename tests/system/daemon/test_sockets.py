@@ -130,3 +130,28 @@ async def test_a_replica_with_another_python_is_refused_and_told_why(client: Etc
     await eventually(
         lambda: says(1, "replica 1 has Python 3.12.1, replica 0 on host a has Python 3.11.2"), "it is told"
     )
+
+
+async def test_a_replica_of_another_format_is_refused_with_both_versions_and_the_way_out(
+    client: Etcd, host: MakeHost
+) -> None:
+    """An image from before formats were told counts as format 1; a newer one waits for newer daemons."""
+    a = host("a")
+    await create(client, kernel_spec("k", "a"))
+    only = a.replica("k", 0)
+    assert (await only.ready())["hello"]["ok"]
+    await only.order(hello={"format": wire.FORMAT + 1, "nbos": "9.9"}, drop=True)
+
+    async def told() -> bool:
+        record = (await view_of(client, "k")).replicas.get(0)
+        return record is not None and all(
+            part in record.reason
+            for part in (
+                "nbos 9.9",
+                f"format {wire.FORMAT + 1}",
+                f"takes {wire.OLDEST} to {wire.FORMAT}",
+                "upgrade the daemons",
+            )
+        )
+
+    await eventually(told, "its record says why it was ended")

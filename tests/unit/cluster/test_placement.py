@@ -5,9 +5,20 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
-from nbos_cluster.placement import HostLoad, NoRoom, loads, place, replace_lost, spread, unfit
-from nbos_cluster.records import Device, HostRecord, KernelSpec, Resources
+from nbos_cluster.placement import (
+    HostLoad,
+    NoRoom,
+    busiest,
+    choose_target,
+    loads,
+    place,
+    replace_lost,
+    spread,
+    unfit,
+)
+from nbos_cluster.records import Device, HostRecord, KernelSpec, Move, Resources
 
 GB = 2**30
 
@@ -112,12 +123,32 @@ def test_when_all_is_well_nothing_moves() -> None:
     assert replace_lost(standing, on(host("a"), host("b"), specs=[standing])) is None
 
 
-def test_a_draining_host_is_left_only_for_a_better_place() -> None:
+def test_a_replica_moves_to_a_host_of_its_own_and_never_to_one_that_drains() -> None:
     standing = spec(2, {"0": "a", "1": "b"})
-    leaving = host("a", draining=True)
-    assert replace_lost(standing, on(leaving, host("b", room=1), specs=[standing])) is None
-    moved = replace_lost(standing, on(leaving, host("b"), host("c"), specs=[standing]))
-    assert moved == {"0": "c", "1": "b"}
+    assert choose_target(standing, on(host("a"), host("b"), host("c"), specs=[standing]), "0") == "c"
+    assert choose_target(standing, on(host("a"), host("b"), host("c", draining=True), specs=[standing]), "0") == "b"
+    assert choose_target(standing, on(host("a"), host("b"), host("c"), specs=[standing]), "0", avoid={"c"}) == "b"
+    with pytest.raises(NoRoom):
+        choose_target(standing, on(host("a"), host("b", room=1), specs=[standing]), "0")
+
+
+def test_what_moves_is_left_to_its_move_and_others_are_replaced_meanwhile() -> None:
+    moving = replace(spec(2, {"0": "a", "1": "b", "2": "c"}), move=Move(source=0, target=2, from_host="a", to_host="c"))
+    assert replace_lost(moving, on(host("b"), host("c"), host("d"), specs=[moving])) is None
+    assert replace_lost(moving, on(host("a"), host("c"), host("d"), specs=[moving])) == {"0": "a", "1": "d", "2": "c"}
+
+
+def test_a_kernel_whose_numbers_have_gaps_gets_the_lowest_free_one() -> None:
+    standing = spec(3, {"0": "a", "4": "b"})
+    assert replace_lost(standing, on(host("a"), host("b"), host("c"), specs=[standing])) == {
+        "0": "a", "1": "c", "4": "b"
+    }  # fmt: skip
+
+
+def test_the_replica_on_the_most_loaded_host_is_the_one_to_move() -> None:
+    gpu = Resources(gpus=1)
+    mine, other = spec(2, {"0": "a", "1": "b"}, gpu), spec(1, {"0": "b"}, gpu, "other")
+    assert busiest(mine, on(host("a"), host("b"), specs=[mine, other])) == "1"
 
 
 def test_a_replica_lost_without_another_host_says_so() -> None:

@@ -14,6 +14,7 @@ from gpu_daemon.fleet import (
     Start,
     Stop,
     Tick,
+    Unwanted,
     Wanted,
 )
 
@@ -121,3 +122,24 @@ def test_a_process_found_again_is_not_started_twice_and_ended_when_it_is_outdate
     fleet = Fleet()
     fleet.handle(Found(K0, 1, 0))
     assert Stop(K0, "the kernel is restarted") in fleet.handle(wanted(0, now=1, incarnation=2))
+
+
+def test_a_host_that_comes_back_starts_nothing_before_what_it_must_no_longer_run_is_gone() -> None:
+    fleet = Fleet()
+    fleet.handle(Found(K0, 1, 0))
+    assert fleet.handle(Unwanted(K0)) == [Stop(K0, "the replica is not wanted on this host any more")]
+    assert starts(fleet.handle(Wanted("other", frozenset({0}), 1, True, 0))) == []
+    assert fleet.next_due() is None  # no clock helps: the end of the process does
+    gone = fleet.handle(Died(K0, "ended", 1))
+    assert gone == [Forget(K0), Start(ReplicaId("other", 0), 1)]
+    fleet.validate_state()
+
+
+def test_an_unwanted_replica_that_is_gone_already_is_nothing() -> None:
+    assert Fleet().handle(Unwanted(K0)) == []
+
+
+def test_the_replica_with_the_lowest_number_starts_alone_whatever_the_number_is() -> None:
+    """After moves a kernel's numbers may begin above 0."""
+    fleet = Fleet()
+    assert starts(fleet.handle(Wanted("k", frozenset({2, 3}), 1, False, 0, first=2))) == [ReplicaId("k", 2)]

@@ -1,10 +1,8 @@
-"""Smaller parts: requests as they are read, how ends are told, what replicas inherit, the run directory, NVML."""
+"""Smaller parts: requests as they are read, how ends are told, what replicas inherit, the run directory, options."""
 
 from __future__ import annotations
 
 import json
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +11,11 @@ import pytest
 from gpu_daemon import inventory, requests
 from gpu_daemon.app import GPUDaemon
 from gpu_daemon.fleet import ReplicaId
-from gpu_daemon.inventory import NVMLState
 from gpu_daemon.process_runtime import clean_environment
 from gpu_daemon.requests import RequestError
 from gpu_daemon.rundir import RunDir, RunDirError
 from gpu_daemon.runtime import Exit
-from nbos_cluster.records import GrantRecord
+from nbos_cluster.records import Device, GrantRecord
 
 
 def test_a_bid_is_read_whole() -> None:
@@ -96,52 +93,6 @@ def test_what_is_saved_is_found_again_and_what_is_broken_left_out(tmp_path: Path
     assert run.load_grant(id) is None
 
 
-class NVMLError(Exception):
-    def __init__(self, value: int) -> None:
-        super().__init__(f"error {value}")
-        self.value = value
-
-
-def fake_nvml(error: int = 0, count: int = 0) -> types.ModuleType:
-    module: Any = types.ModuleType("pynvml")
-    module.NVMLError = NVMLError
-    module.NVML_ERROR_LIBRARY_NOT_FOUND = 12
-
-    def init() -> None:
-        if error:
-            raise NVMLError(error)
-
-    module.nvmlInit, module.nvmlShutdown = init, lambda: None
-    module.nvmlDeviceGetCount = lambda: count
-    module.nvmlDeviceGetHandleByIndex = lambda index: index
-    module.nvmlDeviceGetUUID = lambda handle: f"GPU-{handle}"
-    module.nvmlDeviceGetName = lambda handle: b"NVIDIA H200"
-    module.nvmlDeviceGetMemoryInfo = lambda handle: types.SimpleNamespace(total=141 << 30)
-    return module  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize(
-    ("module", "state"),
-    [
-        (fake_nvml(error=12), NVMLState.NO_LIBRARY),
-        (fake_nvml(error=9), NVMLState.NO_DRIVER),
-        (fake_nvml(), NVMLState.NO_DEVICE),
-        (fake_nvml(count=2), NVMLState.WORKS),
-    ],
-)
-def test_nvmls_states_read_differently(
-    module: types.ModuleType, state: NVMLState, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", module)
-    monkeypatch.setattr(inventory, "_sms_by_uuid", lambda: {"0": 132})
-    found = inventory.look()
-    assert found.state is state
-    if state is NVMLState.WORKS:
-        first, second = found.devices
-        assert (first.tpcs, first.model, first.healthy) == (66, "NVIDIA H200", True)
-        assert not second.healthy
-
-
 def test_configuration_comes_from_a_file_and_names_what_is_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,7 +106,15 @@ def test_configuration_comes_from_a_file_and_names_what_is_missing(
 
 
 def test_a_daemon_takes_only_the_gpus_named_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(count=2))
-    monkeypatch.setattr(inventory, "_sms_by_uuid", lambda: {"0": 132, "1": 132})
+    def found() -> inventory.Inventory:
+        devices = (Device(uuid=f"GPU-{i}", index=i, model="H200", tpcs=66, memory=1, kind="nvml") for i in range(2))
+        return inventory.Inventory(inventory.NVMLState.WORKS, devices=tuple(devices))
+
+    monkeypatch.setattr(inventory, "look", found)
     app = GPUDaemon(devices="nvml", device_uuids=["GPU-1", "GPU-gone"])
     assert [d.uuid for d in app.find_devices()] == ["GPU-1"]
+
+
+def test_simulated_devices_may_be_of_several_models() -> None:
+    app = GPUDaemon(host="h", devices="simulated", simulated_devices=3, simulated_model="H100, A100")
+    assert [d.model for d in app.find_devices()] == ["H100", "A100", "H100"]

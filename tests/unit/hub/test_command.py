@@ -214,6 +214,23 @@ def test_the_limits_reach_the_hub_and_the_gateway(tmp_path: Path) -> None:
     assert json.loads(bounded.children()["hub"].env["NBOS_LIMITS"]) == limits
 
 
+def test_warm_replicas_of_the_command_line_reach_the_daemons(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*words: str) -> dict[str, object]:
+        plan = replace(layout(tmp_path), options=up_options(parser().parse_args(["up", *words])))
+        return dict(plan.daemon_config("host-1")["Warm"])
+
+    assert told() == {"keep": 1, "most": 4, "modules": []}
+    assert told("--warm", "3", "--preload", "numpy,torch.nn") == {
+        "keep": 3, "most": 6, "modules": ["numpy", "torch.nn"]
+    }  # fmt: skip
+    assert told("--warm", "0") == {"policy": "off"}
+    with pytest.raises(SystemExit):
+        told("--preload", "numpy;torch")
+    assert "commas" in capsys.readouterr().err
+
+
 def test_status_of_nothing_says_how_to_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status.status(StateDir.at(tmp_path), as_json=False) == 1
     assert "nbos up" in capsys.readouterr().err
@@ -221,8 +238,15 @@ def test_status_of_nothing_says_how_to_start(tmp_path: Path, capsys: pytest.Capt
 
 def test_the_table_names_hosts_kernels_and_replicas() -> None:
     found = status_model(filled(spec("k1", "ada", "a", "b")), Caller("root", "user", admin=True))
+    found["hosts"][0]["warm"] = [{"image": "", "ready": 0, "wanted": 2, "note": "memory is short"}]
     text = "\n".join(status.table({"hub_url": "http://h/", **found}))
-    for words in ("H100", "kernel k1  owner ada  epoch 1  last committed 0", "missing", "standby"):
+    for words in (
+        "kept warm on a: 0 of 2 replicas: memory is short",
+        "H100",
+        "kernel k1  owner ada  epoch 1  last committed 0",
+        "missing",
+        "standby",
+    ):
         assert words in text
     (kernel,) = found["kernels"]
     kernel["last"] = 7

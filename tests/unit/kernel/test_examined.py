@@ -51,6 +51,26 @@ def test_a_tuple_with_something_in_it_that_a_library_can_change_exposes() -> Non
     assert examined(side, "linecache.held[0].append(2)")[0] > 0
 
 
+def at_once(side: Side, code: str) -> int:
+    """As `examined`, for a cell that the next one follows without a pause."""
+    side.run(code)
+    taken = side.replica.take_changes(code)
+    found = taken.changes.examined
+    side.replica.own(0)
+    del taken
+    for _ in side.replica.capture.settle(in_vain=1):
+        pass
+    return found
+
+
+def test_what_no_cell_names_is_left_alone_though_cells_follow_each_other() -> None:
+    side = Side({})
+    at_once(side, KEPT[0])
+    assert at_once(side, "x = 1") > 0  # nobody has had the time to look into it
+    assert at_once(side, "x = 2") == 0
+    assert at_once(side, "kept") > 0
+
+
 def test_a_figure_that_did_not_change_is_not_written_again() -> None:
     side = Side({})
     examined(side, KEPT[0])

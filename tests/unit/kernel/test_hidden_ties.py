@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from .pair import Pair
+from .pair import Pair, Side
 
 FRAMES = "import pandas as pd\ndf = pd.DataFrame({'x': [1, 2, 3], 'y': [4, 5, 6]}); "
 
@@ -137,6 +137,27 @@ def test_functions_outside_of_variables_are_forgotten_when_they_are_gone() -> No
     assert "xs" in outside.words
     pair.cell("del collections.hook")
     assert outside.words == frozenset()
+
+
+def test_a_cell_that_a_traceback_keeps_does_not_make_every_look_a_long_one() -> None:
+    side = Side({})
+    look = side.replica.capture.outside.look
+    assert list(look(()))  # the first one looks through everything
+    side.run("import linecache, sys\ntry:\n    1 / 0\nexcept ZeroDivisionError as err:\n    linecache.kept = err")
+    assert list(look(()))
+    assert not list(look(()))  # what was found then is still all there is
+    side.run("linecache.later = lambda: hidden")
+    assert list(look(()))
+    assert "hidden" in side.replica.capture.outside.words
+    assert not list(look(()))
+    assert "hidden" in side.replica.capture.outside.words
+    side.run("del linecache.later, linecache.kept")
+    assert not list(look(()))
+    assert not side.replica.capture.outside.words
+    side.run("linecache.later = lambda: again")
+    assert list(look(()))
+    assert "again" in side.replica.capture.outside.words
+    side.run("del linecache.later")
 
 
 def test_a_dead_proxy_is_lost_and_nothing_else() -> None:

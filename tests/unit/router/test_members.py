@@ -57,5 +57,31 @@ def test_a_new_epoch_counts_whatever_its_revision() -> None:
     fleet = Fleet()
     fleet.update(1, listed("ready"), revision=12)
     fleet.up.add(0)
-    _, lost = fleet.update(2, (), revision=3)
+    _, lost = fleet.update(2, listed("starting", pid=8), revision=3)
+    assert [index for index, _ in lost] == [0]
+
+
+def test_a_replica_that_was_moved_away_is_heard_to_its_end_and_asked_nothing_more() -> None:
+    """What it printed last is on its way when the news of its leaving comes by another replica."""
+    fleet = Fleet()
+    stays = Member(1, "host-2", "ready", "127.0.0.2", PORTS, -1, 8, "")
+    fleet.update(1, (*listed("ready"), stays), revision=12)
+    fleet.up |= {0, 1}
+    fleet.appoint(0, 5)
+    assert fleet.update(2, (stays,), revision=13) == ([], [])
+    assert fleet.admit(0, b"nbos.5.stream") == b"stream"
+    assert fleet.candidates() == {1}
+    assert fleet.lost(0) == [Disconnect(0)]
+    assert fleet.current() == 1
+    assert 0 not in fleet.connected_to
+
+
+def test_a_number_that_is_given_again_is_a_new_connection() -> None:
+    fleet = Fleet()
+    fleet.update(1, listed("ready"), revision=12)
+    fleet.up.add(0)
+    fleet.update(2, (), revision=13)
+    again = Member(0, "host-3", "ready", "127.0.0.3", PORTS, -1, 9, "")
+    todo, lost = fleet.update(3, (again,), revision=14)
+    assert todo == [Disconnect(0), Connect(0, "127.0.0.3", PORTS)]
     assert [index for index, _ in lost] == [0]

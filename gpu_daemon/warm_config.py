@@ -1,0 +1,67 @@
+"""What a site may say about replicas that are started ahead: the options `c.Warm.…`, checked when the daemon starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from traitlets import Enum, Float, Integer, List, TraitError, Unicode, validate
+from traitlets.config import Configurable
+
+from gpu_daemon.sizes import parse_bytes
+from gpu_daemon.warm_pool import WarmOptions
+from gpu_daemon.warming import Policy
+
+
+class Warm(Configurable):
+    """Replicas that are started before anybody asks for one (GPUDaemon.runtime = "process")."""
+
+    policy = Enum(
+        ["demand", "fixed", "off"],
+        "demand",
+        help="How many are kept: as many as are asked for while one is made (Little's law), and at least `keep`; "
+        "`keep`; none, every replica then starts afresh.",
+    ).tag(config=True)
+    keep = Integer(1, min=0, help="How many wait: always (fixed), at least (demand).").tag(config=True)
+    most = Integer(4, min=1, help="How many wait at most, those that are being made counted.").tag(config=True)
+    modules = List(
+        Unicode(),
+        help="Modules that are imported ahead besides ipykernel, for example ['numpy', 'torch']. Their memory is "
+        "shared by all replicas of the host. None may make secrets when it is imported: all would have the same.",
+    ).tag(config=True)
+    confidence = Float(0.95, help="How surely (0 to 1) a start finds a waiting replica, by demand.").tag(config=True)
+    window = Float(600.0, min=1.0, help="Seconds over which starts are counted, by demand.").tag(config=True)
+    calm = Float(
+        60.0, min=0.0, help="Seconds that there must be too many of them before one is ended."
+    ).tag(config=True)  # fmt: skip
+    reserve = Unicode("1G", help="Memory of the host that they leave free: with less, none waits.").tag(config=True)
+
+    @validate("modules")
+    def _valid_modules(self, proposal: Any) -> Any:
+        for name in proposal["value"]:
+            if not all(part.isidentifier() for part in name.split(".")):
+                raise TraitError(f"Warm.modules holds {name!r}, which is no module's name; write it as in `import`")
+        return proposal["value"]
+
+    @validate("confidence")
+    def _valid_confidence(self, proposal: Any) -> float:
+        if not 0.0 < proposal["value"] < 1.0:
+            raise TraitError(f"Warm.confidence is {proposal['value']}; it must lie between 0 and 1, for example 0.95")
+        return float(proposal["value"])
+
+    @validate("reserve")
+    def _valid_size(self, proposal: Any) -> Any:
+        try:
+            parse_bytes(proposal["value"])
+        except ValueError as err:
+            raise TraitError(str(err)) from err
+        return proposal["value"]
+
+    def options(self) -> WarmOptions:
+        """Raises TraitError when the numbers do not go together."""
+        if self.keep > self.most:
+            raise TraitError(f"Warm.keep is {self.keep}, Warm.most only {self.most}; raise most or lower keep")
+        names = ("keep", "most", "confidence", "window", "calm")
+        numbers = {name: getattr(self, name) for name in names}
+        kind: Any = self.policy
+        policy = Policy(kind=kind, reserve=parse_bytes(self.reserve), **numbers)
+        return WarmOptions(policy, tuple(self.modules))

@@ -1,0 +1,46 @@
+"""`python -m nbos_kernel.warm [--spare] FD [MODULE…]`: what a gpu_daemon starts ahead of replicas."""
+
+from __future__ import annotations
+
+import gc
+import json
+import socket
+import sys
+
+from .parent import serve
+from .spare import become, wait
+from .title import ROOM, retitle
+
+
+def main() -> None:
+    # No collection before the fork: it would write to, and so unshare, every page (docs of gc.freeze).
+    gc.disable()
+    alone = "--spare" in sys.argv[1:2]
+    number, *modules = (word for word in sys.argv[1 + alone :] if word != ROOM)
+    retitle([sys.executable, "-m", "nbos_kernel.warm", *(["--spare"] if alone else []), *modules])
+    own: socket.socket | None = socket.socket(fileno=int(number))
+    assert own is not None
+    from .imports import import_all
+
+    found = import_all(modules, allowed=(0, 1, 2, own.fileno()))
+    told = {"type": "ready", "reads": sorted(found.reads), "failed": found.failed, "unsafe": found.unsafe}
+    own.send(json.dumps(told).encode())
+    if alone:
+        gc.enable()
+    elif found.unsafe:
+        return
+    else:
+        gc.freeze()
+        own = serve(own)
+        retitle([sys.executable, "-m", "nbos_kernel.warm", "spare"])
+    assigned = wait(own) if own is not None else None
+    if assigned is None:
+        return
+    become(assigned)
+    from nbos_kernel.app import NBOSKernelApp
+
+    NBOSKernelApp.launch_instance()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""A spare: waits until it is told which replica to be, and takes on what a fresh process would have been given."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbos_kernel
+
+from .title import retitle
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """argv: of the replica's command line, from the interpreter on. cwd: a folder that is there."""
+
+    argv: tuple[str, ...]
+    env: dict[str, str]
+    cwd: str
+
+
+def wait(own: socket.socket) -> Assignment | None:
+    """Until the daemon says what to be; None when it is gone, or wants this spare no more.
+
+    With the message come two descriptors: where output goes, and a file that holds the assignment as JSON.
+    """
+    try:
+        said, handed, _, _ = socket.recv_fds(own, 64, 2)
+    except ConnectionError:
+        return None
+    if not said:
+        return None
+    output, file = handed
+    with os.fdopen(file, "rb") as source:
+        source.seek(0)
+        told = json.load(source)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
+    own.close()
+    return Assignment(tuple(told["argv"]), told["env"], told["cwd"])
+
+
+def become(assignment: Assignment) -> None:
+    """Environment, folder, command line and random numbers as in a process that was started for this replica."""
+    os.environ.clear()
+    os.environ.update(assignment.env)
+    time.tzset()
+    os.chdir(assignment.cwd)
+    # As `python -m` has it. The folder that stood there is the warm parent's own, an empty one.
+    sys.path[0] = assignment.cwd
+    sys.argv = [str(Path(nbos_kernel.__file__).with_name("__main__.py")), *assignment.argv[3:]]
+    sys.orig_argv[:] = assignment.argv
+    importlib.invalidate_caches()
+    renew()
+    retitle(assignment.argv)
+
+
+def renew() -> None:
+    """What must be another in each process, made anew where the imports made it.
+
+    Python's `random` is seeded by fork itself. numpy's global generator is not, and would give the same numbers in
+    every replica; nor is multiprocessing's key, with which one user could enter another's managers. torch starts
+    every process with the same seed, so here as well.
+    """
+    numbers = sys.modules.get("numpy.random")
+    if numbers is not None:
+        numbers.seed()
+    processes = sys.modules.get("multiprocessing.process")
+    if processes is not None:
+        processes.current_process().authkey = os.urandom(32)

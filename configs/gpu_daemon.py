@@ -35,8 +35,8 @@ c.GPUDaemon.shares = {
     # "groups": {"vision": {"tpcs": 40, "weight": 2}, "interns": {"priority": -1}},
 }
 c.GPUDaemon.reservations = [
-    # {"name": "ml101", "groups": ["ml101"], "seats": 6, "tpcs": 20, "days": ["tuesday"], "from": "10:00", "to": "12:00",
-    #  "timezone": "Europe/Berlin"},
+    # {"name": "ml101", "groups": ["ml101"], "seats": 6, "tpcs": 20, "days": ["tuesday"], "from": "10:00",
+    #  "to": "12:00", "timezone": "Europe/Berlin"},
 ]
 c.GPUDaemon.overdue_after = 3600.0  # seconds after which a waiting cell gets its turn whatever others are owed
 

@@ -29,6 +29,17 @@ c.GPUDaemon.blob_store = "file:///shared/nbos/blobs"  # on a file system that al
 c.GPUDaemon.runtime = "docker"
 c.GPUDaemon.stop_replicas_on_exit = False  # an upgrade of the daemon leaves kernels running; True: the host shuts down
 
+# Who is owed what of this host's GPUs, and room for courses: docs/sharing.md.
+c.GPUDaemon.shares = {
+    # "users": {"ann": {"devices": 1}},
+    # "groups": {"vision": {"tpcs": 40, "weight": 2}, "interns": {"priority": -1}},
+}
+c.GPUDaemon.reservations = [
+    # {"name": "ml101", "groups": ["ml101"], "seats": 6, "tpcs": 20, "days": ["tuesday"], "from": "10:00",
+    #  "to": "12:00", "timezone": "Europe/Berlin"},
+]
+c.GPUDaemon.overdue_after = 3600.0  # seconds after which a waiting cell gets its turn whatever others are owed
+
 # Slices of a GPU run side by side only under MPS, and only where all users of this host trust each other:
 # docs/slices.md.
 c.Slicing.one_trust_domain = False

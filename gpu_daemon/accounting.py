@@ -11,7 +11,7 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 
 from gpu_daemon.accounts import HOUR, Accounts
 from gpu_daemon.journal import Change, Journal
@@ -20,7 +20,7 @@ from gpu_daemon.use import DAY
 from nbos_cluster import keys, records
 from nbos_cluster.etcd import EtcdError, EtcdUnavailable
 from nbos_cluster.kv import Txn, op_delete_range, op_put
-from nbos_cluster.records import GrantRecord, HourRecord
+from nbos_cluster.records import GrantRecord, HourRecord, Reading
 
 EVERY = 1.0
 GATHER = 0.05
@@ -61,9 +61,11 @@ class Accounting:
             self._note(Change(lines, ended=grant))
             self._unpublished |= {line.hour for line in lines}
 
-    def energy(self, joules: Mapping[str, float]) -> None:
-        """What devices (by UUID) took since the last call, where they tell: for whoever samples their power."""
-        self._accounts.energy(joules)
+    def readings(self, readings: Iterable[Reading]) -> None:
+        """The devices were looked at. An instance of MIG tells its whole GPU's power, which nobody can share out."""
+        self._settle()
+        whole = {device.uuid for device in self._site.ledger.devices if not device.parent}
+        self._accounts.power({r.uuid: float(r.power) for r in readings if r.power >= 0 and r.uuid in whole})
 
     # -- start, work, end ---------------------------------------------------------------------------------------------
 

@@ -38,7 +38,6 @@ class _Open:
     devices: float
     tpcs: int
     memory: int
-    joules: float = 0.0
 
 
 class Accounts:
@@ -47,6 +46,9 @@ class Accounts:
     def __init__(self, devices: Iterable[Device]) -> None:
         self._tpcs = {device.uuid: device.tpcs for device in devices}
         self._open: dict[str, _Open] = {}
+        self._granted: dict[str, int] = {}
+        """TPCs of each device that are in open grants."""
+        self._watts: dict[str, float] = {}
 
     def __len__(self) -> int:
         return len(self._open)
@@ -57,38 +59,45 @@ class Accounts:
         devices = sum(len(s.tpcs) / self._tpcs.get(s.uuid, len(s.tpcs)) for s in record.shares if s.tpcs)
         memory = sum(s.memory for s in record.shares)
         self._open[record.grant] = _Open(record, now, devices, tpcs, memory)
+        self._count(record, 1)
 
     def end(self, grant: str, now: float, used: bool = True) -> list[UseLine]:
         """What is left of it. used: a cell ran on it (false: its claim was lost; the device was held nevertheless)."""
         lines: dict[Key, Amounts] = {}
         one = self._open.pop(grant, None)
         if one is not None:
-            _deal_out(one, now, lines)
+            _deal_out(one, now, self._draws(one), lines)
             last = _key(one, max(one.at, now))
             lines.setdefault(last, Amounts()).cells += used
+            self._count(one.record, -1)
         return _lines(lines)
+
+    def _count(self, record: GrantRecord, sign: int) -> None:
+        for share in record.shares:
+            self._granted[share.uuid] = self._granted.get(share.uuid, 0) + sign * len(share.tpcs)
 
     def settle(self, now: float) -> list[UseLine]:
         """What the open grants used since they were accounted last."""
         lines: dict[Key, Amounts] = {}
         for one in self._open.values():
-            _deal_out(one, now, lines)
+            _deal_out(one, now, self._draws(one), lines)
         return _lines(lines)
 
-    def energy(self, joules: Mapping[str, float]) -> None:
-        """What devices (by UUID) took since the last call. It is shared by the TPCs of each that are granted; what an
-        idle device takes is nobody's."""
-        sharing: dict[str, int] = dict.fromkeys(joules, 0)
-        parts = [(one, s.uuid, len(s.tpcs)) for one in self._open.values() for s in one.record.shares]
-        for _, uuid, tpcs in parts:
-            if uuid in sharing:
-                sharing[uuid] += tpcs
-        for one, uuid, tpcs in parts:
-            if sharing.get(uuid):
-                one.joules += joules[uuid] * tpcs / sharing[uuid]
+    def power(self, watts: Mapping[str, float]) -> None:
+        """What devices (by UUID) draw from now on, where they tell. It is shared by the TPCs of each that are granted;
+        what an idle device draws is nobody's. The caller settles before."""
+        self._watts = dict(watts)
+
+    def _draws(self, one: _Open) -> float:
+        """Watts of this grant now."""
+        if not self._watts:
+            return 0.0
+        return sum(
+            self._watts.get(s.uuid, 0.0) * len(s.tpcs) / max(self._granted.get(s.uuid, 0), 1) for s in one.record.shares
+        )
 
 
-def _deal_out(one: _Open, now: float, lines: dict[Key, Amounts]) -> None:
+def _deal_out(one: _Open, now: float, watts: float, lines: dict[Key, Amounts]) -> None:
     begin, until = one.at, max(one.at, now)  # a clock that was set back accounts nothing twice
     while begin < until:
         end = min(until, (begin // HOUR + 1) * HOUR)
@@ -97,10 +106,8 @@ def _deal_out(one: _Open, now: float, lines: dict[Key, Amounts]) -> None:
         amounts.device_seconds += seconds * one.devices
         amounts.tpc_seconds += seconds * one.tpcs
         amounts.byte_seconds += seconds * one.memory
+        amounts.joules += seconds * watts
         begin = end
-    if one.joules:
-        lines.setdefault(_key(one, until), Amounts()).joules += one.joules
-        one.joules = 0.0
     one.at = until
 
 

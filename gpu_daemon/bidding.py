@@ -37,6 +37,8 @@ REPEAT = 2.0
 
 NEWS_AFTER = 0.1
 """Seconds in which changes of the queue gather before those who wait are told: whoever gets a grant goes first."""
+NEWS_EACH = 0.002
+"""And longer by so many for each who waits: telling a long queue takes milliseconds, which bids would wait for."""
 
 ETCD_PAUSE = 0.3
 EPOCH_TRIES = 5
@@ -345,7 +347,9 @@ class Bidding:
             else:
                 granted.set_exception(Yielded(step.code, step.reason))
         if self._site.queue.stale and self._news is None:
-            self._news = asyncio.get_running_loop().call_later(NEWS_AFTER, self._tell_news)
+            self._news = asyncio.get_running_loop().call_later(
+                NEWS_AFTER + NEWS_EACH * len(self._site.queue), self._tell_news
+            )
 
     def _tell_news(self) -> None:
         self._news = None

@@ -183,10 +183,12 @@ class Daemon:
         self._site.spawn(self._commits.lease_is_new(), "claiming again what runs")
 
     def _health_changed(self) -> None:
+        self._accounting.readings(self._health.readings)
         self._publish_host()
         self._bidding.room_changed()
 
     def _looked(self) -> None:
+        self._accounting.readings(self._health.readings)
         self._publish_host(urgent=False)
 
     def _warm_changed(self) -> None:

@@ -159,9 +159,9 @@ class Ledger:
         return frozenset(b.uuid for b in nearest[: max(resources.gpus, 1)])
 
     def serves(self, resources: Resources, uuids: Collection[str]) -> bool:
-        """Whether these devices, once nothing runs on them, are what the request needs."""
+        """Whether these devices are well and, once nothing runs on them, what the request needs."""
         books = self._suitable(resources)
-        if isinstance(books, Impossible) or len(uuids) < max(resources.gpus, 1):
+        if isinstance(books, Impossible) or len(uuids) < max(resources.gpus, 1) or not self._ill.isdisjoint(uuids):
             return False
         return set(uuids) <= {b.uuid for b in books}
 

@@ -85,9 +85,11 @@ def test_energy_is_shared_by_the_tpcs_that_are_granted() -> None:
     accounts = Accounts(DEVICES)
     accounts.begin(grant("a", "ann", tpcs=6), 0.0)
     accounts.begin(grant("b", "bob", tpcs=2), 0.0)
-    accounts.energy({DEVICES[0].uuid: 800.0, DEVICES[1].uuid: 500.0})
-    assert {line.owner: line.joules for line in accounts.settle(1.0)} == {"ann": 600.0, "bob": 200.0}
-    assert sum(line.joules for line in accounts.settle(2.0)) == 0
+    assert sum(line.joules for line in accounts.settle(5.0)) == 0, "nothing was told yet"
+    accounts.power({DEVICES[0].uuid: 80.0, DEVICES[1].uuid: 500.0})
+    assert {line.owner: line.joules for line in accounts.settle(15.0)} == {"ann": 600.0, "bob": 200.0}
+    accounts.end("b", 15.0)
+    assert [line.joules for line in accounts.end("a", 25.0)] == [800.0], "alone on the device"
 
 
 def test_the_lines_add_up_to_what_was_held_however_they_are_cut() -> None:

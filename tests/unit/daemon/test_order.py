@@ -151,6 +151,17 @@ def test_the_devices_kept_for_the_head_stay_the_same() -> None:
     assert admitted(q.handle(Ended("a", 4))) == ["head"]
 
 
+def test_a_device_that_falls_ill_is_not_kept_for_the_head_any_more() -> None:
+    q = queue(2)
+    q.handle(arrive("a", 0, "a", tpcs=5))
+    q.handle(arrive("b", 0, "b", tpcs=6))
+    q.handle(arrive("head", 1, "head", gpus=1))  # the device of `a` is kept
+    q.ledger.set_health(q.ledger.devices[0].uuid, False, "hot", passing=True)
+    q.handle(Room(2))
+    assert admitted(q.handle(arrive("little", 3, "c", tpcs=1))) == []
+    assert admitted(q.handle(Ended("b", 4))) == ["head"]
+
+
 def reasons(q: FairQueue, now: float) -> dict[str, str]:
     return {t.grant: t.reason for t in q.tell_all(now)}
 

@@ -6,6 +6,7 @@ import gc
 import json
 import socket
 import sys
+from dataclasses import asdict
 
 from .parent import serve
 from .spare import become, wait
@@ -23,8 +24,7 @@ def main() -> None:
     from .imports import import_all
 
     found = import_all(modules, allowed=(0, 1, 2, own.fileno()))
-    told = {"type": "ready", "reads": sorted(found.reads), "failed": found.failed, "unsafe": found.unsafe}
-    own.send(json.dumps(told).encode())
+    own.send(json.dumps({"type": "ready", **asdict(found), "reads": sorted(found.reads)}).encode())
     if alone:
         gc.enable()
     elif found.unsafe:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -77,6 +78,8 @@ class Spare:
         """It reads the end of its socket, and ends; or it has ended."""
         self.socket.close()
         if self.ended is None:
+            # Not reaped yet, so that the pid is its own. A module's threads could keep it.
+            os.kill(self.pid, signal.SIGKILL)
             await asyncio.to_thread(os.waitpid, self.pid, 0)
 
 

@@ -171,11 +171,11 @@ async def test_arrays_multiply_on_several_threads_in_a_fork(client: Etcd, host: 
 async def test_modules_that_start_threads_are_not_forked_but_warm(
     client: Etcd, host: MakeHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The module's thread must live in the replica."""
+    """The module's thread must live in the replica, and keep no spare alive."""
     source = "import threading, time\ndef beat():\n    global beats\n    while True: beats += 1; time.sleep(0.01)\n"
     path = tmp_path / "lib" / "threaded_module_of_a_test.py"
     path.parent.mkdir()
-    path.write_text(source + "beats = 0\nthreading.Thread(target=beat, daemon=True).start()\n")
+    path.write_text(source + "beats = 0\nthreading.Thread(target=beat).start()\n")
     monkeypatch.setenv("PYTHONPATH", str(path.parent))
     one = host(modules=["threaded_module_of_a_test"])
     await waits(client)
@@ -188,6 +188,11 @@ async def test_modules_that_start_threads_are_not_forked_but_warm(
     os.kill(pid(one), signal.SIGKILL)
     await eventually(lambda: "SIGKILL" in one.log.read_text(), "its end is told")
     kernel.close()
+    await waits(client)
+    (waiting,) = [p for p in parents(one) if p.pid != pid(one)]
+    one.kill()
+    await eventually(lambda: not waiting.is_running(), "the spare ended with its daemon")
+    one.start()
 
 
 async def test_how_a_forked_replica_ended_is_told(client: Etcd, host: MakeHost) -> None:

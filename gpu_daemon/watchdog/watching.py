@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from gpu_daemon.aside import aside
 from gpu_daemon.fleet import ReplicaId
+from gpu_daemon.lineage import kin
 from gpu_daemon.replica import LocalReplica
 from gpu_daemon.site import Site, log
 from gpu_daemon.watchdog.policy import Act, Policy, Sample, Watchdog
@@ -29,12 +30,19 @@ class GPUWatch:
     async def run(self, site: Site) -> None:
         """For as long as the daemon lives. A driver that hangs holds up nothing but this."""
         while True:
-            uses = await aside(self._read, "looking at the GPUs' processes")
-            if uses is None:
-                self._watchdog.blind(site.now())
-            else:
-                self.look(site, uses)
+            await self._once(site)
             await asyncio.sleep(self._every)
+
+    async def _once(self, site: Site) -> None:
+        try:
+            uses = await aside(self._read, "looking at the GPUs' processes")
+        except Exception as err:  # noqa: BLE001 - a binding's complaint about a driver must not end the watch
+            log.warning("what processes do on the GPUs cannot be read: %s", err)
+            uses = None
+        if uses is None:
+            self._watchdog.blind(site.now())
+        else:
+            self.look(site, uses)
 
     def look(self, site: Site, uses: Sequence[Use]) -> None:
         """Decide about what was read, and carry it out."""
@@ -55,8 +63,9 @@ class GPUWatch:
         """One for each replica on each device that it uses or holds."""
         found: defaultdict[tuple[ReplicaId, str], list[Use]] = defaultdict(list)
         for use in uses:
+            process = kin(use.pid)
             replica = next(
-                (r for r in site.replicas.values() if r.handle is not None and r.handle.holds(use.pid)), None
+                (r for r in site.replicas.values() if r.handle is not None and r.handle.holds(process)), None
             )
             if replica is None:
                 self._name_stranger(use)

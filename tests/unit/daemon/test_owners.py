@@ -15,7 +15,8 @@ from nbos_cluster.records import GPUProcess
 
 def owners(pid: int) -> Owners:
     """Of a host whose one replica is the process `pid`."""
-    replica = SimpleNamespace(id=ReplicaId("k", 2), handle=SimpleNamespace(pid=pid, container=""))
+    handle = SimpleNamespace(holds=lambda process: pid in process.family)
+    replica = SimpleNamespace(id=ReplicaId("k", 2), handle=handle)
     view = SimpleNamespace(spec=SimpleNamespace(owner="ada"))
     site: Any = SimpleNamespace(replicas={replica.id: replica}, view=lambda kernel: view)
     return Owners(site)

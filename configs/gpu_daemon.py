@@ -48,6 +48,10 @@ c.Slicing.one_trust_domain = False
 c.Health.every = 10.0
 c.Health.ecc_limit = 0  # uncorrected memory errors since its last reset with which a GPU is still used
 
+# A slice gets fewer TPCs than asked for where that was measured to make its cell at most this much slower; 0: never.
+# docs/rightsizing.md.
+c.GPUDaemon.allowed_slowdown = 0.04
+
 # The image of kernels whose users chose none. What users may choose stands in the hub's `limits` ("images").
 c.Docker.image = "nbos/kernel"
 

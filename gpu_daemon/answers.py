@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 
@@ -234,6 +235,7 @@ class Answers:
             "hosts": await self._host_list(),
             "lost": lost,
             "queue": self._bidding.waiting_of(view.kernel),
+            "gpu": self._gpus(view),
         }, b""
 
     async def _outcome(self, session: Session, message: Message, payload: bytes) -> Reply:
@@ -251,6 +253,22 @@ class Answers:
                 raise Refused("unavailable", self._site.away_text()) from None
             state = await self._decided(kernel, n)
         return state, b""
+
+    def _gpus(self, view: KernelView) -> Message:
+        """What a cell of the kernel may use, and what of this host's GPUs is free; not who holds the rest."""
+        assert view.spec is not None
+        held, ledger = Counter[str](), self._site.ledger
+        memory = Counter[str]()
+        for share in (share for grant in ledger.grants.values() for share in grant.shares):
+            held[share.uuid] += len(share.tpcs)
+            memory[share.uuid] += share.memory
+        names = ("index", "model", "tpcs", "memory", "healthy", "reason")
+        devices = [
+            {name: getattr(device, name) for name in names}
+            | {"tpcs_free": device.tpcs - held[device.uuid], "memory_free": device.memory - memory[device.uuid]}
+            for device in ledger.devices
+        ]
+        return {"default": plain(view.spec.resources), "most": plain(view.spec.max_resources), "devices": devices}
 
     # -- what they need -----------------------------------------------------------------------------------------------
 

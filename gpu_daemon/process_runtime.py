@@ -43,10 +43,13 @@ def clean_environment(environ: Mapping[str, str], extra: Mapping[str, str]) -> d
 
 class ProcessHandle(Handle):
     """A process by pidfd. child: whether this daemon started it, so that its exit status can be read; ended: gives that
-    of one which a warm parent forked (and reaps), None when that is gone as well."""
+    of one which a warm parent forked (and reaps), None when that is gone as well. uncounted: bytes of memory that are
+    not its kernel's doing: modules imported ahead."""
 
-    def __init__(self, pid: int, child: bool, ended: asyncio.Future[int | None] | None = None) -> None:
-        self.pid = pid
+    def __init__(
+        self, pid: int, child: bool, ended: asyncio.Future[int | None] | None = None, uncounted: int = 0
+    ) -> None:
+        self.pid, self._uncounted = pid, uncounted
         self._child, self._ended = child, ended
         self._exit: Exit | None = None
         self._pidfd = os.pidfd_open(pid)
@@ -81,7 +84,8 @@ class ProcessHandle(Handle):
 
     def memory(self) -> int:
         try:
-            return int(Path(f"/proc/{self.pid}/statm").read_bytes().split()[1]) * _PAGE
+            resident = int(Path(f"/proc/{self.pid}/statm").read_bytes().split()[1]) * _PAGE
+            return max(0, resident - self._uncounted)
         except (OSError, IndexError):
             return 0
 
@@ -149,7 +153,7 @@ class ProcessRuntime(ReplicaRuntime):
         if not isinstance(pid, int):
             return None
         try:
-            handle = ProcessHandle(pid, child=False)
+            handle = ProcessHandle(pid, child=False, uncounted=int(saved.get("uncounted", 0)))
         except (OSError, OverflowError):
             return None
         # Checked after the pidfd is open: from then on the pid cannot become another process's unseen.
@@ -184,9 +188,9 @@ def _output(launch: Launch) -> IO[bytes]:
     return open(path, "ab", opener=lambda path, flags: os.open(path, flags, 0o600))
 
 
-def _note(launch: Launch, pid: int) -> None:
+def _note(launch: Launch, pid: int, uncounted: int = 0) -> None:
     """So that a restarted daemon finds it again."""
-    write_json(launch.folder / "process.json", {"pid": pid, "start": _start_time(pid)})
+    write_json(launch.folder / "process.json", {"pid": pid, "start": _start_time(pid), "uncounted": uncounted})
 
 
 async def _use(launch: Launch, env: Mapping[str, str], spare: Spare) -> ProcessHandle | None:
@@ -206,7 +210,7 @@ def _assign(launch: Launch, env: Mapping[str, str], spare: Spare) -> ProcessHand
     """Raises ConnectionError when the spare is gone."""
     argv, cwd = _argv(launch), _folder(launch)
     try:
-        handle = ProcessHandle(spare.pid, child=spare.ended is None, ended=spare.ended)
+        handle = ProcessHandle(spare.pid, spare.ended is None, spare.ended, spare.resident)
     except ProcessLookupError as err:
         raise ConnectionResetError("it was reaped") from err
     try:
@@ -214,7 +218,7 @@ def _assign(launch: Launch, env: Mapping[str, str], spare: Spare) -> ProcessHand
         if not spare.alive():
             raise ConnectionResetError("it ended")
         # Before it is told: a daemon that dies in between leaves a spare without a daemon, which ends.
-        _note(launch, spare.pid)
+        _note(launch, spare.pid, spare.resident)
         with _output(launch) as output:
             spare.assign(argv, env, cwd, output.fileno())
     except BaseException:

@@ -155,7 +155,8 @@ class Rightsizer:
         found = self._fit(cell)
         if best < asked:
             slower = cell.sizes[best].median / cell.sizes[asked].median - 1
-            return f"{best} of {asked} TPCs: measured {max(slower, 0):.1%} slower, {self.slowdown:.1%} allowed"
+            doubt = " (within its noise)" if slower > self.slowdown else ""
+            return f"{best} of {asked} TPCs: measured {max(slower, 0):.1%} slower{doubt}, {self.slowdown:.1%} allowed"
         if found is not None and found.error > FIT:
             return f"as asked: its speed does not follow m/t + b (off by {found.error:.0%})"
         return "as asked: it would be slower with less"

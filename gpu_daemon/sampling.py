@@ -128,12 +128,18 @@ class Sampler:
         )
 
     def _processes(self, handle: Any) -> tuple[GPUProcess, ...] | Untold:
-        found = self._nvml.ask("nvmlDeviceGetComputeRunningProcesses_v3", handle)
-        if isinstance(found, Untold):
-            found = self._nvml.ask("nvmlDeviceGetComputeRunningProcesses_v2", handle)
-        if isinstance(found, Untold):
-            return found
-        return tuple(GPUProcess(pid=int(one.pid), memory=_bytes(one.usedGpuMemory)) for one in found)
+        """Clients of MPS stand in a list of their own. An old driver has the older form of both."""
+        plain, under_mps = (
+            self._newest(f"nvmlDeviceGet{kind}RunningProcesses", handle) for kind in ("Compute", "MPSCompute")
+        )
+        if isinstance(plain, Untold):
+            return plain
+        found = {int(one.pid): _bytes(one.usedGpuMemory) for one in (*plain, *(under_mps or ()))}
+        return tuple(GPUProcess(pid=pid, memory=memory) for pid, memory in found.items())
+
+    def _newest(self, call: str, handle: Any) -> Any:
+        found = self._nvml.ask(f"{call}_v3", handle)
+        return self._nvml.ask(f"{call}_v2", handle) if isinstance(found, Untold) else found
 
     def _notes(self, handle: Any, rows: Any) -> tuple[str, ...]:
         notes = []

@@ -16,6 +16,7 @@ from gpu_daemon.ledger import share_of
 from gpu_daemon.requests import BidRequest, Took
 from gpu_daemon.rightsizing import Key, Rightsizer
 from gpu_daemon.rundir import read_json, write_json
+from nbos_cluster.gpumodel import is_model
 from nbos_cluster.records import Device, GrantRecord, Resources
 
 SAVE_EVERY = 60.0
@@ -60,20 +61,18 @@ class Sizing:
     def wish(self, owner: str, request: BidRequest, devices: Iterable[Device]) -> Wish:
         """What this bid asks of the ledger.
 
-        Made smaller is only what keeps its meaning: a slice, whose memory stays what it would have been, or one device
-        whose memory the cell names. Not where devices of several models could be granted: their TPCs differ.
+        Only slices are made smaller, and their memory stays what it would have been: whole devices are asked for, and
+        guaranteed, as such. Not where devices of several models could be granted: their TPCs differ.
         """
         asked = request.resources
-        found = [d for d in devices if d.healthy and asked.model.lower() in d.model.lower()]
-        slice = asked.tpcs > 0 or (asked.gpus == 1 and asked.memory > 0)
-        if not (self.slowdown and request.code and slice) or len({(d.model, d.tpcs, d.memory) for d in found}) != 1:
+        if not (self.slowdown and request.code and asked.tpcs):
             return Wish(asked)
-        device = found[0]
-        tpcs = asked.tpcs or device.tpcs
-        advice = self._sizer.advise(Key(owner, device.model, request.code, tpcs))
-        if advice.tpcs < tpcs:
-            asked = replace(asked, gpus=0, tpcs=advice.tpcs, memory=share_of(device, asked))
-        return Wish(asked, tpcs, request.code, advice.why)
+        found = [d for d in devices if d.healthy and is_model(d.model, asked.model)]
+        if len({(d.model, d.tpcs, d.memory) for d in found}) != 1:
+            return Wish(asked)
+        advice = self._sizer.advise(Key(owner, found[0].model, request.code, asked.tpcs))
+        less = replace(asked, tpcs=advice.tpcs, memory=share_of(found[0], asked))
+        return Wish(less if advice.tpcs < asked.tpcs else asked, asked.tpcs, request.code, advice.why)
 
     def learn(self, grant: GrantRecord, took: Took | None) -> None:
         """An execution under this grant ended and took so long."""

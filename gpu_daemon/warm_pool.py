@@ -153,7 +153,7 @@ class WarmPool:
     async def _alone(self) -> tuple[Spare, Ready]:
         spare, ready = await start_alone(self._options.modules, self._env, self._folder / "alone")
         # It need not be found unsafe again (a module that starts its threads now and then): once is enough.
-        return spare, Ready(self._ready.reads | ready.reads, ready.failed, self._ready.unsafe)
+        return spare, Ready(self._ready.reads | ready.reads, ready.failed, self._ready.unsafe, ready.resident)
 
     def _ended(self, spare: Spare) -> None:
         """A waiting spare says nothing: its socket can be read when it is gone."""

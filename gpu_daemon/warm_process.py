@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -40,15 +41,18 @@ class Ready:
     reads: frozenset[str] = frozenset()
     failed: Mapping[str, str] = field(default_factory=dict)
     unsafe: str = ""
+    resident: int = 0
 
 
 @dataclass
 class Spare:
-    """A process that waits. ended: resolves to its exit code (negative: a signal), or None when nobody can tell;
-    for a child of this daemon it is None, and the daemon reaps it."""
+    """A process that waits. resident: bytes of the modules that were imported ahead, which no limit counts. ended:
+    gives its exit code (negative: a signal), or None when nobody can tell; a child of this daemon, which the daemon
+    reaps itself, has none."""
 
     pid: int
     socket: socket.socket
+    resident: int = 0
     ended: asyncio.Future[int | None] | None = None
 
     def alive(self) -> bool:
@@ -74,6 +78,8 @@ class Spare:
         """It reads the end of its socket, and ends; or it has ended."""
         self.socket.close()
         if self.ended is None:
+            # Not reaped yet, so that the pid is its own. A module's threads could keep it.
+            os.kill(self.pid, signal.SIGKILL)
             await asyncio.to_thread(os.waitpid, self.pid, 0)
 
 
@@ -118,7 +124,8 @@ class WarmParent:
         self._control = control
         try:
             self.ready = await _said_ready(control, self._folder)
-        except NotWarm:
+        except BaseException:
+            self.kill()
             await self.close()
             raise
         if self.ready.unsafe:
@@ -148,7 +155,7 @@ class WarmParent:
             raise
         finally:
             self._asked.pop(number, None)
-        return Spare(pid, own, ended)
+        return Spare(pid, own, self.ready.resident, ended)
 
     def kill(self) -> None:
         if self._process is not None and self._process.returncode is None:
@@ -206,7 +213,7 @@ async def start_alone(modules: Sequence[str], env: Mapping[str, str], folder: Pa
         raise
     # From now on it is reaped through its pidfd, like a replica.
     process.returncode = 0
-    return Spare(process.pid, own), ready
+    return Spare(process.pid, own, ready.resident), ready
 
 
 def _launch(
@@ -250,7 +257,7 @@ async def _said_ready(own: socket.socket, folder: Path) -> Ready:
     if not data:
         raise NotWarm(f"it ended while it imported; see {folder / 'log'}")
     told = json.loads(data)
-    ready = Ready(frozenset(told["reads"]), told["failed"], told["unsafe"])
+    ready = Ready(frozenset(told["reads"]), told["failed"], told["unsafe"], told["resident"])
     for name, reason in ready.failed.items():
         log.warning("module %s cannot be imported ahead: %s", name, reason)
     return ready

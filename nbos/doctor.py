@@ -206,8 +206,11 @@ def check_gpus() -> Finding:
 
     found = look()
     if found.state is NVMLState.WORKS:
-        names = ", ".join(sorted({device.model for device in found.devices}))
-        return Finding("good", f"{len(found.devices)} NVIDIA GPU(s): {names}")
+        well = [device for device in found.devices if device.healthy]
+        names = ", ".join(sorted({device.model for device in well})) or "none that can be granted"
+        driver = f", driver {found.driver}" if found.driver else ""
+        ill = "".join(f"; GPU {d.index} cannot be granted: {d.reason}" for d in found.devices if not d.healthy)
+        return Finding("note" if ill else "good", f"{len(well)} NVIDIA GPU(s): {names}{driver}{ill}")
     detail = f" ({found.detail})" if found.detail else ""
     return Finding("note", f"{found.state.value}{detail}; `nbos up` simulates GPUs")
 

@@ -24,7 +24,7 @@ OVERHEAD = 200
 CELL = 1000
 """Bytes that a cell costs besides its code and what it has shown."""
 
-MOST_CELLS = 256
+MOST_CELLS = 2000
 """Cells that have ended and are still kept."""
 
 SHOWN = frozenset({"stream", "display_data", "update_display_data", "execute_result", "error", "clear_output"})
@@ -67,6 +67,8 @@ class Cell:
     missing: list[int] = field(default_factory=lambda: [0, 0])
     pieces: deque[Piece] = field(default_factory=deque)
     clearing: bool = False
+    displays: set[str] = field(default_factory=set)
+    """The display ids among them, so that an update finds its cells without looking at everything."""
 
     @property
     def msg_id(self) -> str:
@@ -121,6 +123,8 @@ class Kept:
             self._clear(cell)
         if not self._joined(cell, kind, content, size):
             cell.pieces.append(Piece(kind, content, size + OVERHEAD))
+            if kind != "stream" and (shown := _display_id(content)):
+                cell.displays.add(shown)
             self._charge(size + OVERHEAD, 1)
         self._fit()
 
@@ -180,7 +184,8 @@ class Kept:
         for entry in dumped:
             entry = dict(entry)
             pieces = [Piece(*piece) for piece in entry.pop("pieces")]
-            cell = Cell(**entry, pieces=deque(pieces))
+            shown = {found for piece in pieces if (found := _display_id(piece.content))}
+            cell = Cell(**entry, pieces=deque(pieces), displays=shown)
             self.forget([cell.msg_id])
             self.cells[cell.msg_id] = cell
             self._charge(CELL + len(cell.code), 0)
@@ -205,9 +210,9 @@ class Kept:
     def _update(self, cell: Cell, content: Content) -> None:
         """Shown again in place, in this cell or in an earlier one."""
         wanted = _display_id(content)
-        for each in reversed(self.cells.values()):
+        for each in [cell for cell in self.cells.values() if wanted in cell.displays]:
             for piece in each.pieces:
-                if wanted and _display_id(piece.content) == wanted:
+                if _display_id(piece.content) == wanted:
                     new = {**piece.content, "data": content.get("data"), "metadata": content.get("metadata")}
                     size = len(json.dumps(new)) + OVERHEAD
                     self._charge(size - piece.size, 0)
@@ -222,6 +227,7 @@ class Kept:
         for piece in cell.pieces:
             self._charge(-piece.size, -1)
         cell.pieces.clear()
+        cell.displays.clear()
 
     def _charge(self, size: int, messages: int) -> None:
         self.size += size
@@ -252,9 +258,9 @@ class Kept:
         yield from (cell for cell in self.cells.values() if cell.pieces)
 
 
-def _display_id(content: Content) -> Any:
+def _display_id(content: Content) -> str:
     transient = content.get("transient")
-    return transient.get("display_id") if isinstance(transient, dict) else None
+    return str(transient.get("display_id") or "") if isinstance(transient, dict) else ""
 
 
 def note(cell: Cell | Content, bounds: Bounds) -> str:

@@ -70,6 +70,12 @@ def bring_parked() -> None:
         parked.bring_home()
 
 
+def peak() -> int:
+    """Bytes that torch had on the running cell's devices at most, until now."""
+    torch = _running_torch()
+    return 0 if torch is None else sum(budget.peak(torch, number) for number in _bound)
+
+
 def unbind() -> str:
     """The cell is over, and with it what it launched. What it left on the device stays there until somebody needs the
     room. Returns what the user must know, or an empty string."""

@@ -171,7 +171,8 @@ class Execution:
         running = self.running
         if running is not None and running.granted:
             running.granted = False
-            notice = binding.unbind()
+            peak, notice = binding.peak(), binding.unbind()
+            self._replica.uses.end(time.monotonic(), peak, self._replica.history.last())
             if notice:
                 self._appender.tell_user(notice)
             self._link.tell({"type": "release", "n": running.n, "took": pace.took(running.status == "ok")})
@@ -189,6 +190,13 @@ class Execution:
             running.reply_follows = True
             await self._commit(running)
             await self._appender.settled()
+
+    def used(self, msg_id: str) -> Message:
+        """For the reply to a cell: what it used of the GPUs; {} where it was granted none."""
+        running = self.running
+        if running is None or running.parent["header"]["msg_id"] != msg_id:
+            return {}
+        return self._replica.uses.of(running.n, time.monotonic(), binding.peak() if running.granted else 0)
 
     async def settled(self) -> None:
         """Wait for the append that is under way."""
@@ -279,8 +287,10 @@ class Execution:
         self._channel.fence(running.token)
         content = {"n": n, "token": running.token, "grant": answer.get("grant"), "host": self.greeting.get("host", "")}
         self._channel.reply("nbos_lead", content, parent, ident)
+        granted = binding.from_wire(answer.get("grant"))
+        self._replica.uses.begin(granted, n, float(answer.get("waited") or 0.0), time.monotonic())
         try:
-            notice = binding.bind(binding.from_wire(answer.get("grant")))
+            notice = binding.bind(granted)
         except Exception as err:  # noqa: BLE001 - a library's complaint about a device must not leave n without an end
             notice = f"NBOS: the grant could not be bound in this process: {err}"
         if notice:

@@ -37,7 +37,7 @@ from .lazy.loading import BlobMissing, Lazy, NotLoadedError
 from .link import DaemonAway, Link
 from .replay import hush, marking
 from .replica import Replica
-from .reports import stateview
+from .reports import gpuview, stateview
 from .reports.reporter import Reporter
 from .settings import RecordingShell
 
@@ -106,7 +106,7 @@ class NBOSKernel(LoadingKernel):
         self.load_before_callbacks()
         self.shell.settings = self.replica.settings
         marking.install(self.shell, self.replica.records)
-        self.shell.register_magics(magics.NBOSMagics(self.shell, self._status, self._survey))
+        self.shell.register_magics(magics.NBOSMagics(self.shell, self._status, self._survey, self._gpu))
         self._execute_sleep = (
             0.0  # outputs and reply take different sockets here and in the router: waiting orders nothing
         )
@@ -261,6 +261,11 @@ class NBOSKernel(LoadingKernel):
         await self.execution.replied(reply["status"])
         return reply
 
+    def finish_metadata(self, parent: Message, metadata: Message, reply_content: Message) -> Message:
+        metadata = super().finish_metadata(parent, metadata, reply_content)
+        used = self.execution.used(parent["header"]["msg_id"])
+        return {**metadata, "nbos_used": used} if used else metadata
+
     async def run_again(self, code: str) -> BaseException | None:
         """Run a cell that an earlier executor ran; it cannot ask the user anything."""
         self._forward_input(False)
@@ -365,11 +370,17 @@ class NBOSKernel(LoadingKernel):
         except (TimeoutError, DaemonAway) as err:
             return {**known, "lost": self.replica.lost, "error": str(err) or "the daemon did not answer within 2 s"}
         members = reply.get("members") or {}
-        known |= {key: reply[key] for key in ("last", "executor", "queue") if key in reply}
+        known |= {key: reply[key] for key in ("last", "executor", "queue", "gpu") if key in reply}
         known["members"] = members.get("members", []) if isinstance(members, dict) else members
         everything = {**(reply.get("lost") or {}), **self.replica.lost}
         everything.pop(oversize.MORE, None)  # here all are named
         return {**known, "lost": everything}
+
+    def _gpu(self) -> str:
+        """For `%nbos gpu`, within a cell."""
+        now, uses = time.monotonic(), self.replica.uses
+        running = uses.running(now, binding.peak())
+        return gpuview.text(self._status(), uses.rows, running, binding.grant(), binding.held())
 
     def _survey(self) -> Message:
         """For `%nbos state`; within a cell, or in a subshell while a replication is under way."""

@@ -39,20 +39,21 @@ def strip_resource_line(lines: list[str]) -> list[str]:
 
 @magics_class
 class NBOSMagics(Magics):
-    """`status()` asks the daemon and this replica; `survey()` is what `stateview` makes of both and the namespace."""
+    """`status()` asks the daemon and this replica; `survey()` is what `stateview` makes of both and the namespace;
+    `gpu()` the text of `%nbos gpu`."""
 
-    def __init__(self, shell: Any, status: Status, survey: Survey) -> None:
+    def __init__(self, shell: Any, status: Status, survey: Survey, gpu: Callable[[], str]) -> None:
         super().__init__(shell)
-        self._status, self._survey = status, survey
+        self._status, self._survey, self._gpu = status, survey, gpu
 
     @line_magic
     def nbos(self, line: str) -> dict[str, Any] | None:
         """%nbos status: the kernel's replicas, what they have applied, what cannot be replicated, and what is
-        granted. %nbos gpu: what this cell may use of the GPUs, and what holds it to that. %nbos gpu release: move what
-        this process has on them to host memory, until the next cell with a GPU. %nbos state [--json]: the variables by
-        size, which share objects, what is replicated, pending or not, and what the last cell wrote; with --json as a
-        dict. %nbos rightsizing [on|off]: whether cells of this notebook may get fewer TPCs than they ask for, where
-        that was measured to cost little."""
+        granted. %nbos gpu: what this kernel may use of the GPUs, what this cell holds and what holds it to that, what
+        the latest cells got, and what is waited for. %nbos gpu release: move what this process has on them to host
+        memory, until the next cell with a GPU. %nbos state [--json]: the variables by size, which share objects, what
+        is replicated, pending or not, and what the last cell wrote; with --json as a dict. %nbos rightsizing [on|off]:
+        whether cells of this notebook may get fewer TPCs than they ask for, where that was measured to cost little."""
         asked = line.split()
         if asked == ["state", "--json"]:
             return self._survey()
@@ -62,7 +63,7 @@ class NBOSMagics(Magics):
         elif asked == ["gpu", "release"]:
             print(binding.release())
         elif asked == ["gpu"]:
-            print(shown.describe(binding.grant(), binding.held()))
+            print(self._gpu())
         elif asked in ([], ["status"]):
             print(describe(self._status()))
         elif asked[0] == "rightsizing" and (said := sizing.switch(asked[1:])) is not None:

@@ -25,6 +25,7 @@ from .capture.pickling import Roots, load, load_meeting
 from .capture.quiet import quiet
 from .capture.unloaded import OFF, Unloaded
 from .entries import Memory, Read, frames_of
+from .gpu import uses
 from .history import History
 from .lacking import Lacking
 from .lazy import shell as lazyshell
@@ -68,6 +69,7 @@ class Replica:
         self.history = History(shell)
         self.lazy = Lazy(shell, self.roots, self.capture, self.history, read_now or read)
         self.ledger = Ledger()
+        self.uses = uses.Uses()
         self.lacking = Lacking(self.ledger.entry_of)
         self.records = Records(self._of_user, shell.transform_cell)
         self.rerun = Rerun(shell, self.records, self.capture, self.lazy, self._guarded, self.hidden, self.watcher)
@@ -92,6 +94,7 @@ class Replica:
         yield from self._of_user()
         yield from self.settings.variable()
         yield from self.records.variable()
+        yield from self.uses.variable()
 
     def take_changes(self, source: str, succeeded: bool = True, asked: Mapping[str, Any] = resources.NONE) -> Taken:
         """What is new since the last call, as one entry can hold it; the log counts as having it from now on.
@@ -185,7 +188,9 @@ class Replica:
         lost_names = {**(entry.get("lost") or {}), **oversize.unlisted(values, digests)}
         whole = whole or entry.get("kind") == "reset"
         lines, records = values.pop(NAME, None), values.pop(replay.NAME, None)
+        used = values.pop(uses.NAME, None)
         self._put(values, {*gone, *lost_names, *missing, *unloaded}, whole, lines)
+        self.uses.adopt(used, whole)
         self.memory.drop({*gone, *lost_names, *missing, *unloaded})
         self.capture.adopt(digests, gone, lost_names, missing, whole)
         self.lazy.adopt([*digests, *gone, *lost_names], whole, kept)

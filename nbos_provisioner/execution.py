@@ -21,7 +21,8 @@ class Phase(Enum):
 class Execution:
     """`led`: some replica has claimed it. `replied`, `idle`: what the client has been given. `committed`: its entry
     stands in the log. `message_session`: the Jupyter session of the process that leads it. `display`, `shown`: why it
-    waits, in its output."""
+    waits, in its output. `queued`: since when it waits for a GPU; `got`, `got_at`, `waited`: which one, when, and after
+    how many seconds, while its output is still to say what it used."""
 
     message: Message
     kind: Literal["cell", "sync"] = "cell"
@@ -45,6 +46,10 @@ class Execution:
     idle_by: float | None = None
     tries: int = 0
     message_session: str = ""
+    queued: float | None = None
+    got: str = ""
+    got_at: float = 0.0
+    waited: float = 0.0
 
     @property
     def msg_id(self) -> str:

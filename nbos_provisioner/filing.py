@@ -37,6 +37,7 @@ class Filing:
     def __init__(self, kernels: Any, sessions: Any, contents: Any, log: Any) -> None:
         self._kernels, self._sessions, self._contents, self._log = kernels, sessions, contents, log
         self._ended: dict[tuple[str, str], list[str]] = defaultdict(list)
+        self._timed: set[tuple[str, str]] = set()
         self._writing = asyncio.Lock()
 
     # -- what has certainly arrived
@@ -49,17 +50,23 @@ class Filing:
     def connected(self, kernel_id: str, session: str) -> None:
         """This session's websocket is open: when it still is in a while, what was sent has arrived."""
         handler, sent = open_websocket(kernel_id, session), list(self._ended.get((kernel_id, session), ()))
-        if handler is not None and sent:
+        if handler is not None and sent and (kernel_id, session) not in self._timed:
+            self._timed.add((kernel_id, session))
             loop = asyncio.get_running_loop()
             loop.call_later(CERTAIN, self._arrived, kernel_id, session, handler, sent)
 
     def _arrived(self, kernel_id: str, session: str, handler: Any, sent: list[str]) -> None:
-        if open_websocket(kernel_id, session) is not handler or kernel_id not in self._kernels:
+        self._timed.discard((kernel_id, session))
+        if kernel_id not in self._kernels:
+            self._ended.pop((kernel_id, session), None)
             return
-        left = [msg_id for msg_id in self._ended.pop((kernel_id, session), []) if msg_id not in sent]
-        if left:
-            self._ended[kernel_id, session] = left
-        self._tell(kernel_id, {"forget": sent})
+        if open_websocket(kernel_id, session) is handler:
+            self._tell(kernel_id, {"forget": sent})
+            arrived = set(sent)
+            left = [msg_id for msg_id in self._ended.pop((kernel_id, session), []) if msg_id not in arrived]
+            if left:
+                self._ended[kernel_id, session] = left
+        self.connected(kernel_id, session)  # what has ended since, or a later websocket
 
     # -- what goes into the file
 

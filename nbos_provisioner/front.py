@@ -29,7 +29,9 @@ class Front:
         for channel in ("shell", "control", "stdin"):
             self.sockets[channel] = self._bind(context.socket(zmq.ROUTER), channel, ports)
             self.sockets[channel].router_handover = 1
-        self.sockets["iopub"] = self._bind(context.socket(zmq.XPUB), "iopub", ports)
+        iopub = context.socket(zmq.XPUB)
+        iopub.xpub_verbose = 1  # tells of every subscriber, not only of the first to a topic
+        self.sockets["iopub"] = self._bind(iopub, "iopub", ports)
         # A context of its own: the heartbeat must not wait for this process's Python, nor for its other sockets.
         beat = self._bind(zmq.Context().socket(zmq.ROUTER), "hb", ports)
         threading.Thread(target=_echo, args=(beat,), name="heartbeat", daemon=True).start()

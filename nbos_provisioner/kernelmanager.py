@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
+from tornado import web
 from traitlets import Float, Unicode
 
 from .filing import Filing
@@ -37,6 +38,14 @@ class NBOSKernelManager(AsyncMappingKernelManager):
         """Called by a websocket that has asked for what it has missed."""
         if self.nbos_filing is not None:
             self.nbos_filing.connected(kernel_id, session)
+
+    def kernel_model(self, kernel_id: str) -> dict[str, Any]:
+        """Called for every list of kernels. One that has just been started has no state for a moment: Jupyter Server
+        would answer 500."""
+        kernel = self._kernels.get(kernel_id)
+        if kernel is not None and not hasattr(kernel, "execution_state"):
+            raise web.HTTPError(404, f"Kernel is being started: {kernel_id}")
+        return super().kernel_model(kernel_id)
 
     def start_buffering(self, kernel_id: str, session_key: str, channels: dict[str, Any]) -> None:
         """Called when a kernel's last websocket has gone: keep what the router does not, within bounds."""

@@ -6,16 +6,24 @@ import uuid
 from collections.abc import Collection
 from typing import Any
 
+from . import granted
 from .execution import Execution
+from .messages import BadMessage, Message
 from .outbox import Outbox
 
 NOBODY = 1.0
 """Seconds a cell waits for any replica before its output says so."""
 
+LINE_AFTER = 2.0
+"""Seconds a cell waits for a GPU, at least, for a line under it that says what it got and used."""
+
 
 class Notices:
-    def __init__(self, out: Outbox) -> None:
+    """line_after: as LINE_AFTER."""
+
+    def __init__(self, out: Outbox, line_after: float = LINE_AFTER) -> None:
         self.out = out
+        self._line_after = line_after
         self._later: list[str] = []
 
     def deliver(self, execution: Execution) -> None:
@@ -60,14 +68,45 @@ class Notices:
         elif reachable and unsettled and not execution.display:
             self.waits(execution, {"reason": "what the cell before has changed is being captured and stored"})
 
-    def runs(self, execution: Execution, name: str, now: float) -> None:
-        if execution.display:
-            waited = now - execution.started
-            self._show(execution, f"NBOS: waited {waited:.1f} s, runs on {name}")
-            execution.display = ""
+    def queued(self, execution: Execution, content: dict[str, Any], now: float) -> None:
+        """It has a place in a host's queue: content of nbos_waiting."""
+        if execution.queued is None and isinstance(content.get("position"), int):
+            execution.queued = now
+
+    def runs(self, execution: Execution, name: str, grant: Any, now: float) -> None:
+        """It has waited and runs; one that waited long for a GPU says at its end what it used (`ran`)."""
+        if execution.got:  # another replica, which waited as well, has it after the first one was lost
+            self._ended(execution, "was lost with it")
+        if not execution.display:
+            return
+        waited = now - (execution.queued if execution.queued is not None else now)
+        got = granted.describe(grant)
+        if got and waited >= self._line_after:
+            execution.got, execution.got_at, execution.waited = f"{got} on {name}", now, waited
+            self._show(execution, f"NBOS: waited {waited:.1f} s for a GPU, got {execution.got}")
+            return
+        self._show(execution, f"NBOS: waited {now - execution.started:.1f} s, runs on {name}")
+        execution.display = ""
+
+    def ran(self, execution: Execution, reply: Message, now: float) -> None:
+        """Its reply has come, which says what it used of the GPUs."""
+        if not execution.got:
+            return
+        try:
+            held = granted.used(reply.metadata.get("nbos_used"))
+        except BadMessage:  # the client is given the reply all the same
+            held = ""
+        self._ended(execution, held or f"held it for {now - execution.got_at:.1f} s")
+
+    def _ended(self, execution: Execution, how: str) -> None:
+        self._show(execution, f"NBOS: waited {execution.waited:.1f} s for a GPU, got {execution.got}, {how}")
+        execution.got = execution.display = ""
 
     def clear(self, execution: Execution) -> None:
-        if execution.display:
+        """It ends without a reply of its replica."""
+        if execution.got:
+            self._ended(execution, "was lost with it")
+        elif execution.display:
             self._show(execution, "")
             execution.display = ""
 
@@ -97,6 +136,9 @@ class Notices:
         self._note(execution, f"{name} is back and has gone on with this cell; output in between may be missing")
 
     def reruns(self, execution: Execution, name: str) -> None:
+        if execution.got:
+            self._ended(execution, "was lost with it")
+        execution.queued = None
         self._note(execution, f"{name} is gone; the cell runs again from its beginning on another replica")
 
     def later(self, execution: Execution, name: str, reason: str) -> None:

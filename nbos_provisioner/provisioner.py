@@ -17,6 +17,7 @@ from jupyter_client.provisioning import KernelProvisionerBase
 from traitlets import Float, Integer, TraitError, Unicode, default, validate
 
 from .gateway import Gateway, GatewayError
+from .notices import LINE_AFTER
 from .router_process import RouterProcess
 
 FORWARDED_ENV = ("JPY_SESSION_NAME",)
@@ -31,6 +32,13 @@ class NBOSProvisioner(KernelProvisionerBase):
     replicas = Integer(0, config=True, help="Replicas of a new kernel; 0: $NBOS_REPLICAS, else the gateway's default")
     lazy = Unicode(
         "", config=True, help="on, off, or from which size standbys leave variables in the store; '': $NBOS_LAZY"
+    )
+    gpu_line_after = Float(
+        LINE_AFTER,
+        min=0.0,
+        config=True,
+        help="Seconds a cell waits for a GPU, at least, for a line under it that says what it got, for how long it "
+        "waited and what it used",
     )
     stable_start_time = Float(120.0, config=True, help="Seconds a first start may take (image pulls)")
 
@@ -136,10 +144,8 @@ class NBOSProvisioner(KernelProvisionerBase):
             connection = _encrypted(model["connection"])
             follow = {"url": gateway.of_kernel(self.kernel_id), "token": gateway.token}
             rerun = model.get("rerun", True)
-            keep = [self.keep_bytes, self.keep_messages]
-            await self._router.configure(
-                {**connection, "ip": "127.0.0.1", "rerun": rerun, "follow": follow, "keep": keep}
-            )
+            shown = {"keep": [self.keep_bytes, self.keep_messages], "gpu_line_after": self.gpu_line_after}
+            await self._router.configure({**connection, "ip": "127.0.0.1", "rerun": rerun, "follow": follow, **shown})
         except BaseException:
             await asyncio.gather(spawned, return_exceptions=True)
             await self._router.close()

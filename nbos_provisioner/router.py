@@ -43,6 +43,7 @@ from .instructions import (
 from .members import members_from
 from .memory import Memory
 from .messages import BadMessage, Signer, parse
+from .notices import LINE_AFTER
 from .replica_link import ReplicaLink
 from .router_core import RouterCore
 from .sockets import receive, send
@@ -68,6 +69,7 @@ class Router:
             rerun=bool(config.get("rerun", True)),
             ports=named,
             keep=Bounds(*config["keep"]) if config.get("keep") else None,
+            line_after=float(config.get("gpu_line_after", LINE_AFTER)),
         )
         own_public, own_secret = zmq.curve_keypair()
         self._keys = (own_public, own_secret, public)

@@ -37,6 +37,7 @@ from .instructions import (
 from .keeping import Keeping
 from .members import members_from
 from .messages import BadMessage, Message, Signer, load, parse, text
+from .notices import LINE_AFTER
 from .outbox import Outbox
 from .outputs import Outputs
 from .runner import Runner
@@ -52,12 +53,19 @@ QUEUE_LIMIT = 10_000
 
 class RouterCore:
     def __init__(
-        self, signer: Signer, *, rerun: bool = True, ports: dict[str, int] | None = None, keep: Bounds | None = None
+        self,
+        signer: Signer,
+        *,
+        rerun: bool = True,
+        ports: dict[str, int] | None = None,
+        keep: Bounds | None = None,
+        line_after: float = LINE_AFTER,
     ) -> None:
         self.out = Outbox(signer)
         self.fleet = Fleet()
         self.keeping = Keeping(self.fleet, self.out, keep or Bounds(0, 0))
-        self.runner = Runner(self.fleet, self.out, rerun=rerun, keep=self.keeping.kept.bounds)
+        bounds = self.keeping.kept.bounds
+        self.runner = Runner(self.fleet, self.out, rerun=rerun, keep=bounds, line_after=line_after)
         self.runner.on_over = self._over
         self.runner.on_executor = self._led
         self.forwarding = Forwarding(self.fleet, self.out)

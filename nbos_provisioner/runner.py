@@ -19,7 +19,7 @@ from .execution import Execution, Phase
 from .fleet import Fleet
 from .instructions import ToClient, ToReplica
 from .messages import Message
-from .notices import NOBODY, Notices
+from .notices import LINE_AFTER, NOBODY, Notices
 from .outbox import Outbox, error
 from .replicating import LONGEST, Replicating
 from .settling import Settling
@@ -33,12 +33,20 @@ REMEMBERED = 512
 
 
 class Runner:
-    def __init__(self, fleet: Fleet, out: Outbox, *, rerun: bool = True, keep: Bounds | None = None) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        out: Outbox,
+        *,
+        rerun: bool = True,
+        keep: Bounds | None = None,
+        line_after: float = LINE_AFTER,
+    ) -> None:
         self.fleet = fleet
         self._keep = {"keep": [keep.size, keep.messages]} if keep is not None and keep.size else {}
         self.out = out
         self.rerun = rerun
-        self.notices = Notices(out)
+        self.notices = Notices(out, line_after)
         self.replicating = Replicating(out)
         self.active: Execution | None = None
         self.unsettled: Execution | None = None
@@ -145,7 +153,7 @@ class Runner:
         elif kind == "nbos_yield" and mine is not None:
             self._yielded(mine, replica, message.content, now)
         elif kind == "nbos_waiting" and mine is not None:
-            self._waiting(mine, replica, message.content)
+            self._waiting(mine, replica, message.content, now)
         elif kind in ("nbos_committed", "nbos_failed"):
             self._ended(replica, kind, message.content, parent, now)
 
@@ -168,7 +176,7 @@ class Runner:
         self.fleet.appoint(replica, token)
         if not mine.cell:
             return self.finish(mine)
-        self.notices.runs(mine, self.fleet.name(replica), now)
+        self.notices.runs(mine, self.fleet.name(replica), message.content.get("grant"), now)
         if self.fleet.debugged is not None and self.fleet.debugged != replica:
             self.notices.undebugged(mine, self.fleet.name(self.fleet.debugged), self.fleet.name(replica))
             self.fleet.debugged = None
@@ -202,9 +210,10 @@ class Runner:
             self.next_n = mine.election.too_high(mine.n) or self.next_n
         self._step_election(mine, now)
 
-    def _waiting(self, mine: Execution, replica: int, content: dict[str, Any]) -> None:
+    def _waiting(self, mine: Execution, replica: int, content: dict[str, Any], now: float) -> None:
         if mine.phase is Phase.ASKING and content.get("n") == mine.n:
             mine.election.waits(replica, str(content.get("reason", "")))
+            self.notices.queued(mine, content, now)
             self.notices.waits(mine, content)
 
     def _ended(self, replica: int, kind: str, content: dict[str, Any], parent: dict[str, Any], now: float) -> None:
@@ -252,6 +261,7 @@ class Runner:
         if execution.replied:
             return
         execution.failed = message.content.get("status") == "error"
+        self.notices.ran(execution, message, now)
         self.out.append(ToClient("shell", message.wire()))
         execution.replied, execution.idle_by = True, now + IDLE_PATIENCE
         self.on_over(execution)

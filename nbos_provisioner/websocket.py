@@ -12,6 +12,7 @@ from typing import Any
 
 from jupyter_client.session import DELIM
 from jupyter_server.services.kernels.connection.channels import ZMQChannelsWebsocketConnection
+from tornado.ioloop import IOLoop
 
 from nbos_cluster.kept import SHOWN
 
@@ -38,7 +39,14 @@ class NBOSWebsocketConnection(ZMQChannelsWebsocketConnection):
         connected = super().connect()
         if connected is not None and not self._expects_welcome:
             connected.add_done_callback(lambda connected: self._ask())
+        elif connected is not None:
+            IOLoop.current().call_later(WELCOME, self._welcomed)
         return connected
+
+    def _welcomed(self) -> None:
+        if self._expects_welcome:
+            self._expects_welcome = False
+            self._ask()
 
     def request_kernel_info(self) -> Any:
         """Called before the websocket opens. On control, which answers while a cell runs: a new server finds kernels
@@ -55,9 +63,8 @@ class NBOSWebsocketConnection(ZMQChannelsWebsocketConnection):
 
     def handle_outgoing_message(self, stream: Any, outgoing_msg: list[Any]) -> None:
         topic = outgoing_msg[0]
-        if topic == DELIM and self._expects_welcome:
-            self._expects_welcome = False
-            self._ask()
+        if topic == DELIM:
+            self._welcomed()
         if not topic.startswith(AGAIN):
             super().handle_outgoing_message(stream, outgoing_msg)
         elif topic[len(AGAIN) :] == self.session.bsession:
@@ -80,6 +87,9 @@ def open_websocket(kernel_id: str, session: str) -> Any:
     """The handler of this session's open websocket to this kernel, or None."""
     return ZMQChannelsWebsocketConnection._open_sessions.get(f"{kernel_id}:{session}")
 
+
+WELCOME = 2.0
+"""Seconds after which a subscription is taken to be in force, should no iopub_welcome say so."""
 
 _OF_CELLS = SHOWN | {"status", "execute_input", "execute_reply"}
 

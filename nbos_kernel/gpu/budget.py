@@ -6,6 +6,7 @@ which the daemon's watchdog looks at (docs/slices.md).
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from .grants import Grant, Share
@@ -17,6 +18,20 @@ def bind(torch: Any, number: int, share: Share) -> None:
     """Torch's device `number` gives no more than the share's memory."""
     total = torch.cuda.get_device_properties(number).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, share.memory / total) if share.memory else 1.0, number)
+    _count_anew(torch, number)
+
+
+def peak(torch: Any, number: int) -> int:
+    """Bytes that torch had on its device `number` at most, since `bind`; 0 where that is not counted."""
+    try:
+        return int(torch.cuda.max_memory_allocated(number))
+    except (AttributeError, RuntimeError):  # an allocator of the user's own keeps no count
+        return 0
+
+
+def _count_anew(torch: Any, number: int) -> None:
+    with contextlib.suppress(AttributeError, RuntimeError):  # as above
+        torch.cuda.reset_peak_memory_stats(number)
 
 
 def lift(torch: Any, number: int) -> None:

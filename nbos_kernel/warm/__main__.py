@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import socket
 import sys
+from dataclasses import asdict
+from typing import NoReturn
 
 from .parent import serve
 from .spare import become, wait
@@ -23,23 +26,27 @@ def main() -> None:
     from .imports import import_all
 
     found = import_all(modules, allowed=(0, 1, 2, own.fileno()))
-    told = {"type": "ready", "reads": sorted(found.reads), "failed": found.failed, "unsafe": found.unsafe}
-    own.send(json.dumps(told).encode())
+    own.send(json.dumps({"type": "ready", **asdict(found), "reads": sorted(found.reads)}).encode())
     if alone:
         gc.enable()
     elif found.unsafe:
-        return
+        _end()
     else:
         gc.freeze()
         own = serve(own)
         retitle([sys.executable, "-m", "nbos_kernel.warm", "spare"])
     assigned = wait(own) if own is not None else None
     if assigned is None:
-        return
+        _end()
     become(assigned)
     from nbos_kernel.app import NBOSKernelApp
 
     NBOSKernelApp.launch_instance()
+
+
+def _end() -> NoReturn:
+    """Threads that modules started could keep a process that merely returns for ever."""
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 OURS = "nbos_kernel.app"
 STARTING = (
@@ -38,11 +39,13 @@ SETTLE = 0.5
 @dataclass
 class Imported:
     """What came of it. failed: of the chosen modules, with the reason. reads: names that were looked up in the
-    environment. unsafe: why this process must not be forked, empty when it may."""
+    environment. unsafe: why this process must not be forked, empty when it may. resident: bytes of resident memory that
+    the chosen modules take: nobody's limit should count them."""
 
     failed: dict[str, str] = field(default_factory=dict)
     reads: set[str] = field(default_factory=set)
     unsafe: str = ""
+    resident: int = 0
 
 
 def import_all(chosen: Iterable[str], allowed: Iterable[int]) -> Imported:
@@ -57,12 +60,14 @@ def import_all(chosen: Iterable[str], allowed: Iterable[int]) -> Imported:
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
         _look(found, "what every replica needs", allowed)
+        before = _resident()
         for name in chosen:
             try:
                 importlib.import_module(name)
             except Exception as err:  # noqa: BLE001 - a module may raise anything; the replica can do without it
                 found.failed[name] = f"{type(err).__name__}: {err}"[:300]
             _look(found, name, allowed)
+        found.resident = max(0, _resident() - before)
     return found
 
 
@@ -98,6 +103,10 @@ def _settled(count: Callable[[], int]) -> int:
 
 def _threads() -> int:
     return len(os.listdir("/proc/self/task"))
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _descriptors() -> set[int]:

@@ -52,9 +52,10 @@ def become(assignment: Assignment) -> None:
     os.environ.clear()
     os.environ.update(assignment.env)
     time.tzset()
+    # As `python -m` has it, unless PYTHONSAFEPATH is set. The folder there is the warm parent's own, an empty one.
+    if sys.path[:1] == [os.getcwd()]:
+        sys.path[0] = assignment.cwd
     os.chdir(assignment.cwd)
-    # As `python -m` has it. The folder that stood there is the warm parent's own, an empty one.
-    sys.path[0] = assignment.cwd
     sys.argv = [str(Path(nbos_kernel.__file__).with_name("__main__.py")), *assignment.argv[3:]]
     sys.orig_argv[:] = assignment.argv
     importlib.invalidate_caches()

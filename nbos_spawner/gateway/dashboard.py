@@ -34,8 +34,29 @@ def render_dashboard(
 ) -> bytes:
     """The page for the caller `name`."""
     return _loader.load("dashboard.html").generate(
-        status=status, caller=name, admin=admin, prefix=prefix, hub=hub, problem=problem, size=show_size, since=_since
+        status=status,
+        caller=name,
+        admin=admin,
+        prefix=prefix,
+        hub=hub,
+        problem=problem,
+        size=show_size,
+        since=_since,
+        now=_now,
     )
+
+
+def _now(reading: dict[str, Any] | None) -> str:
+    """`11G in use, 87 % busy, 64 °C, 410 W`: what of it the device tells."""
+    if reading is None:
+        return ""
+    told = {
+        "memory": f"{show_size(reading['memory'])} in use",
+        "utilisation": f"{reading['utilisation']} % busy",
+        "temperature": f"{reading['temperature']} °C",
+        "power": f"{reading['power']} W",
+    }
+    return ", ".join([text for name, text in told.items() if reading[name] >= 0] + reading["notes"])
 
 
 def _since(at: float) -> str:

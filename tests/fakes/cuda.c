@@ -2,6 +2,7 @@
  *
  * How it behaves is read from the environment when cuInit is called:
  *   FAKE_CUDA_SMS=132      SMs of the device
+ *   FAKE_CUDA_UUID=…       its UUID, as text
  *   FAKE_CUDA_GRAIN=2      SMs of the smallest group (4 on Ampere)
  *   FAKE_CUDA_FAIL=call:code[,call:code…]   these calls are answered with this error; 999 loses the device for good
  * Built with -DOLD it is a driver from before green contexts. With -DCHECK_CUDA_H the
@@ -237,6 +238,31 @@ CUresult cuGreenCtxStreamCreate(CUstream *stream, CUgreenCtx context, unsigned i
     struct CUstream_st *made = calloc(1, sizeof *made);
     made->context = context;
     *stream = made;
+    return CUDA_SUCCESS;
+}
+#endif
+
+#ifndef CHECK_CUDA_H /* gpu_daemon/sms.py: cuda.h calls the newer function by this name */
+CUresult cuDeviceGetUuid(unsigned char uuid[16], CUdevice device) {
+    CHECK("cuDeviceGetUuid");
+    if (device) return CUDA_ERROR_INVALID_DEVICE;
+    const char *hex = getenv("FAKE_CUDA_UUID");
+    memset(uuid, 0, 16);
+    for (int i = 0; hex && i < 16; i++) {
+        unsigned byte;
+        while (*hex == '-') hex++;
+        if (sscanf(hex, "%2x", &byte) != 1) break;
+        uuid[i] = (unsigned char)byte;
+        hex += 2;
+    }
+    return CUDA_SUCCESS;
+}
+
+CUresult cuDeviceGetAttribute(int *value, int attribute, CUdevice device) {
+    CHECK("cuDeviceGetAttribute");
+    if (device) return CUDA_ERROR_INVALID_DEVICE;
+    if (attribute != 16) return CUDA_ERROR_INVALID_VALUE; /* CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT */
+    *value = sms;
     return CUDA_SUCCESS;
 }
 #endif

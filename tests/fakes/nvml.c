@@ -332,12 +332,12 @@ int nvmlDeviceGetFieldValues(void *h, int count, struct field *fields) {
 }
 #endif
 
-/* Processes: `procs=PID:BYTES,…`; on a GPU with MIG `PID:BYTES:GI`. */
+/* Processes: `procs=PID:BYTES,…`, those under MPS `mps=…`; BYTES may be `-`: not told. */
 struct process { unsigned pid; unsigned long long bytes; unsigned gi, ci; };
-static int processes(const char *line, unsigned *count, struct process *out) {
+static int processes(const char *line, const char *key, unsigned *count, struct process *out) {
     char value[512], *rest = value, *one;
     unsigned found = 0, room = out ? *count : 0;
-    if (!text(line, "procs", value, sizeof value)) { *count = 0; return SUCCESS; }
+    if (!text(line, key, value, sizeof value)) { *count = 0; return SUCCESS; }
     while ((one = strsep(&rest, ","))) {
         struct process p = { 0, 0, 0xFFFFFFFF, 0xFFFFFFFF };
         if (sscanf(one, "%u:%llu:%u", &p.pid, &p.bytes, &p.gi) < 1) continue;
@@ -349,16 +349,17 @@ static int processes(const char *line, unsigned *count, struct process *out) {
     return found > room ? INSUFFICIENT_SIZE : SUCCESS;
 }
 
-int nvmlDeviceGetComputeRunningProcesses_v2(void *h, unsigned *count, struct process *out) {
-    OPEN(h)
-    return processes(line, count, out);
-}
+#define PROCESSES(function, key)                                          \
+    int function(void *h, unsigned *count, struct process *out) {         \
+        OPEN(h)                                                           \
+        return processes(line, key, count, out);                          \
+    }
 
+PROCESSES(nvmlDeviceGetComputeRunningProcesses_v2, "procs")
+PROCESSES(nvmlDeviceGetMPSComputeRunningProcesses_v2, "mps")
 #ifndef OLD_DRIVER
-int nvmlDeviceGetComputeRunningProcesses_v3(void *h, unsigned *count, struct process *out) {
-    OPEN(h)
-    return processes(line, count, out);
-}
+PROCESSES(nvmlDeviceGetComputeRunningProcesses_v3, "procs")
+PROCESSES(nvmlDeviceGetMPSComputeRunningProcesses_v3, "mps")
 #endif
 
 /* -- events ------------------------------------------------------------------------------------------------------ */

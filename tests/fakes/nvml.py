@@ -76,9 +76,9 @@ class PlayedNVML:
     def environment(self) -> dict[str, str]:
         return environment(self.library, NBOS_FAKE_NVML=str(self.file), PYTHONPATH=str(ROOT))
 
-    def python(self, code: str, seconds: float = 30.0) -> Any:
-        """What a program prints (as JSON) that runs above the played driver."""
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=seconds)
+    def python(self, code: str, seconds: float = 30.0, **more: str) -> Any:
+        """What a program prints (as JSON) that runs above the played driver; `more` stands in its environment."""
+        command, environ = [sys.executable, "-c", code], {**self.environment, **more}
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=seconds)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)

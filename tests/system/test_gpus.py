@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -118,15 +119,52 @@ async def test_a_cell_without_room_waits_shows_why_and_runs_when_there_is_some(
     holders = [await n.channels.submit("%%gpu 1\n" + HOLD.format(seconds=6)) for n in notebooks[:3]]
     for cell in holders:
         await cell.text("begun")
-    waiting = await notebooks[3].channels.submit("%%gpu 1\nprint('ran')")
+    waiting = await notebooks[3].channels.submit("%%gpu 1\nimport time; time.sleep(0.5); print('ran')")
     await waiting.text("position", 10)
     assert waiting.reply is None
     result = await waiting.result(60)
     assert result.status == "ok"
     assert "ran" in result.stdout
+    shown = [m.content for m in result.outputs if m.type in ("display_data", "update_display_data")]
+    assert len({content["transient"]["display_id"] for content in shown}) == 1, "one display, from the wait to its end"
+    last = shown[-1]["data"]["text/plain"]
+    line = re.fullmatch(
+        r"NBOS: waited ([\d.]+) s for a GPU, got 1 GPU \(Simulated H100\) on replica \d on host .*, "
+        r"held it for ([\d.]+) s, (\d+) TPC·s",
+        last,
+    )
+    assert line, last
+    assert 2 < float(line[1]) < 8
+    assert 0.5 <= float(line[2]) < 5
+    assert abs(float(line[3]) - 66 * float(line[2])) < 5
     for cell in holders:
-        assert (await cell.result(30)).status == "ok"
+        assert "for a GPU" not in str((finished := await cell.result(30)).outputs), "who did not wait is told nothing"
+        assert finished.status == "ok"
     await no_grants(cluster)
+
+
+async def test_the_notebook_says_what_its_cells_got_also_after_a_failover(
+    cluster: Cluster, notebooks: list[Notebook]
+) -> None:
+    notebook = notebooks[0]
+    await notebook.run("%%gpu tpcs=16 mem=20G\nimport time; time.sleep(0.5)")
+    mine = await notebook.run("%%gpu tpcs=8\n%nbos gpu")
+    assert "a cell of this kernel may use: 4 GPUs or 132 TPCs" in mine
+    assert "this cell holds: 8 TPCs of 66" in mine
+    assert "58 of 66 TPCs" in mine
+    row = re.search(
+        r"\[\d+\]: 16 TPCs, 20.0 GiB of Simulated H100 on \S+; waited 0.0 s, held 0.[5-9] s, \d+ TPC·s", mine
+    )
+    assert row, mine
+    before = await notebook.executor()
+    await notebook.settled()
+    os.kill(before.pid, signal.SIGKILL)
+    after = await notebook.run("%nbos gpu")
+    assert (await notebook.executor()).index != before.index
+    assert row[0] in after
+    assert re.search(r"\]: 8 TPCs", after)
+    assert "this cell holds no GPU" in after
+    await notebook.settled()
 
 
 async def test_a_cpu_cell_never_waits_for_a_gpu(notebooks: list[Notebook]) -> None:

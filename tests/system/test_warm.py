@@ -128,7 +128,7 @@ async def test_a_spare_has_the_descriptors_of_a_fresh_replica_and_no_more(client
 
 
 async def test_forks_share_no_random_numbers_and_no_keys(client: Etcd, host: MakeHost) -> None:
-    one = host(modules=["numpy", "multiprocessing"])
+    one = host(modules=["numpy.random", "multiprocessing"])
     await waits(client)
     code = "import random, numpy, multiprocessing, uuid\ndrawn = (random.random(), numpy.random.random(), "
     code += "multiprocessing.current_process().authkey.hex(), uuid.uuid4().hex)"
@@ -155,16 +155,27 @@ async def test_arrays_multiply_on_several_threads_in_a_fork(client: Etcd, host: 
     assert await run(kernel.value, "total == (600.0**3, 600.0**3), torch.cuda._is_in_bad_fork()", 2) == "(True, False)"
     assert not (await warm(client)).note
     kernel.close()
+    # What was imported ahead is no kernel's own: with it, this one would be above its limit from the start.
+    small = await start(client, one, "k2", memory_limit=150 << 20)
+    before = pid(one, "k2")
+    # It is looked at twice a second.
+    rest = "import time, psutil; time.sleep(1.5); rss = psutil.Process().memory_info().rss"
+    await run(small.run, rest, 1)
+    assert await run(small.value, f"rss > {150 << 20}", 2) == "True"
+    assert pid(one, "k2") == before
+    await run(small.send, "large = bytearray(300_000_000); time.sleep(60)", 3)
+    await eventually(lambda: "of 0.15 GiB memory" in one.log.read_text(), "the limit holds")
+    small.close()
 
 
 async def test_modules_that_start_threads_are_not_forked_but_warm(
     client: Etcd, host: MakeHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The module's thread must live in the replica."""
+    """The module's thread must live in the replica, and keep no spare alive."""
     source = "import threading, time\ndef beat():\n    global beats\n    while True: beats += 1; time.sleep(0.01)\n"
     path = tmp_path / "lib" / "threaded_module_of_a_test.py"
     path.parent.mkdir()
-    path.write_text(source + "beats = 0\nthreading.Thread(target=beat, daemon=True).start()\n")
+    path.write_text(source + "beats = 0\nthreading.Thread(target=beat).start()\n")
     monkeypatch.setenv("PYTHONPATH", str(path.parent))
     one = host(modules=["threaded_module_of_a_test"])
     await waits(client)
@@ -177,6 +188,11 @@ async def test_modules_that_start_threads_are_not_forked_but_warm(
     os.kill(pid(one), signal.SIGKILL)
     await eventually(lambda: "SIGKILL" in one.log.read_text(), "its end is told")
     kernel.close()
+    await waits(client)
+    (waiting,) = [p for p in parents(one) if p.pid != pid(one)]
+    one.kill()
+    await eventually(lambda: not waiting.is_running(), "the spare ended with its daemon")
+    one.start()
 
 
 async def test_how_a_forked_replica_ended_is_told(client: Etcd, host: MakeHost) -> None:

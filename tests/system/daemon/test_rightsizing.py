@@ -52,7 +52,7 @@ async def test_fewer_tpcs_with_the_same_memory_after_some_executions_also_after_
     assert tpcs(await execute(replica, 15, "")) == 32, "no fingerprint: exactly what was asked"
     assert tpcs(await execute(replica, 16, "beef")) == 32, "another cell is not known"
     whole = {**ASKED, "gpus": 1, "tpcs": 0}
-    assert (await execute(replica, 17, "c0ffee", whole))["asked"] == 0, "all of its memory: nobody could use the rest"
+    assert (await execute(replica, 17, "c0ffee", whole))["asked"] == 0, "a whole device stays whole"
     a.kill(signal.SIGTERM)
     a.start()
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
+from tests.fakes import build
 from tests.fakes.nvml import PlayedNVML, gpu, mig
 
 LOOK = """
 import json, msgspec
 from gpu_daemon import inventory
-inventory._sms_by_uuid = lambda: {"0": 132, "1": 120}  # libcuda's part: tests/unit/daemon/test_health.py
+inventory._sms_by_uuid = lambda: {"0": 132, "1": 120}  # libcuda's part: below
 found = inventory.look()
 devices = [msgspec.structs.asdict(device) for device in found.devices]
 print(json.dumps({"state": found.state.name, "detail": found.detail, "driver": found.driver, "devices": devices}))
@@ -33,6 +34,29 @@ def test_models_memory_tpcs_sms_and_capability_are_read(tmp_path: Path) -> None:
     assert (first["model"], first["tpcs"], first["sms"], first["capability"]) == ("NVIDIA H200", 66, 132, "9.0")
     assert (second["model"], second["tpcs"], second["memory"]) == ("NVIDIA A100-SXM4-80GB", 60, 85 << 30)
     assert [d["healthy"] for d in found["devices"]] == [True, True]
+
+
+UUID = "6d2a3c1e-0102-0304-0506-0708090a0b0c"
+
+
+@pytest.mark.parametrize(
+    ("environment", "tpcs"),
+    [
+        ({"FAKE_CUDA_SMS": "114"}, 57),
+        ({"FAKE_CUDA_FAIL": "cuInit:999"}, 0),
+        ({"FAKE_CUDA_FAIL": "cuDeviceGetAttribute:1"}, 0),
+        ({"FAKE_CUDA_UUID": "00000000-0000-0000-0000-000000000001"}, 0),
+    ],
+)
+def test_sms_are_counted_by_the_cuda_driver_of_the_very_device(
+    tmp_path: Path, environment: dict[str, str], tpcs: int
+) -> None:
+    driver = PlayedNVML(tmp_path, gpu(0, uuid=f"GPU-{UUID}"))
+    build(driver.library, "cuda.c", "libcuda.so.1")
+    code = "\n".join(line for line in LOOK.splitlines() if "_sms_by_uuid" not in line)
+    (device,) = driver.python(code, **{"FAKE_CUDA_UUID": UUID, **environment})["devices"]
+    assert (device["tpcs"], device["sms"], device["healthy"]) == (tpcs, 2 * tpcs, tpcs > 0)
+    assert bool(tpcs) != ("number of its SMs" in device["reason"])
 
 
 @pytest.mark.parametrize(
@@ -92,6 +116,12 @@ def test_what_a_device_does_not_support_stops_nothing(tmp_path: Path) -> None:
 def test_an_old_driver_that_lacks_functions_still_shows_its_devices(tmp_path: Path) -> None:
     (device,) = look(tmp_path, gpu(0, mig=1), old=True)["devices"]
     assert (device["uuid"], device["healthy"]) == ("GPU-0", True)
+
+
+def test_nbos_doctor_names_what_cannot_be_granted_and_why(tmp_path: Path) -> None:
+    code = "import json; from nbos.doctor import check_gpus; found = check_gpus(); print(json.dumps(found.text))"
+    text = PlayedNVML(tmp_path, gpu(0, mig=1), mig(0), gpu(1, mig=1)).python(code)
+    assert text.startswith("1 NVIDIA GPU(s): NVIDIA H200 MIG 1g.18gb, driver 580.65.06; GPU 1 cannot be granted: MIG")
 
 
 def test_a_driver_that_breaks_under_the_count_is_said(tmp_path: Path) -> None:

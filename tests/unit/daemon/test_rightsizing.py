@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from gpu_daemon import rightsizing
-from gpu_daemon.rightsizing import RECHECK, Advice, Key, Rightsizer
+from gpu_daemon.rightsizing import Advice, Key, Rightsizer
 from gpu_daemon.speed import Fit, fit
 
 KEY = Key("ada", "H100", "f00d", 66)
@@ -109,10 +109,17 @@ def test_no_step_goes_below_half_of_what_was_good() -> None:
 def test_nothing_is_guessed_where_the_model_does_not_describe_the_cell() -> None:
     """Whole waves of 132 blocks: two more TPCs do nothing, or very much."""
     sizer = Rightsizer()
-    repeat(sizer, lambda t: -(-132 // t) * 0.5, 40)
+    granted = repeat(sizer, lambda t: -(-132 // t) * 0.5, 40)
+    assert {t for t in granted if t < 66} == {50}, "one trial, and none where the fit only guesses"
     advice = settled(sizer)
     assert advice.tpcs == 66
     assert "does not follow m/t + b" in advice.why
+
+
+def test_steps_that_the_model_does_not_describe_are_found_by_measuring_the_middle() -> None:
+    sizer = Rightsizer()
+    repeat(sizer, lambda t: 1.0 if t >= 38 else 1.025 if t >= 35 else 1.135 if t >= 32 else 1.86, 40)
+    assert settled(sizer).tpcs == 35
 
 
 def test_a_cell_whose_durations_scatter_is_left_alone() -> None:
@@ -143,6 +150,14 @@ def test_single_slow_runs_change_nothing() -> None:
     assert settled(sizer).tpcs == before
 
 
+def test_an_outlier_in_a_trial_does_not_spoil_the_fit() -> None:
+    sizer = Rightsizer()
+    repeat(sizer, model(66, 0.0), 3)
+    sizer.observe(KEY, 50, 1.32)
+    sizer.observe(KEY, 50, 7.0)
+    assert sizer.advise(KEY) == Advice(66, "as asked: it would be slower with less")
+
+
 def test_it_goes_back_up_when_a_size_turns_out_too_small() -> None:
     """What fitted the L2 does not any more: only small slices feel it."""
     sizer = Rightsizer()
@@ -158,7 +173,7 @@ def test_a_cell_that_does_something_else_is_learnt_anew(factor: float) -> None:
     repeat(sizer, model(0.1, 1.0), 60)
     small = settled(sizer).tpcs
     granted = repeat(sizer, lambda t: factor * (30 / t + 1.0), 60)
-    assert 66 in granted[: 3 * RECHECK // 4]
+    assert granted[:5].count(66) >= 2, "two strange executions are enough to compare"
     assert settled(sizer).tpcs > 2 * small
 
 

@@ -22,6 +22,7 @@ from nbos_cluster.records import (
 )
 from nbos_spawner.gateway.auth import Caller
 from nbos_spawner.gateway.copy import ClusterCopy
+from nbos_spawner.gateway.dashboard import render_dashboard
 from nbos_spawner.gateway.models import status_model
 
 from .cluster_data import filled, host, put, spec
@@ -98,6 +99,11 @@ def test_others_processes_are_counted_only() -> None:
     assert device["reading"]["others"] == 1
     (device,) = status_model(cluster(), Caller("bob", "user", admin=False))["hosts"][0]["devices"]
     assert (device["reading"]["processes"], device["reading"]["others"]) == ([], 2)
+
+
+def test_the_dashboard_shows_how_a_device_is() -> None:
+    page = render_dashboard(status_model(cluster(), ROOT), name="x", admin=True, prefix="/p/").decode()
+    assert "11G in use, 87 % busy, 64 °C, 410 W, a row of its memory is replaced" in page
 
 
 def test_what_is_not_told_is_a_dash() -> None:

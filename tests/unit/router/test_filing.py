@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from typing import Any
 
 import nbformat
@@ -9,7 +11,8 @@ import pytest
 from nbformat import v4
 from traitlets import TraitError
 
-from nbos_provisioner.filing import place
+from nbos_provisioner import filing
+from nbos_provisioner.filing import Filing, place
 from nbos_provisioner.provisioner import NBOSProvisioner
 
 
@@ -57,3 +60,32 @@ def test_a_cell_that_has_become_text_is_left_alone() -> None:
 def test_an_option_out_of_bounds_is_named_with_the_way_out(option: str, value: int) -> None:
     with pytest.raises(TraitError, match=rf"NBOSProvisioner.{option} = {value}: must be from \d+ to \d+"):
         NBOSProvisioner(**{option: value})
+
+
+class Told(Filing):
+    """Notes what the router would be told."""
+
+    def __init__(self) -> None:
+        super().__init__({"k": None}, None, None, logging.getLogger())
+        self.told: list[Any] = []
+
+    def _tell(self, kernel_id: str, content: dict[str, Any]) -> None:
+        self.told.append((kernel_id, content))
+
+
+async def test_what_a_page_was_sent_is_forgotten_once_its_connection_has_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    sockets: dict[tuple[str, str], object] = {("k", "page"): object()}
+    monkeypatch.setattr(filing, "open_websocket", lambda kernel, session: sockets.get((kernel, session)))
+    monkeypatch.setattr(filing, "CERTAIN", 0.1)
+    told = Told()
+    told.ended("k", "page", "one")
+    told.ended("k", "gone", "other")
+    await asyncio.sleep(0.05)
+    sockets["k", "page"] = object()  # the first connection was dead, and nobody knew
+    told.ended("k", "page", "two")
+    await asyncio.sleep(0.08)
+    assert told.told == [], "it has held for less than it takes"
+    async with asyncio.timeout(5):
+        while not told.told:
+            await asyncio.sleep(0.01)
+    assert told.told == [("k", {"forget": ["one", "two"]})]

@@ -10,15 +10,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from .world import World
+from .world import GRANT, USED, World
 
 REPLICA = st.integers(0, 2)
 
 
 class RouterMachine(RuleBasedStateMachine):
-    @initialize(rerun=st.booleans())
-    def begin(self, rerun: bool) -> None:
-        self.world = World(rerun=rerun)
+    @initialize(rerun=st.booleans(), gpu=st.booleans())
+    def begin(self, rerun: bool, gpu: bool) -> None:
+        self.world = World(rerun=rerun, line_after=0.1)
+        if gpu:
+            self.world.grant, self.world.used = GRANT, USED
 
     @rule(silent=st.booleans())
     def execute(self, silent: bool) -> None:

@@ -48,12 +48,19 @@ class Replica:
     waiting: list[tuple[Any, int]] = field(default_factory=list)
 
 
+GRANT = {"shares": [{"model": "Simulated GPU", "tpcs": [0, 1], "memory": 1 << 30, "whole": False}]}
+USED = {"held": 5.0, "tpcs": 2, "peak": 0}
+
+
 class World:
-    def __init__(self, replicas: int = 3, *, rerun: bool = True) -> None:
+    def __init__(self, replicas: int = 3, *, rerun: bool = True, line_after: float = 2.0) -> None:
         self.now = 0.0
+        self.grant: Any = None
+        """What every cell is granted; and what its reply says that it used."""
+        self.used: Any = None
         self.client = Signer(KEY, "client")
         self.signers = {}
-        self.core = RouterCore(Signer(KEY, "router"), rerun=rerun)
+        self.core = RouterCore(Signer(KEY, "router"), rerun=rerun, line_after=line_after)
         self.log: dict[int, str] = {}
         self.claims: dict[int, tuple[int, int, str]] = {}
         self.tokens = 0
@@ -200,7 +207,8 @@ class World:
 
     def say(self, index: int, msg_type: str, content: dict[str, Any], parent: Any, channel: str = "shell") -> None:
         replica = self.replicas[index]
-        _, frames = self.signers[replica.session].make(msg_type, content, parent.header)
+        metadata = {"nbos_used": self.used} if msg_type == "execute_reply" and self.used is not None else None
+        _, frames = self.signers[replica.session].make(msg_type, content, parent.header, metadata)
         replica.said.append((channel, [*parent.idents, *frames]))
 
     def show(self, index: int, msg_type: str, content: dict[str, Any], parent: Any) -> None:
@@ -297,7 +305,7 @@ class World:
         self.tokens += 1
         replica.token = self.tokens
         self.claims[n] = (index, self.tokens, replica.session)
-        self.say(index, "nbos_lead", {"n": n, "token": self.tokens, "host": "h"}, parent)
+        self.say(index, "nbos_lead", {"n": n, "token": self.tokens, "host": "h", "grant": self.grant}, parent)
         if parent.msg_type == "nbos_sync_request":
             replica.uncommitted = (parent, n)
             return
@@ -356,6 +364,9 @@ class World:
             assert kinds == ["display_data", *["update_display_data"] * (len(steps) - 1)]
             assert len({msg_id for _, msg_id, _ in steps}) == 1
             texts = [text for _, _, text in steps]
+            assert not texts[-1].startswith("NBOS: waiting"), "nobody waits any more"
+            if "for a GPU" in texts[-1]:
+                assert texts[-1].endswith((" held it for 5.0 s, 10 TPC·s", " was lost with it")), texts[-1]
             if texts[0].startswith("NBOS: replicating"):
                 assert [text.startswith("NBOS: replicating") for text in texts] == [True] * (len(texts) - 1) + [False]
                 assert texts[-1].startswith(("NBOS: replicated x in", "NBOS: not replicated")), texts[-1]

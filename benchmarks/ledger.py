@@ -44,7 +44,6 @@ from gpu_daemon.simulated import simulated
 from gpu_daemon.site import Settings, Site
 from nbos_cluster import keys, membership, records
 from nbos_cluster.etcd import Etcd, Lease
-from nbos_cluster.kernelview import KernelViews
 from nbos_cluster.kv import KV, Snapshot, TxnResult
 from nbos_cluster.records import Epoch, GrantRecord, KernelSpec, LogEntry, Ports, Resources
 
@@ -156,7 +155,7 @@ def site_of(folder: Path, queue: FairQueue) -> Site:
     desk = BlobDesk(DirectoryStore(folder / "blobs"), 3600.0, 45.0)
     rundir = RunDir(folder)
     rundir.open()
-    site = Site(settings, Memory(), queue.ledger, queue, desk, rundir, KernelViews())
+    site = Site(settings, Memory(), queue.ledger, queue, desk, rundir)
     site.lease = cast(Lease, type("Held", (), {"id": 7, "sure": True})())
     spec = KernelSpec(
         kernel="k",

@@ -71,5 +71,5 @@ def _cuda_version() -> int:
         finally:
             pynvml.nvmlShutdown()
     except pynvml.NVMLError as err:
-        log.info("the driver's CUDA version is not known: %s", err)
+        log.debug("the driver's CUDA version is not known: %s", err)
         return 0

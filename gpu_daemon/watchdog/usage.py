@@ -6,9 +6,11 @@ What NVML does not tell (no permission, MIG, an old driver) is -1, never 0; a de
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+LISTS = ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetMPSComputeRunningProcesses")
 
 log = logging.getLogger("gpu_daemon")
 
@@ -59,17 +61,21 @@ class NVMLUsage:
 
     def _memory(self, handle: Any) -> dict[int, int]:
         """Bytes by process. Clients of MPS stand in a list of their own."""
-        nvml, found = self._nvml, dict[int, int]()
-        for call in (nvml.nvmlDeviceGetComputeRunningProcesses, nvml.nvmlDeviceGetMPSComputeRunningProcesses):
-            try:
-                processes = call(handle)
-            except nvml.NVMLError as err:
-                log.debug("%s: %s", call.__name__, err)
-                continue
-            for process in processes:
+        found: dict[int, int] = {}
+        for call in LISTS:
+            for process in self._list(call, handle):
                 used = process.usedGpuMemory
                 found[process.pid] = max(found.get(process.pid, -1), -1 if used is None else int(used))
         return found
+
+    def _list(self, call: str, handle: Any) -> Sequence[Any]:
+        """By version: nvidia-ml-py's names without one fail in a way of their own on an older driver."""
+        for version in ("_v3", "_v2"):
+            try:
+                return getattr(self._nvml, call + version)(handle)
+            except self._nvml.NVMLError as err:
+                log.debug("%s%s: %s", call, version, err)
+        return ()
 
     def _busy(self, uuid: str, handle: Any) -> dict[int, int] | None:
         """Percent of the SMs' time by process, the highest of the new samples; None: it is not told here."""

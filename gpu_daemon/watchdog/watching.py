@@ -29,12 +29,19 @@ class GPUWatch:
     async def run(self, site: Site) -> None:
         """For as long as the daemon lives. A driver that hangs holds up nothing but this."""
         while True:
-            uses = await aside(self._read, "looking at the GPUs' processes")
-            if uses is None:
-                self._watchdog.blind(site.now())
-            else:
-                self.look(site, uses)
+            await self._once(site)
             await asyncio.sleep(self._every)
+
+    async def _once(self, site: Site) -> None:
+        try:
+            uses = await aside(self._read, "looking at the GPUs' processes")
+        except Exception as err:  # noqa: BLE001 - a binding's complaint about a driver must not end the watch
+            log.warning("what processes do on the GPUs cannot be read: %s", err)
+            uses = None
+        if uses is None:
+            self._watchdog.blind(site.now())
+        else:
+            self.look(site, uses)
 
     def look(self, site: Site, uses: Sequence[Use]) -> None:
         """Decide about what was read, and carry it out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -226,11 +227,16 @@ class PlayedNVML:
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
         return uuid
 
-    def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> Any:
+    def nvmlDeviceGetComputeRunningProcesses_v3(self, handle: str) -> Any:
         return self._answer(self.compute)
 
-    def nvmlDeviceGetMPSComputeRunningProcesses(self, handle: str) -> Any:
+    def nvmlDeviceGetMPSComputeRunningProcesses_v3(self, handle: str) -> Any:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)  # a driver of 2021
+
+    def nvmlDeviceGetMPSComputeRunningProcesses_v2(self, handle: str) -> Any:
         return self._answer(self.mps)
+
+    nvmlDeviceGetComputeRunningProcesses_v2 = nvmlDeviceGetComputeRunningProcesses_v3
 
     def nvmlDeviceGetProcessUtilization(self, handle: str, since: int) -> Any:
         found = [s for s in self._answer(self.samples) if s.timeStamp > since]
@@ -322,6 +328,25 @@ def test_a_replica_that_was_restarted_begins_anew() -> None:
     for _ in range(8):
         watch.look(site, [Use("GPU-a", 5, 3 * GIB, 0)])
     assert [message["stage"] for message in ada.told] == ["warn", "warn"]
+
+
+async def test_a_reading_that_fails_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    ada, clock = Replica(ADA, {5}), iter(range(0, 10_000, 2))
+    site: Any = types.SimpleNamespace(replicas={ADA: ada}, now=lambda: next(clock))
+    looks = iter([[Use("GPU-a", 5, 0, 50)], RuntimeError("library mismatch")] * 100)
+
+    def read() -> list[Use]:
+        found = next(looks)
+        if isinstance(found, RuntimeError):
+            raise found
+        return found
+
+    watch = asyncio.create_task(GPUWatch(read, POLICY, 0.001).run(site))
+    async with asyncio.timeout(10):
+        while not ada.told:
+            await asyncio.sleep(0.01)
+    watch.cancel()
+    assert "cannot be read: library mismatch" in caplog.text
 
 
 def test_options_that_cannot_work_are_refused() -> None:

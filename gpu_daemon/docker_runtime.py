@@ -25,7 +25,7 @@ from gpu_daemon.container_end import KILLED, failed_start, memory_end, plain_end
 from gpu_daemon.container_spec import LABEL, DockerOptions, Site, container
 from gpu_daemon.docker_engine import Engine, Trouble, no_image, words
 from gpu_daemon.docker_network import make_network, remove_network
-from gpu_daemon.lineage import in_container
+from gpu_daemon.lineage import Kin
 from gpu_daemon.rundir import write
 from gpu_daemon.runtime import Exit, Handle, Launch, ReplicaRuntime, RuntimeFailed
 from gpu_daemon.site import log
@@ -72,8 +72,9 @@ class ContainerHandle(Handle):
         # the socket. Where the pid can be seen: the replica itself, not what user code forked.
         return pid in (0, self.pid) or _parent(pid) == self.pid
 
-    def holds(self, pid: int) -> bool:
-        return super().holds(pid) or in_container(pid, self.container)
+    def holds(self, process: Kin) -> bool:
+        # Also what somebody started in the container from outside.
+        return super().holds(process) or (bool(self.container) and self.container in process.group)
 
     def memory(self) -> int:
         return 0  # the container's cgroup keeps the limit

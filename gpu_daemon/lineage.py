@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 DEPTH = 64
 """Generations that are looked at: no sane tree is deeper, and a tree that changes meanwhile must not hold us up."""
 
 
-def lineage(pid: int) -> set[int]:
-    """The process, its ancestors, and the leaders of their sessions; empty when it is gone.
+@dataclass(frozen=True)
+class Kin:
+    """A process: family: itself, its ancestors, and the leaders of their sessions; group: its control group, which
+    names the container. Both are empty when it is gone.
 
     The session still tells whose a process is when its parent has ended and it was given to init.
     """
+
+    pid: int
+    family: frozenset[int]
+    group: str
+
+
+def kin(pid: int) -> Kin:
+    """What can be seen of the process now."""
+    return Kin(pid, _family(pid), _read(f"/proc/{pid}/cgroup") if pid > 0 else "")
+
+
+def _family(pid: int) -> frozenset[int]:
     found: set[int] = set()
     for _ in range(DEPTH):
         if pid <= 1:
             break
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except (OSError, ValueError):
+        # The name, in brackets, may itself hold brackets and blanks.
+        fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+        if len(fields) < 4:
             break
         found |= {pid, int(fields[3])}
         pid = int(fields[1])
-    return found - {0, 1}
+    return frozenset(found - {0, 1})
 
 
-def in_container(pid: int, container: str) -> bool:
-    """Whether the process runs in the container of that id, also when it was started there from outside."""
+def _read(path: str) -> str:
     try:
-        return bool(container) and container in Path(f"/proc/{pid}/cgroup").read_text()
+        return Path(path).read_text(errors="replace")
     except OSError:
-        return False
+        return ""

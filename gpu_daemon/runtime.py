@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpu_daemon.lineage import lineage
+from gpu_daemon.lineage import Kin
 from nbos_cluster.records import Ports, WarmRecord
 
 
@@ -116,10 +116,9 @@ class Handle(ABC):
     def owns(self, pid: int) -> bool:
         """Whether the process `pid` (as this host counts) may use this replica's socket. Asked at `hello`."""
 
-    def holds(self, pid: int) -> bool:
-        """Whether the process `pid` is this replica's: itself, or what it started. For who looks at the host's
-        processes."""
-        return self.pid > 0 and self.pid in lineage(pid)
+    def holds(self, process: Kin) -> bool:
+        """Whether a process of this host is this replica's: itself, or what it started."""
+        return self.pid in process.family
 
     @abstractmethod
     def memory(self) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from gpu_daemon.aside import aside
 from gpu_daemon.fleet import ReplicaId
+from gpu_daemon.lineage import kin
 from gpu_daemon.replica import LocalReplica
 from gpu_daemon.site import Site, log
 from gpu_daemon.watchdog.policy import Act, Policy, Sample, Watchdog
@@ -62,8 +63,9 @@ class GPUWatch:
         """One for each replica on each device that it uses or holds."""
         found: defaultdict[tuple[ReplicaId, str], list[Use]] = defaultdict(list)
         for use in uses:
+            process = kin(use.pid)
             replica = next(
-                (r for r in site.replicas.values() if r.handle is not None and r.handle.holds(use.pid)), None
+                (r for r in site.replicas.values() if r.handle is not None and r.handle.holds(process)), None
             )
             if replica is None:
                 self._name_stranger(use)

@@ -14,6 +14,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { SUCCESS, UNINITIALIZED, INVALID_ARGUMENT, NOT_SUPPORTED, NO_PERMISSION, NOT_FOUND = 6, INSUFFICIENT_SIZE,
@@ -361,6 +362,27 @@ PROCESSES(nvmlDeviceGetMPSComputeRunningProcesses_v2, "mps")
 PROCESSES(nvmlDeviceGetComputeRunningProcesses_v3, "procs")
 PROCESSES(nvmlDeviceGetMPSComputeRunningProcesses_v3, "mps")
 #endif
+
+/* How busy they keep the SMs: `busy=PID:PERCENT,…`; there is a sample of this very moment at every look. */
+struct utilisation { unsigned pid; unsigned long long at; unsigned sm, memory, encoder, decoder; };
+int nvmlDeviceGetProcessUtilization(void *h, struct utilisation *out, unsigned *count, unsigned long long since) {
+    OPEN(h)
+    char value[512], *rest = value, *one;
+    unsigned found = 0, room = out ? *count : 0;
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    unsigned long long at = (unsigned long long)now.tv_sec * 1000000ULL + (unsigned long long)now.tv_nsec / 1000;
+    *count = 0;
+    if (!text(line, "busy", value, sizeof value)) return NOT_SUPPORTED;
+    while ((one = strsep(&rest, ","))) {
+        struct utilisation u = { .at = at };
+        if (at <= since || sscanf(one, "%u:%u", &u.pid, &u.sm) < 2) continue;
+        if (found < room) out[found] = u;
+        found++;
+    }
+    *count = found;
+    return found > room ? INSUFFICIENT_SIZE : SUCCESS;
+}
 
 /* -- events ------------------------------------------------------------------------------------------------------ */
 

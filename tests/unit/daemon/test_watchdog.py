@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pynvml
@@ -16,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from traitlets import TraitError
 
+from gpu_daemon.docker_runtime import ContainerHandle
 from gpu_daemon.fleet import ReplicaId
-from gpu_daemon.lineage import in_container, lineage
+from gpu_daemon.lineage import Kin, kin
 from gpu_daemon.watchdog.config import Watchdog as Options
 from gpu_daemon.watchdog.policy import GIB, STAGES, Policy, Sample, Watchdog
 from gpu_daemon.watchdog.usage import NVMLUsage, Use
@@ -192,17 +194,20 @@ def test_what_a_replica_started_is_its_own_also_when_its_parent_is_gone() -> Non
     try:
         parent.wait(10)
         parent.stdout.close()
-        assert parent.pid in lineage(orphan)
-        assert os.getpid() not in lineage(orphan)
-        assert os.getpid() in lineage(os.getpid())
+        assert parent.pid in kin(orphan).family
+        assert os.getpid() not in kin(orphan).family
+        assert {os.getpid(), os.getppid()} <= kin(os.getpid()).family
     finally:
         os.kill(orphan, 9)
-    assert lineage(2**22 + 1) == set()
+    assert kin(2**22 + 1) == Kin(2**22 + 1, frozenset(), "")
 
 
-def test_a_process_in_no_container_is_in_none() -> None:
-    assert not in_container(os.getpid(), "")
-    assert not in_container(os.getpid(), "c0ffee" * 10)
+def test_a_container_holds_what_runs_in_its_control_group() -> None:
+    handle = ContainerHandle(None, "c0ffee" * 10, Path(), "image")  # type: ignore[arg-type]
+    handle.pid = 100
+    assert handle.holds(Kin(7, frozenset({7}), f"0::/system.slice/docker-{'c0ffee' * 10}.scope\n"))
+    assert handle.holds(Kin(8, frozenset({8, 100}), ""))
+    assert not handle.holds(Kin(9, frozenset({9}), "0::/user.slice\n"))
 
 
 # -- reading and carrying out -----------------------------------------------------------------------------------------
@@ -288,7 +293,7 @@ class Replica:
 
     def __init__(self, id: ReplicaId, pids: set[int], budget: int | None = None) -> None:
         self.id, self.name, self.told, self.ended = id, str(id), list[dict[str, Any]](), list[str]()
-        self.handle = types.SimpleNamespace(holds=lambda pid: pid in pids)
+        self.handle = types.SimpleNamespace(holds=lambda process: process.pid in pids)
         share = types.SimpleNamespace(uuid="GPU-a", memory=budget)
         grant = types.SimpleNamespace(shares=(share,)) if budget is not None else None
         self.held = types.SimpleNamespace(grant=grant)
@@ -324,7 +329,7 @@ def test_a_replica_that_was_restarted_begins_anew() -> None:
     watch = GPUWatch(list, POLICY, 2.0)
     for _ in range(8):
         watch.look(site, [Use("GPU-a", 5, 3 * GIB, 0)])
-    ada.handle = types.SimpleNamespace(holds=lambda pid: pid == 5)
+    ada.handle = types.SimpleNamespace(holds=lambda process: process.pid == 5)
     for _ in range(8):
         watch.look(site, [Use("GPU-a", 5, 3 * GIB, 0)])
     assert [message["stage"] for message in ada.told] == ["warn", "warn"]

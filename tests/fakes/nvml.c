@@ -333,6 +333,15 @@ int nvmlDeviceGetFieldValues(void *h, int count, struct field *fields) {
 }
 #endif
 
+/* The CUDA version that the driver speaks: that of 580. */
+int nvmlSystemGetCudaDriverVersion_v2(int *version) {
+    struct world *w = look();
+    int wrong = faulty(w, __func__, -1);
+    if (wrong) return wrong;
+    *version = 13000;
+    return SUCCESS;
+}
+
 /* Processes: `procs=PID:BYTES,…`, those under MPS `mps=…`; BYTES may be `-`: not told. */
 struct process { unsigned pid; unsigned long long bytes; unsigned gi, ci; };
 static int processes(const char *line, const char *key, unsigned *count, struct process *out) {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -139,6 +140,35 @@ def use(torch: Any, slices: Any, tpcs: list[int] | None) -> None:
         torch.cuda.set_stream(torch.cuda.ExternalStream(slices.get(tpcs).stream, device=0))
 
 
+CHUNK = 1 << 28
+
+
+def give_back(torch: Any, gib: int) -> dict[str, Any]:
+    """Tensors to pinned host memory and back, as `%nbos gpu release` and the next cell with a GPU do it."""
+    from nbos_kernel.capture import parked
+    from nbos_kernel.gpu import offload
+
+    def chunk(seed: int) -> Any:
+        generator = torch.Generator("cuda").manual_seed(seed)
+        return torch.randint(0, 256, (CHUNK,), dtype=torch.uint8, device="cuda", generator=generator)
+
+    room = min(torch.cuda.mem_get_info()[0], os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if room < 1.3 * (gib << 30):
+        return {"skipped": f"{room / 2**30:.0f} GiB free, on the device or in host memory"}
+    tensors = [chunk(i) for i in range((gib << 30) // CHUNK)]
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    moved = offload.release(torch)
+    out = time.perf_counter() - began
+    left = torch.cuda.memory_reserved()
+    began = time.perf_counter()
+    parked.bring_home()
+    torch.cuda.synchronize()
+    back = time.perf_counter() - began
+    same = all(tensor.is_cuda and torch.equal(tensor, chunk(i)) for i, tensor in enumerate(tensors))
+    return {"out": moved.bytes / out, "back": moved.bytes / back, "left": left, "same": same, "stayed": moved.left}
+
+
 def main() -> None:
     import torch
 
@@ -155,6 +185,8 @@ def main() -> None:
         for name, tpcs in asked["slices"].items():
             use(torch, slices, tpcs)
             found[name] = probe.sms()
+    elif asked["do"] == "give back":
+        found = give_back(torch, asked["gib"])
     elif asked["do"] == "sweep":
         found = {}
         for size in asked["sizes"]:

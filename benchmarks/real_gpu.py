@@ -3,6 +3,7 @@
 - confinement: the SM numbers that kernels see in a slice, and whether disjoint slices have disjoint ones, in one
   process and in two;
 - neighbours: two processes on the same and on disjoint slices, beside each alone, taking turns and under MPS;
+- giving back: 1, 10 and 40 GiB of tensors to pinned host memory and back into the same tensors, bytes compared;
 - speed by TPCs: l(t) = m/t + b for a GEMM, attention, a memory-bound operation and a small network, and the smallest
   slice within 4 % of the whole device.
 
@@ -135,6 +136,17 @@ def speeds(tpcs: int, work: str, long: float) -> list[list[str]]:
     return [[work, f"{law}; within 4 %: {least} of {tpcs} TPCs", measured]]
 
 
+def given_back(gib: int) -> list[list[str]]:
+    """Offload to pinned host memory, and back into the same tensors."""
+    found = ask({}, within=240.0, do="give back", gib=gib)
+    if "skipped" in found:
+        return [["left out", found["skipped"], ""]]
+    stayed = "".join(f"; stayed: {reason}" for reason in found["stayed"])
+    speed = f"{found['out'] / 1e9:.1f} GB/s out, {found['back'] / 1e9:.1f} GB/s back"
+    same = "every byte the same" if found["same"] else "BYTES DIFFER"
+    return [[f"{gib} GiB", speed, f"{same}, {found['left'] / 2**20:.0f} MiB held meanwhile{stayed}"]]
+
+
 def attempt(rows: list[list[str]], heading: str, part: Callable[[], list[list[str]]], deadline: float) -> None:
     """Add what `part` measures; what goes wrong is a row, and ends nothing else."""
     rows.append([heading])
@@ -175,6 +187,8 @@ def main() -> None:
             attempt(rows, "two processes side by side (MPS): a GEMM", lambda: neighbours(tpcs, places, long), deadline)
     for work in WORK:
         attempt(rows, f"seconds by TPCs: {work}", lambda work=work: speeds(tpcs, work, long), deadline)  # type: ignore[misc]
+    for gib in (1, 10, 40):
+        attempt(rows, f"giving back {gib} GiB", lambda gib=gib: given_back(gib), deadline)  # type: ignore[misc]
     print(f"{device['name']}, {tpcs} TPCs, CUDA {device['cuda'] // 1000}.{device['cuda'] % 1000 // 10}")
     print(table(rows))
 

@@ -67,6 +67,9 @@ if asked["do"] == "sms":
     print(json.dumps({n: [sm for t in tpcs for sm in (2 * t, 2 * t + 1)] for n, tpcs in asked["slices"].items()}))
 elif asked["do"] == "sweep" and asked["work"] == "gemm":
     print(json.dumps({t: 0.066 / t + 0.001 for t in asked["sizes"]}))
+elif asked["do"] == "give back":
+    found = {"out": 5e10, "back": 4e10, "left": 2**21, "same": asked["gib"] == 1, "stayed": {"a graph": 8}}
+    print(json.dumps(found if asked["gib"] < 40 else {"skipped": "3 GiB free"}))
 elif asked["do"] == "run":
     print(json.dumps({"late": False, "rate": 5.0, "sms": asked["tpcs"]}))
 else:
@@ -96,6 +99,15 @@ def test_what_the_processes_tell_becomes_rows() -> None:
     assert "100 % and 100 % of its speed alone  0 SMs in common" in text
     assert "33 SMs in common" in text
     assert "off by ≤ 0 %" in text
+
+
+@pytest.mark.usefixtures("side")
+def test_bytes_that_differ_are_not_overlooked() -> None:
+    assert real_gpu.given_back(1) == [
+        ["1 GiB", "50.0 GB/s out, 40.0 GB/s back", "every byte the same, 2 MiB held meanwhile; stayed: a graph"]
+    ]
+    assert "BYTES DIFFER" in real_gpu.given_back(10)[0][2]
+    assert real_gpu.given_back(40) == [["left out", "3 GiB free", ""]]
 
 
 @pytest.mark.usefixtures("side")

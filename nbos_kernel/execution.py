@@ -104,9 +104,8 @@ class Execution:
         return None if running is None else {"n": running.n, "token": running.token}
 
     def cell_runs(self) -> bool:
-        """Whether user code of a numbered cell runs now, so that an interrupt has something to hit."""
-        running = self.running
-        return running is not None and running.kind == "cell" and running.status == "ok" and not running.committed
+        """Whether a numbered cell runs, so that SIGINT hits that and no bid. Afterwards SIGINT is ignored."""
+        return self.running is not None and self.running.kind == "cell"
 
     def cancel(self, n: int, msg_id: str = "") -> None:
         """Leave the queue; a request that has not come off the channel yet is known by its msg_id."""

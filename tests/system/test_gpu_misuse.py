@@ -11,7 +11,7 @@ import pytest
 
 from tests.system.fake_daemon import FakeDaemon, Kernel
 
-LONG = "print('begun', flush=True)\nimport time\nwhile True: time.sleep(0.05)"
+LONG = "print('begun', flush=True)\nimport time\nwhile True: time.sleep(0.05); print('tick', flush=True)"
 
 
 @pytest.fixture
@@ -51,6 +51,8 @@ def test_a_warning_shows_under_the_running_cell_and_an_interrupt_ends_it(daemon:
     assert warning["content"]["name"] == "stderr"
     assert warning["topic"].endswith(b"stream.stderr")
     assert warning["topic"].startswith(b"nbos.")
+    for _ in range(5):
+        said(kernel, msg_id, "tick")  # it goes on
     misuse(daemon, "interrupt")
     said(kernel, msg_id, "too much memory (interrupt)")
     reply = next(m for m in kernel.shell(msg_id, "nbos_committed") if m["msg_type"] == "execute_reply")

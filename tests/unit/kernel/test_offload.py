@@ -91,6 +91,21 @@ def test_the_devices_memory_is_free_afterwards(device: Device) -> None:
     assert hidden.shape == (4094,)
 
 
+def test_a_base_that_python_does_not_name_goes_with_its_view(device: Device) -> None:
+    view = torch.arange(8.0)[2:]
+    device.put(view)
+    assert device.offload() == Moved(2, 32, {})
+    assert view.tolist() == [2, 3, 4, 5, 6, 7]
+
+
+def test_a_gradient_that_nobody_has_looked_at_goes_too(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.ones(777, requires_grad=True)
+    (weight * 2).sum().backward()
+    monkeypatch.setattr(device, "has", lambda tensor: tensor.shape == (777,))
+    assert device.offload() == Moved(2, 2 * 4 * 777, {})
+    assert weight.grad[0] == 2.0
+
+
 def test_training_goes_on_where_it_was(device: Device) -> None:
     def train(steps: int, pause: bool) -> list[float]:
         torch.manual_seed(0)

@@ -129,7 +129,7 @@ async def test_a_cell_without_room_waits_shows_why_and_runs_when_there_is_some(
     assert len({content["transient"]["display_id"] for content in shown}) == 1, "one display, from the wait to its end"
     last = shown[-1]["data"]["text/plain"]
     line = re.fullmatch(
-        r"NBOS: waited ([\d.]+) s for a GPU, got 1 GPU \(Simulated H100\) on replica \d on host .*, "
+        r"NBOS: waited ([\d.]+) s for a GPU, got 1 GPU \(Simulated H\d+\) on replica \d on host .*, "
         r"held it for ([\d.]+) s, (\d+) TPC·s",
         last,
     )
@@ -150,10 +150,10 @@ async def test_the_notebook_says_what_its_cells_got_also_after_a_failover(
     await notebook.run("%%gpu tpcs=16 mem=20G\nimport time; time.sleep(0.5)")
     mine = await notebook.run("%%gpu tpcs=8\n%nbos gpu")
     assert "a cell of this kernel may use: 4 GPUs or 132 TPCs" in mine
-    assert "this cell holds: 8 TPCs of 66" in mine
+    assert "this cell holds: 8 TPCs" in mine
     assert "58 of 66 TPCs" in mine
     row = re.search(
-        r"\[\d+\]: 16 TPCs, 20.0 GiB of Simulated H100 on \S+; waited 0.0 s, held 0.[5-9] s, \d+ TPC·s", mine
+        r"\[\d+\]: 16 TPCs, 20.0 GiB of Simulated H\d+ on \S+; waited 0.0 s, held 0.[5-9] s, \d+ TPC·s", mine
     )
     assert row, mine
     before = await notebook.executor()

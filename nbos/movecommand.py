@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
             model = api.call("DELETE", f"{path}/move")
         else:
             model = api.call("POST", f"{path}/move", {"from": options.source, "to": options.to})
-        begun = model["move"]
+        begun = model["move"] or model["moved"]  # a short one may be over already
         print(f"kernel {model['kernel_id']}: {describe(begun)}", flush=True)
         if begun["source"] == model["executor"] and model["lost"] and not options.back:
             print(f"  not replicated, so not moved with it: {', '.join(sorted(model['lost']))} (nbos status says why)")

@@ -273,6 +273,15 @@ async def metrics_of(cluster: Cluster, token: str) -> tuple[int, str]:
     return reply.code, reply.body.decode()
 
 
+def values_in(text: str) -> dict[tuple[str, ...], float]:
+    """By name and labels' values, in the order of the labels' names."""
+    return {
+        (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
 async def test_metrics_are_for_tokens_with_the_scope_that_guards_the_hubs_own(
     cluster: Cluster, notebook: Notebook
 ) -> None:
@@ -283,19 +292,21 @@ async def test_metrics_are_for_tokens_with_the_scope_that_guards_the_hubs_own(
     assert [(await metrics_of(cluster, token))[0] for token in ("", "nonsense")] == [401, 403]
     for token in (await hub.user_token("ada"), await hub.user_token("eve", ["read:metrics"])):
         assert (await metrics_of(cluster, token))[0] == 403
-    code, text = await metrics_of(cluster, few)
-    assert code == 200
     assert (await metrics_of(cluster, hub.token))[0] == 200
-    kernel = (await notebook.model())["kernel_id"]
+
+    model = await notebook.model()
+    kernel = model["kernel_id"]
+
+    async def complete() -> str | None:
+        code, text = await metrics_of(cluster, few)
+        assert code == 200
+        return text if values_in(text)["nbos_gateway_replicas", "ready"] == model["replicas"] else None
+
+    text = await eventually(complete, "all replicas of the kernel count as ready")
     assert '"ada"' not in text
     assert kernel not in text
-    values = {
-        (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
+    values = values_in(text)
     assert (values["nbos_gateway_ready",], values["nbos_gateway_hosts", "up"]) == (1, 3)
-    assert values["nbos_gateway_replicas", "ready"] >= 2
     assert values["nbos_gateway_requests_total", "metrics", "403", "GET"] >= 3
     assert values["nbos_gateway_requests_total", "kernels", "201", "POST"] >= 1
     names = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE nbos_")}

@@ -256,7 +256,8 @@ async def test_a_long_replication_is_seen_in_its_cell_and_in_the_one_that_waits(
         await waiting.text("waiting: replicating 4.9 KiB of seen", 20)
         await waiting.text("etcd is away", 20)
     result = await waiting.result(40)
-    assert result.value == "5000"
+    # Leases may end just as the cell begins: then it says that it may or may not have run, and changes nothing.
+    assert result.value == "5000" or result.error.startswith("NBOSReplyLost"), result
     once(result)
     await slow.text("NBOS: replicated 4.9 KiB of seen in", 20)
     once(await slow.result())
@@ -265,11 +266,16 @@ async def test_a_long_replication_is_seen_in_its_cell_and_in_the_one_that_waits(
     assert len({message.content["transient"]["display_id"] for message in shown}) == 1
     assert slow.idle is not None
     assert slow.idle.at < shown[0].at
-    told = await notebook.channels.execute("%nbos state")
-    (table,) = [message.content["data"] for message in told.outputs if message.type == "display_data"]
+
+    async def with_standbys() -> dict[str, str] | None:
+        """While etcd stood still the standbys' hosts counted as lost; they are back a moment later."""
+        told = await notebook.channels.execute("%nbos state")
+        (table,) = [message.content["data"] for message in told.outputs if message.type == "display_data"]
+        return table if "of memory left" in table["text/plain"] else None
+
+    table = await eventually(with_standbys, "the standbys and their memory are told", 20)
     assert "seen  [str, 5,000]" in table["text/plain"]
     assert "standby: replica" in table["text/plain"]
-    assert "of memory left" in table["text/plain"]
     assert re.search(r"the blob store .*: [0-9.]+ GiB left", table["text/plain"])
     assert "<table>" in table["text/html"]
 

@@ -1,6 +1,7 @@
 """`python -m tests`: lint, format, types, then every test; the exit code is the first failure's.
 
-Arguments are passed on to pytest (`python -m tests tests/unit`). A few failures among the tests that start real
+Tests run two files at a time (most of them wait for processes), those of the compose cluster by themselves afterwards.
+Arguments are passed on to one pytest (`python -m tests tests/unit`). A few failures among the tests that start real
 processes are run once more, alone, since a machine that stalls for a second can fail them; what passes then is named as
 unsteady. Unit tests get one try.
 """
@@ -21,6 +22,11 @@ SECOND_TRY = ("tests/system/", "tests/browser/", "tests/cluster/test_faults.py")
 MOST = 3
 """More failures than this are no stall."""
 
+PHASES = (
+    ("tests", ["-n", "2", "--ignore", "tests/cluster"]),
+    ("tests of the compose cluster", ["tests/cluster"]),
+)
+
 LAST_FAILED = Path(".pytest_cache/v/cache/lastfailed")
 
 
@@ -36,9 +42,9 @@ def failures() -> list[str]:
         return []
 
 
-def tests(arguments: list[str]) -> int:
+def tests(name: str, arguments: list[str]) -> int:
     LAST_FAILED.unlink(missing_ok=True)
-    code = run("tests", ["pytest", *arguments])
+    code = run(name, ["pytest", *arguments])
     failed = failures()
     if code != 1 or not 0 < len(failed) <= MOST or not all(test.startswith(SECOND_TRY) for test in failed):
         return code
@@ -50,7 +56,8 @@ def tests(arguments: list[str]) -> int:
 
 def main() -> int:
     codes = [run(name, module) for name, module in CHECKS]
-    codes.append(tests(sys.argv[1:]))
+    phases = (("tests", sys.argv[1:]),) if sys.argv[1:] else PHASES
+    codes += [tests(name, arguments) for name, arguments in phases]
     return next((code for code in codes if code), 0)
 
 

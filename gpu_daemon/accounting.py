@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from gpu_daemon.accounts import HOUR, Accounts
 from gpu_daemon.journal import Change, Journal
 from gpu_daemon.site import Site, log
+from gpu_daemon.timeofday import TimeOfDay
 from gpu_daemon.use import DAY
 from nbos_cluster import keys, records
 from nbos_cluster.etcd import EtcdError, EtcdUnavailable
@@ -32,10 +33,16 @@ CLOSE_WITHIN = 2.0
 
 
 class Accounting:
-    """kept_days: how long an hour stays in etcd. wall: the clock (Unix seconds)."""
+    """kept_days: how long an hour stays in etcd. wall: the clock (Unix seconds); steady: one that nobody sets."""
 
-    def __init__(self, site: Site, kept_days: int, wall: Callable[[], float] = time.time) -> None:
-        self._site, self._kept_days, self._wall = site, kept_days, wall
+    def __init__(
+        self,
+        site: Site,
+        kept_days: int,
+        wall: Callable[[], float] = time.time,
+        steady: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._site, self._kept_days, self._clock = site, kept_days, TimeOfDay(wall, steady)
         self._accounts = Accounts(site.ledger.devices)
         self._journal = Journal(site.rundir.path / "accounts.db")
         self._name = ""
@@ -113,6 +120,19 @@ class Accounting:
             self._write()
             await self._publish(AT_THE_END)
             await self._journal.close(CLOSE_WITHIN)
+
+    def _wall(self) -> float:
+        """Now. Where the clock was set meanwhile, open grants go on from the new time."""
+        now, step = self._clock.look()
+        if step:
+            log.warning("this host's clock was set by %+.0f s; what is in use is accounted without that", step)
+            self._accounts.clock_set(step)
+            left = self._accounts.open()
+            for record, at in left:
+                self._note(Change(begun=record, at=at))
+            # Of before the step, it may lie ahead of all that comes.
+            self._note(Change(settled=min((at for _, at in left), default=now)))
+        return now
 
     def _settle(self) -> None:
         if len(self._accounts):

@@ -2,7 +2,7 @@
 
 Guarantees: every second between `begin` and `end` of a grant is accounted once, to the hour it lies in; so the lines
 add up to the seconds that the ledger handed out, whatever they are summed by. Times are Unix seconds of the caller's
-clock.
+clock, which may be set meanwhile (`clock_set`): that makes nobody's use longer or shorter.
 """
 
 from __future__ import annotations
@@ -75,6 +75,15 @@ class Accounts:
     def _count(self, record: GrantRecord, sign: int) -> None:
         for share in record.shares:
             self._granted[share.uuid] = self._granted.get(share.uuid, 0) + sign * len(share.tpcs)
+
+    def clock_set(self, step: float) -> None:
+        """The caller's clock was set by so many seconds: what was accounted stays."""
+        for one in self._open.values():
+            one.at += step
+
+    def open(self) -> list[tuple[GrantRecord, float]]:
+        """The open grants, and up to when each is accounted."""
+        return [(one.record, one.at) for one in self._open.values()]
 
     def settle(self, now: float) -> list[UseLine]:
         """What the open grants used since they were accounted last."""

@@ -12,7 +12,6 @@ import itertools
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 from msgspec.structs import replace
@@ -21,10 +20,11 @@ from gpu_daemon import ledger, queue
 from gpu_daemon.accounting import Accounting
 from gpu_daemon.fleet import ReplicaId
 from gpu_daemon.limits import over_limit
+from gpu_daemon.openbid import OpenBid, Yielded
 from gpu_daemon.publishing import Publisher
 from gpu_daemon.replica import Held, LocalReplica
 from gpu_daemon.requests import BidRequest
-from gpu_daemon.site import Site, plain
+from gpu_daemon.site import Site, log, plain
 from gpu_daemon.transactions import withdraw
 from nbos_cluster import election, keys, moving
 from nbos_cluster.etcd import EtcdError, EtcdUnavailable, LeaseGone
@@ -42,39 +42,6 @@ NEWS_EACH = 0.002
 
 ETCD_PAUSE = 0.3
 EPOCH_TRIES = 5
-
-
-class Yielded(Exception):
-    """The bid's answer is a yield."""
-
-    def __init__(self, code: str, reason: str, next: int | None = None) -> None:
-        super().__init__(reason)
-        self.answer: Message = {"answer": "yield", "code": code, "reason": reason, "next": next}
-
-
-@dataclass
-class OpenBid:
-    """A bid that is not answered yet."""
-
-    replica: LocalReplica
-    request: BidRequest
-    grant_name: str
-    task: asyncio.Task[Message] | None = None
-    granted: asyncio.Future[GrantRecord] | None = None
-    """Set while it stands in the queue."""
-    waited: float = 0.0
-    """Seconds in the queue."""
-    ended: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    """Its exception is the yield that ends the wait."""
-
-    def end(self, code: str, reason: str, next: int | None = None) -> None:
-        if not self.ended.done():
-            self.ended.set_exception(Yielded(code, reason, next))
-            self.ended.exception()  # Read here, so that nobody having to wait for it is no complaint.
-
-    @property
-    def over(self) -> bool:
-        return self.ended.done()
 
 
 class Bidding:
@@ -256,7 +223,7 @@ class Bidding:
             started=time.time(),
         )
         if grant is not None:
-            site.rundir.save_grant(replica.id, grant)
+            self._note_grant(replica, grant)
         handle = replica.handle
         token = await self._claim_txn(bid, record, grant)
         held = Held(request.n, token, record, grant)
@@ -267,6 +234,15 @@ class Bidding:
             raise Yielded("cancelled", "the replica's process ended")
         replica.held = held
         return held
+
+    def _note_grant(self, replica: LocalReplica, grant: GrantRecord) -> None:
+        """Raises Yielded: after a restart nothing would say that these devices are in use."""
+        try:
+            self._site.rundir.save_grant(replica.id, grant)
+        except OSError as err:
+            log.error("%s gets no device, since its grant cannot be noted: %s", replica.name, err)
+            text = f"host {self._site.host} cannot write to its disk ({err.strerror}); its administrator must make room"
+            raise Yielded("unavailable", text) from err
 
     async def _claim_txn(self, bid: OpenBid, record: ClaimRecord, grant: GrantRecord | None) -> int:
         with self._site.telling(lambda why: bid.replica.push(waiting(bid.request.n, why))):

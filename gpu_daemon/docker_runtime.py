@@ -299,6 +299,8 @@ def _bury(api: Any, handle: ContainerHandle) -> None:
         _keep(handle.folder / "log", _output(api, handle))
     except FileNotFoundError:
         log.debug("the replica of container %s is forgotten already, with its log", handle.container[:12])
+    except OSError as err:
+        log.warning("the log of container %s cannot be kept: %s", handle.container[:12], err)
     api.remove_container(handle.container, v=True, force=True)
 
 

@@ -24,11 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gpu_daemon.rundir import RunDirError
 from gpu_daemon.site import log
 from nbos_cluster import records
 from nbos_cluster.records import GrantRecord, UseLine
 
 T = TypeVar("T")
+
+_DISK = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
 
 SYNC = 5.0
 RETRY = 1.0
@@ -81,10 +84,13 @@ class Journal:
         self._failing = False
 
     def open(self) -> Known:
-        """Blocking; before anything else."""
+        """Blocking; before anything else. Raises RunDirError where the disk does not let it be read (it is full)."""
         try:
             known = self._look()
         except sqlite3.DatabaseError as err:
+            if err.sqlite_errorcode & 0xFF in _DISK:
+                # Not its contents' fault: nothing is set aside, the daemon is started again until there is room.
+                raise RunDirError(f"the accounts in {self.path} cannot be opened: {err}; make room there") from err
             aside = self.path.with_name(f"{self.path.name}.broken-{int(time.time())}")
             log.error("the accounts in %s cannot be read (%s); they are set aside as %s", self.path, err, aside.name)
             for suffix in ("", "-wal", "-shm"):

@@ -27,6 +27,7 @@ PORT_RANGE = (15000, 32000)
 """Below Linux's ephemeral ports, so that no outgoing connection takes a dead replica's port before it is back."""
 
 MEMORY_EVERY = 0.5
+REACH_AGAIN = 1.0
 GIB = 1 << 30
 
 
@@ -143,13 +144,13 @@ class Replicas:
     # -- starting and ending ------------------------------------------------------------------------------------------
 
     def _prepare(self, id: ReplicaId) -> LocalReplica:
-        """The replica's folder and ports: those it had before, where it had any."""
+        """The replica with the ports it had before, where it had any."""
         ip = self._site.settings.ip
         saved = self._site.rundir.load_replica(id).get("ports")
         ports = None
         with contextlib.suppress(TypeError):
             ports = Ports(**saved) if isinstance(saved, dict) else None
-        replica = LocalReplica(id, self._site.rundir.make_folder(id), ip, ports or free_ports(ip))
+        replica = LocalReplica(id, self._site.rundir.folder(id), ip, ports or free_ports(ip))
         self._site.replicas[id] = replica
         return replica
 
@@ -167,14 +168,15 @@ class Replicas:
             replica.incarnation = incarnation
             if not bindable(replica.ip, replica.ports):
                 replica.ports = free_ports(replica.ip)
+            # Before it runs: on a full disk none must run that a restarted daemon would not find.
+            self._site.rundir.save_replica(
+                id, incarnation=incarnation, ports=_ports(replica.ports), memory_limit=spec.memory_limit
+            )
             handle = await self._runtime.start(self._launch(replica, spec))
         except (RuntimeFailed, OSError) as err:
             log.error("%s: %s", replica.name, err)
             self._handle(fleet.Died(id, str(err), self._site.now()))
             return
-        self._site.rundir.save_replica(
-            id, incarnation=incarnation, ports=_ports(replica.ports), memory_limit=spec.memory_limit
-        )
         log.info("%s started as process %d", replica.name, handle.pid)
         self._site.meters.started(again=replica.starts > 0)
         replica.reason = ""
@@ -240,6 +242,18 @@ class Replicas:
             path, mode = self._runtime.socket(replica.folder), self._runtime.socket_mode
             replica.server = await listen(path, lambda reader, writer: self._connected(replica, reader, writer), mode)
 
+    async def _open_for_sure(self, replica: LocalReplica) -> None:
+        """Of one that runs already: where its socket cannot be made now (the disk is full), soon."""
+        try:
+            await self._open(replica)
+        except OSError as err:
+            log.error("%s cannot be reached: %s; it is tried again", replica.name, err)
+            asyncio.get_running_loop().call_later(REACH_AGAIN, self._reach, replica)
+
+    def _reach(self, replica: LocalReplica) -> None:
+        if self._site.replicas.get(replica.id) is replica:
+            self._site.spawn(self._open_for_sure(replica), f"a socket for {replica.name}")
+
     async def _connected(
         self, replica: LocalReplica, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
@@ -297,7 +311,7 @@ class Replicas:
                 else:
                     self._site.queue.restored(grant, self._site.now())
             log.info("%s found again as process %d", replica.name, handle.pid)
-            await self._open(replica)
+            await self._open_for_sure(replica)
             self._run(replica, handle)
         await self._runtime.clear([replica.folder for replica in self._site.replicas.values()])
 

@@ -7,6 +7,9 @@
 
 Everything is for this user alone (folders 0700, files 0600). Names are short because the path of a Unix socket may have
 107 bytes only.
+
+A full disk: what only a restart would ask for (lease, health) is left out, and the log says so; what would be unsafe to
+leave out (a grant: a restarted daemon could give the same device twice) raises OSError, for whoever asked to refuse.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -23,6 +27,8 @@ from typing import IO, Any
 from gpu_daemon.fleet import ReplicaId
 from nbos_cluster import records
 from nbos_cluster.records import GrantRecord
+
+log = logging.getLogger("gpu_daemon")
 
 SOCKET_PATH_LIMIT = 107
 """Bytes of `sun_path` on Linux, without the final zero."""
@@ -37,9 +43,11 @@ class RunDir:
         self.path = path.absolute()
         self.replicas = self.path / "r"
         self._lock: IO[bytes] | None = None
+        self._failing = ""
 
     def open(self) -> None:
-        """Make the folders and take the lock. Raises RunDirError when another daemon has it or its path is too long."""
+        """Make the folders and take the lock. Raises RunDirError when another daemon has it, its path is too long, or
+        nothing can be written there."""
         longest = self.folder(ReplicaId("k", 99)) / "d" / "s"
         size = len(os.fsencode(longest))
         if size > SOCKET_PATH_LIMIT:
@@ -47,10 +55,15 @@ class RunDir:
                 f"run directory {self.path} leads to socket paths of {size} bytes, Unix allows {SOCKET_PATH_LIMIT}; "
                 f"choose one that is at least {size - SOCKET_PATH_LIMIT} bytes shorter"
             )
-        for folder in (self.path, self.replicas):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            folder.chmod(0o700)
-        self._lock = open(self.path / "lock", "wb")  # noqa: SIM115  held as long as the daemon lives
+        try:
+            for folder in (self.path, self.replicas):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                folder.chmod(0o700)
+            self._lock = open(self.path / "lock", "wb")  # noqa: SIM115  held as long as the daemon lives
+        except OSError as err:
+            raise RunDirError(
+                f"the run directory {self.path} cannot be used: {err}; make room, or choose another"
+            ) from err
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as err:
@@ -100,7 +113,8 @@ class RunDir:
             return None
 
     def save_lease(self, lease: int) -> None:
-        write_json(self.path / "lease.json", {"lease": lease})
+        """Without it a restarted daemon waits until this lease has ended, and claims anew what runs."""
+        self._write_if_possible("lease.json", {"lease": lease})
 
     def load_lease(self) -> int:
         lease = (read_json(self.path / "lease.json") or {}).get("lease", 0)
@@ -108,10 +122,20 @@ class RunDir:
 
     def save_health(self, **fields: object) -> None:
         """What is known of the GPUs' health and cannot be measured again."""
-        write_json(self.path / "health.json", fields)
+        self._write_if_possible("health.json", fields)
 
     def load_health(self) -> dict[str, Any]:
         return read_json(self.path / "health.json") or {}
+
+    def _write_if_possible(self, name: str, value: object) -> None:
+        try:
+            write_json(self.path / name, value)
+        except OSError as err:
+            if str(err) != self._failing:
+                log.error("%s: a restart of this daemon will not find what it should; make room there", err)
+            self._failing = str(err)
+        else:
+            self._failing = ""
 
 
 def write(path: Path, data: bytes) -> None:

@@ -89,7 +89,9 @@ class Site:
     draining: bool = False
     stopping: bool = False
     away_since: float | None = None
-    """Unix time since which etcd does not answer; None while it does."""
+    """Unix time since which etcd does not answer, for people; None while it does."""
+    _away_at: float = 0.0
+    """The same by the clock that nobody sets."""
     back_at: float = float("-inf")
     """When etcd answered again (`now`)."""
     lease: Lease | None = None
@@ -190,12 +192,13 @@ class Site:
     def note_away(self, since: float | None = None) -> None:
         if self.away_since is None:
             self.away_since = time.time() if since is None else since
+            self._away_at = self.now()
             log.warning("etcd does not answer; running cells run on, new ones wait")
 
     def note_back(self) -> None:
         if self.away_since is not None:
-            log.warning("etcd answers again after %.1f s", time.time() - self.away_since)
-            self.meters.etcd_was_away(time.time() - self.away_since)
+            log.warning("etcd answers again after %.1f s", self.now() - self._away_at)
+            self.meters.etcd_was_away(self.now() - self._away_at)
             self.away_since = None
             self.back_at = self.now()
 

@@ -5,6 +5,7 @@ What was learnt is kept in the run directory, so that a restart (a crash: all bu
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from gpu_daemon.rightsizing import Key, Rightsizer
 from gpu_daemon.rundir import read_json, write_json
 from nbos_cluster.gpumodel import is_model
 from nbos_cluster.records import Device, GrantRecord, Resources
+
+log = logging.getLogger("gpu_daemon")
 
 SAVE_EVERY = 60.0
 
@@ -85,7 +88,10 @@ class Sizing:
             self.save()
 
     def save(self) -> None:
-        """Some milliseconds for thousands of cells."""
+        """Some milliseconds for thousands of cells. A disk that is full costs what was learnt, if the daemon ends."""
         self._saved = time.monotonic()
         if self.file is not None and len(self._sizer):
-            write_json(self.file, {"cells": self._sizer.dump()})
+            try:
+                write_json(self.file, {"cells": self._sizer.dump()})
+            except OSError as err:
+                log.warning("what right-sizing learnt cannot be kept: %s", err)

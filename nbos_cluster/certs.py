@@ -24,8 +24,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 CA_DAYS = 3650
 LEAF_DAYS = 825
 _RENEW_DAYS = 30
-_BACKDATE = dt.timedelta(minutes=5)
-"""Machines whose clocks are a little behind must not refuse a certificate made just now."""
+_BACKDATE = dt.timedelta(days=1)
+"""Machines whose clocks are behind, or in another time zone by mistake, must not refuse a certificate made just now."""
 
 
 class CertError(ValueError):
@@ -146,7 +146,8 @@ def write_leaf(
 
 
 def _days(days: int) -> dt.datetime:
-    return dt.datetime.now(dt.UTC) + dt.timedelta(days=days)
+    """So many in all, with those before now: some programs refuse what is valid for longer than LEAF_DAYS."""
+    return dt.datetime.now(dt.UTC) + dt.timedelta(days=days) - _BACKDATE
 
 
 def _builder(

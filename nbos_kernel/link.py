@@ -64,7 +64,7 @@ class Link:
         self._sock: socket.socket | None = None
         self._ready = threading.Event()
         self._stopped = threading.Event()
-        self.away_since = time.time()
+        self.away_since = time.monotonic()  # this host's clock may be set meanwhile
         self._thread = threading.Thread(target=self._run, name="NBOS link", daemon=True)
         # debugpy suspends every thread at a breakpoint except those marked like this.
         self._thread.pydev_do_not_trace = True  # type: ignore[attr-defined]
@@ -122,7 +122,7 @@ class Link:
                     request.payload = bytes(request.payload)
 
     def since(self) -> str:
-        return f"the daemon of this host has been away for {max(0.0, time.time() - self.away_since):.1f} s"
+        return f"the daemon of this host has been away for {max(0.0, time.monotonic() - self.away_since):.1f} s"
 
     def _write(self, request: Request) -> None:
         sock = self._sock
@@ -205,7 +205,7 @@ class Link:
     def _drop(self) -> None:
         with self._lock:
             if self._ready.is_set():
-                self.away_since = time.time()
+                self.away_since = time.monotonic()
             self._ready.clear()
             sock, self._sock = self._sock, None
         if sock is not None:

@@ -15,6 +15,7 @@ import pytest
 from gpu_daemon.accounts import HOUR, Accounts
 from gpu_daemon.journal import Change, Journal
 from gpu_daemon.simulated import simulated
+from gpu_daemon.timeofday import TimeOfDay
 from nbos_cluster.records import DeviceShare, GrantRecord, UseLine
 
 DEVICES = simulated("h", 2, "H200", tpcs=8, memory=800)
@@ -53,6 +54,24 @@ def test_a_grant_is_accounted_in_all_its_dimensions() -> None:
         byte_seconds=2000.0,
     )
     assert accounts.end("a", 120.0) == [], "twice is no mistake, and counts once"
+
+
+@pytest.mark.parametrize("step", [3600.0, -3600.0])
+def test_a_clock_that_is_set_makes_nobodys_use_longer_or_shorter(step: float) -> None:
+    accounts, wall, steady = Accounts(DEVICES), 10_000.0, 5.0
+    clock = TimeOfDay(lambda: wall, lambda: steady)
+    accounts.begin(grant("a"), clock.look()[0])
+    wall, steady = wall + 10, steady + 10
+    lines = accounts.settle(clock.look()[0])
+    wall, steady = wall + 20 + step, steady + 20
+    now, found = clock.look()
+    assert found == step
+    accounts.clock_set(found)
+    lines += accounts.end("a", now)
+    assert sum(line.seconds for line in lines) == 30.0
+    assert lines[-1].hour == int(now // HOUR), "what came after is told by the new time"
+    wall, steady = wall + 3600, steady + 3600.4
+    assert clock.look()[1] == 0.0, "slewing is no step"
 
 
 def test_a_grant_over_several_hours_is_dealt_out_to_each() -> None:

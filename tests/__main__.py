@@ -18,7 +18,7 @@ CHECKS = (
     ("format", ["ruff", "format", "--check", "."]),
     ("types", ["mypy"]),
 )
-SECOND_TRY = ("tests/system/", "tests/browser/", "tests/cluster/test_faults.py")
+SECOND_TRY = ("tests/system/", "tests/browser/", "tests/cluster/test_faults.py", "tests/cluster/test_disk_and_clock.py")
 MOST = 3
 """More failures than this are no stall."""
 

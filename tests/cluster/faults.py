@@ -9,10 +9,9 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
-from tests.cluster.machines import HOSTS, Machines
+from tests.cluster.machines import HOSTS, MEMBERS, Machines
 from tests.system.cluster import after
 
-MEMBERS = ("etcd-1", "etcd-2", "etcd-3")
 KINDS = (
     "host dead",
     "host cut off",
@@ -25,6 +24,10 @@ KINDS = (
     "gateway killed",
     "hub killed",
     "host's Engine killed",
+    "disk of a host full",
+    "blob store full",
+    "clock an hour ahead",
+    "clock an hour behind",
 )
 
 
@@ -49,6 +52,8 @@ def plan(seed: int, count: int) -> list[Fault]:
 def _where(kind: str, chance: random.Random) -> str:
     if kind in ("gateway killed", "hub killed"):
         return "hub"
+    if kind == "blob store full":
+        return "blobs"
     return chance.choice(MEMBERS if kind.startswith("etcd") else HOSTS)
 
 
@@ -61,6 +66,11 @@ async def done(fault: Fault, machines: Machines) -> AsyncIterator[None]:
                 await stack.enter_async_context(machines.dead(fault.where))
             case "host cut off" | "etcd member cut off":
                 await stack.enter_async_context(machines.cut_off(fault.where))
+            case "disk of a host full" | "blob store full":
+                await stack.enter_async_context(machines.full(fault.where))
+            case "clock an hour ahead" | "clock an hour behind":
+                hour = 3600 if fault.kind.endswith("ahead") else -3600
+                await stack.enter_async_context(machines.clock_off(fault.where, hour))
             case "host paused":
                 await stack.enter_async_context(machines.paused(fault.where))
             case "etcd quorum lost":

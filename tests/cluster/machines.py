@@ -20,12 +20,28 @@ from typing import Any
 from nbos_cluster.etcd import TLSFiles
 from tests.cluster.history import admin_files
 from tests.system.cluster import free_port
-from tests.system.containers.engine import base_image, docker
+from tests.system.containers.engine import base_image, docker, made_from
 from tests.system.hubclient import Hub, eventually
 from tests.system.nbosenv import ROOT
 
 NETWORK = "172.30.78"
 HOSTS = ("host-1", "host-2", "host-3")
+MEMBERS = ("etcd-1", "etcd-2", "etcd-3")
+
+FILL = """
+import errno, itertools, os, sys
+os.mkdir(sys.argv[1])
+def until_full(step):
+    try:
+        while True: step()
+    except OSError as err:
+        if err.errno != errno.ENOSPC: raise
+file = os.open(sys.argv[1] + "/bytes", os.O_WRONLY | os.O_CREAT)
+until_full(lambda: os.write(file, bytes(1 << 16)))
+until_full(lambda: os.write(file, bytes(4096)))
+names = itertools.count()
+until_full(lambda: os.mknod(sys.argv[1] + "/" + str(next(names))))
+"""
 
 
 class Machines:
@@ -35,6 +51,8 @@ class Machines:
         self.project, self.network = project or "nbos-test", network
         self.port = port or free_port()
         own = {"NBOS_PROJECT": self.project, "NBOS_NET": network, "NBOS_PORT": str(self.port), "NBOS_TAG": tag}
+        own["NBOS_COMPOSE"] = "tests/cluster/compose.yaml"
+        self._tag = tag
         self._admin: Path | None = None
         self._environment = {**os.environ, **own}
 
@@ -46,9 +64,16 @@ class Machines:
             raise RuntimeError(f"docker/cluster {' '.join(arguments)}: {done.stdout[-1500:]}{done.stderr[-3000:]}")
         return done.stdout
 
-    def up(self) -> None:
+    def build(self) -> None:
         base = ["--base", base_image()] if base_image() else []
-        self.command("up", *base)
+        self.command("build", *base)
+        host = f"nbos/host-machine:{self._tag}"
+        install = "apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends"
+        made_from(host, f"{host}-clock", f"RUN {install} libfaketime >/dev/null && echo +0 >/etc/clock")
+
+    def up(self) -> None:
+        self.build()
+        self.command("up", "--no-build")
 
     def down(self) -> None:
         self.command("down", "--volumes", timeout=180)
@@ -125,12 +150,42 @@ class Machines:
         finally:
             await asyncio.to_thread(docker, "unpause", self.container(service))
 
+    @asynccontextmanager
+    async def full(self, disk: str) -> AsyncIterator[None]:
+        """Of a host: its run directory; `blobs`: what all share. Neither a byte nor a name more fits there."""
+        await asyncio.to_thread(self.inside, "disks", "python3", "-c", FILL, f"/disks/{disk}/filler")
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(self.inside, "disks", "rm", "-r", f"/disks/{disk}/filler")
+
+    @asynccontextmanager
+    async def clock_off(self, service: str, seconds: int) -> AsyncIterator[None]:
+        """The daemon's clock is wrong by so many seconds."""
+        await asyncio.to_thread(self._set_clock, service, seconds)
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(self._set_clock, service, 0)
+
+    def _set_clock(self, service: str, seconds: int) -> None:
+        # Renamed: half a number would be another time.
+        self.inside(service, "bash", "-c", f"echo {seconds:+d} >/etc/clock.new && mv /etc/clock.new /etc/clock")
+
     def nbos(self, *arguments: str) -> str:
         """Output of an `nbos` command of the administrator's, with their certificate."""
         volume, net = f"{self.project}_certs:/certs:ro", f"{self.project}_nbos"
         image = f"nbos/hub:{self._environment['NBOS_TAG']}"
         more = ["--dir", "/certs", "--endpoints", ",".join(self.etcd)]
         return docker("run", "--rm", "--user", "0:0", "-v", volume, "--network", net, image, "nbos", *arguments, *more)
+
+    def with_etcd(self, backup: Path, script: str) -> str:
+        """Output of a script in etcd's image, with /certs, the disks of its /members, and /backup."""
+        volumes = [f"{self.project}_certs:/certs:ro", f"{backup}:/backup"]
+        volumes += [f"{self.project}_{member}:/members/{member}" for member in MEMBERS]
+        more = [part for volume in volumes for part in ("-v", volume)]
+        net = ["--network", f"{self.project}_nbos", "--user", "0:0", "--env", "ETCDCTL_API=3"]
+        return docker("run", "--rm", *net, *more, f"nbos/etcd:{self._tag}", "sh", "-c", script)
 
     async def whole(self, timeout: float = 60.0) -> None:
         """Until hub and gateway answer and all hosts are there."""

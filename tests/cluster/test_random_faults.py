@@ -24,11 +24,15 @@ NOTEBOOKS = 3
 pytestmark = pytest.mark.timeout(120 + 40 * FAULTS)
 
 
+KEPT = "kept = len(ran); big = kept.to_bytes(4, 'big') * 75_000"
+"""A value that goes through the blob store, beside a small one that tells which it must be."""
+
+
 async def load(history: History, seed: int, stop: asyncio.Event) -> float:
     """Cells, one after the other, until told to stop; the longest time that one took."""
     chance, longest = random.Random(seed), 0.0
     while not stop.is_set():
-        before = chance.choice(["", "", f"time.sleep({chance.random():.2f})", "%%gpu tpcs=8"])
+        before = chance.choice(["", KEPT, f"time.sleep({chance.random():.2f})", "%%gpu tpcs=8"])
         result = await history.run(before, chance.choice(["", "", "time.sleep(0.5)", "1/0"]), timeout=120)
         longest = max(longest, result.seconds)
         await after(chance.random() / 2)
@@ -39,6 +43,8 @@ async def test_faults_in_random_order(machines: Machines) -> None:
     seed = int(os.environ.get("NBOS_TEST_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 31)
     print(f"\nNBOS_TEST_SEED={seed} NBOS_TEST_FAULTS={FAULTS}")
     histories = [await History(await Notebook.open(machines, "ada")).begin() for _ in range(NOTEBOOKS)]
+    for history in histories:
+        await history.run(KEPT)
     stop, began = asyncio.Event(), time.monotonic()
     loads = [asyncio.create_task(load(history, seed + n, stop)) for n, history in enumerate(histories)]
     for number, fault in enumerate(plan(seed, FAULTS)):
@@ -54,8 +60,18 @@ async def test_faults_in_random_order(machines: Machines) -> None:
     print(f"{sum(len(h.sent) for h in histories)} cells, the longest {max(longest):.1f} s")
     for history in histories:
         await history.check(machines.etcd, machines.admin())
+        await whole_or_told(history)
         await history.notebook.settled(90)
         await history.notebook.close()
+
+
+async def whole_or_told(history: History) -> None:
+    """The large value is the latest one, or gone by name: an older one never passes for it."""
+    result = await history.notebook.channels.execute("big == kept.to_bytes(4, 'big') * 75_000", 60)
+    gone = result.error.startswith("NotReplicatedError") and "'big'" in result.error
+    assert result.value == "True" or gone, f"kernel {history.notebook.kernel}: {result.value} {result.error}"
+    if gone:
+        print(f"kernel {history.notebook.kernel}: {result.error}")
 
 
 async def _no_load_ended(loads: list[asyncio.Task[float]]) -> bool:

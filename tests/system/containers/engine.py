@@ -77,7 +77,11 @@ def build_image() -> None:
 
 def variant(name: str, *lines: str) -> str:
     """An image made from the kernel image by these lines of a Dockerfile."""
-    text = "\n".join([f"FROM {IMAGE}", *lines])
+    return made_from(IMAGE, name, *lines)
+
+
+def made_from(image: str, name: str, *lines: str) -> str:
+    text = "\n".join([f"FROM {image}", *lines])
     command = ["docker", "build", "--quiet", "--tag", name, "-"]
     environment = {**os.environ, "DOCKER_BUILDKIT": "0"}
     subprocess.run(command, input=text, text=True, capture_output=True, timeout=120, check=True, env=environment)

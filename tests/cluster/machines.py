@@ -101,6 +101,11 @@ class Machines:
         found: dict[str, Any] = await self.hub.service("GET", "nbos/api/status")
         return found
 
+    def said(self, service: str) -> str:
+        """The log of that machine's role."""
+        command = ["docker", "logs", self.container(service)]
+        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
+
     def process(self, service: str, *words: str) -> int:
         """The process id, on that machine, of the eldest process whose command line holds all words."""
         script = (

@@ -6,7 +6,6 @@ Small frames stand in the message's payload, larger ones are blobs that are stor
 from __future__ import annotations
 
 import bisect
-import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from .blobchannel import Target
 from .capture import arrays, buffers
 from .capture.buffers import FrameData
 from .capture.changes import Packed
+from .capture.weak import LoadersReference
 
 INLINE_BUDGET = 8 * 1024 * 1024
 """Bytes of one entry's inline frames; where they are too many for etcd, the daemon puts them into one table."""
@@ -113,7 +113,7 @@ class Memory:
 
     def keep(self, names: Sequence[str], frames: Sequence[tuple[tuple[str, ...], Any]]) -> None:
         """`frames`: hashes and memory of each large frame of a component that is loaded now."""
-        held = [(hashes, weakref.ref(memory)) for hashes, memory in frames if not isinstance(memory, bytearray)]
+        held = [(hashes, LoadersReference(memory)) for hashes, memory in frames if not isinstance(memory, bytearray)]
         for name in names:
             self._held.pop(name, None)
             if held:

@@ -27,6 +27,7 @@ from . import binding, oversize, resources, sizing
 from .append import Appender, Entry
 from .blobchannel import BlobChannel
 from .link import DaemonAway, Link
+from .looking import Looking
 from .pace import pace
 from .replica import Replica
 from .reports.reporter import Reporter
@@ -36,9 +37,6 @@ Message = dict[str, Any]
 FAST = 0.004
 """Seconds the main thread itself waits for a bid's answer before it goes back to its loop: the loop costs 0.1 ms
 more."""
-
-SLICE, PAUSE = 0.005, 0.015
-"""Seconds of work on what the next capture may leave out, and of rest between two pieces of it."""
 
 GREETING = 0.1
 """Seconds a bid waits for the daemon's connection: less than the router's patience with a silent replica (0.15 s)."""
@@ -92,7 +90,7 @@ class Execution:
         self._cancelled: set[str] = set()  # msg_ids
         self._left = asyncio.Event()
         self._loop = asyncio.get_event_loop()
-        self._settling: asyncio.Task[None] | None = None
+        self._looking = Looking(replica.capture, self._loop)
         self._appender = Appender(link, replica, channel, blobs, reporter)
         self._reporter = reporter
 
@@ -145,7 +143,7 @@ class Execution:
         """Handle an nbos_sync_request: replicate what changed between cells, if anything did."""
         asked = parent["metadata"]["nbos_execution"]
         await self._appender.settled()
-        self._disturb()
+        self._looking.disturb()
         if not self._replica.changes():
             self._channel.reply("nbos_committed", {"n": asked["n"], "nothing": True}, parent, ident)
             return
@@ -157,6 +155,7 @@ class Execution:
     async def takes_over(self) -> None:
         """The cell's code is about to run, under its claim and grant: make what only a replay can make here."""
         running = self.running
+        self._looking.before_code()
         if running is not None:
             replica = self._replica
             await replica.rerun.before_cell(running.needs, self._channel.run_again, self._appender.tell_user)
@@ -203,8 +202,9 @@ class Execution:
 
     async def catch_up(self) -> None:
         """Apply what the daemon pushed; never while an append of our own is under way."""
-        self._disturb()
+        self._looking.disturb()
         await self._replica.catch_up(self._appender.applied)
+        self._looking.after_entry()
 
     def waiting(self, message: Message) -> None:
         """The daemon pushed our place in the queue."""
@@ -232,7 +232,7 @@ class Execution:
             return dict(resources.NONE)  # the cell runs into the magic of that name, which says what is wrong
 
     async def _claim(self, asked: Message, kind: str, needs: Message, ident: Any, parent: Message) -> Running | None:
-        self._disturb()
+        self._looking.disturb()
         n, msg_id = int(asked["n"]), parent["header"]["msg_id"]
         wait = bool(asked.get("wait"))
         bid = {"type": "bid", "n": n, "attempt": int(asked.get("attempt", 1)), "kind": kind, "resources": needs}
@@ -349,33 +349,7 @@ class Execution:
     def _finished(self, running: Running) -> None:
         if self.running is running:
             self.running = None
-        self._settling = self._loop.create_task(self._settle())
-
-    async def _settle(self) -> None:
-        """Look into what the cell touched, so that the next capture may leave it out: in slices, while the user thinks.
-
-        Ends as soon as another execution or entry begins; what is not known by then is simply examined again. Cells
-        that follow each other without a pause would go on like that: what has been examined in vain is looked
-        into at once, which takes about as long as examining it.
-        """
-        for _ in self._replica.capture.settle(in_vain=1):
-            pass
-        work = self._replica.capture.settle()
-        try:
-            while True:
-                until = time.perf_counter() + SLICE
-                while time.perf_counter() < until:
-                    next(work)
-                await asyncio.sleep(PAUSE)
-        except StopIteration:
-            return
-        finally:
-            work.close()
-
-    def _disturb(self) -> None:
-        if self._settling is not None:
-            self._settling.cancel()
-            self._settling = None
+        self._looking.after_cell()
 
 
 def _yield(code: str, reason: str) -> Message:

@@ -218,6 +218,7 @@ class NBOSKernel(LoadingKernel):
 
     async def execute_request(self, stream: Any, ident: Any, parent: Message) -> None:
         if parent["header"].get("subshell_id") is not None:
+            self.replica.capture.before_other_code()
             self.replica.capture.note_source(parent["content"].get("code", ""))
             await super().execute_request(stream, ident, parent)
         elif _numbered(parent):

@@ -21,7 +21,8 @@ from typing import Any
 from . import effects, lost, oversize, resources
 from .capture import hidden, names
 from .capture.changes import Capture, Changes, why_not
-from .capture.pickling import Roots, load, load_meeting
+from .capture.loaded import Loaded, Met
+from .capture.pickling import Roots, load_meeting
 from .capture.quiet import quiet
 from .capture.unloaded import OFF, Unloaded
 from .entries import Memory, Read, frames_of
@@ -181,7 +182,8 @@ class Replica:
         components = list(entry.get("components") or ())
         kept = [Unloaded.of(each, payload) for each in components if self.lazy.takes(each)]
         self.memory.begin([*(name for each in components for name in each["names"]), *(entry.get("deleted") or ())])
-        values, digests, missing = await self._load([each for each in components if not self.lazy.takes(each)], payload)
+        here = [each for each in components if not self.lazy.takes(each)]
+        values, digests, missing, loaded = await self._load(here, payload)
         unloaded = {name: each.component["digest"] for each in kept for name in each.names}
         digests.update(unloaded)
         gone = list(entry.get("deleted") or ())
@@ -193,40 +195,48 @@ class Replica:
         self.uses.adopt(used, whole)
         self.memory.drop({*gone, *lost_names, *missing, *unloaded})
         self.capture.adopt(digests, gone, lost_names, missing, whole)
+        self.capture.loaded(loaded, values)
         self.lazy.adopt([*digests, *gone, *lost_names], whole, kept)
         self.records.adopt(records, gone, whole)
         self._guard()
         self.history.record(entry, whole)
 
-    async def _load(self, components: Any, payload: bytes) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
+    async def _load(
+        self, components: Any, payload: bytes
+    ) -> tuple[dict[str, Any], dict[str, str], dict[str, str], list[Loaded]]:
+        """The values, the digests of their components, what could not be loaded, and what could."""
         values: dict[str, Any] = {}
+        found: list[Loaded] = []
         digests: dict[str, str] = {}
         missing: dict[str, str] = {}
         early = []
         for component in components:
             digests.update(dict.fromkeys(component["names"], component["digest"]))
             self.rerun.stored.difference_update(component["names"])
-            error = await self._load_one(component, payload, values)
+            error = await self._load_one(component, payload, values, found)
             if isinstance(error, NameError):
                 early.append(component)  # code of the notebook that runs while it is loaded names another variable
             elif error is not None:
                 missing.update(self._missing(component, error))
         for component in early:
             with self._visible(values):
-                error = await self._load_one(component, payload, values)
+                error = await self._load_one(component, payload, values, found)
             if error is not None:
                 missing.update(self._missing(component, error))
-        return values, digests, missing
+        return values, digests, missing, found
 
     async def _load_one(
-        self, component: Mapping[str, Any], payload: bytes, values: dict[str, Any]
+        self, component: Mapping[str, Any], payload: bytes, values: dict[str, Any], found: list[Loaded]
     ) -> BaseException | None:
         try:
             frames = await frames_of(component, payload, self._read, self.memory)
+            met = Met()
             with quiet():
-                loaded = self._unpickled(component["names"], frames)
+                loaded = load_meeting(frames[0], frames[1:], self.roots, met)
             # A fold narrows `names` when one of them was written again later: the stream's other values are old.
             values.update({name: loaded[name] for name in component["names"]})
+            found.append(Loaded.of(component, met))
+            self.lazy.met(component["names"], met.mentions)
         except BaseException as err:
             if isinstance(err, asyncio.CancelledError):
                 raise
@@ -256,14 +266,6 @@ class Replica:
                     namespace.pop(name, None)
                 else:
                     namespace[name] = value
-
-    def _unpickled(self, some: Iterable[str], frames: list[Any]) -> dict[str, Any]:
-        if not self.lazy.on:
-            return load(frames[0], frames[1:], self.roots)
-        mentions: set[str] = set()
-        loaded = load_meeting(frames[0], frames[1:], self.roots, mentions)
-        self.lazy.met(some, mentions)
-        return loaded
 
     def _put(self, values: dict[str, Any], gone: set[str], whole: bool, lines: Any) -> None:
         namespace = self._shell.user_ns

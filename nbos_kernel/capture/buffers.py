@@ -111,7 +111,8 @@ def _mark(job: _Job) -> _Marked:
         return mark, digest, False
     if (len(part), mark) in elsewhere:
         return mark, elsewhere[len(part), mark], False
-    return mark, content.address(part), True
+    now = content.address(part)  # of what was loaded from the log only the address is known
+    return mark, now, now != digest
 
 
 def _each(call: Callable[[_Job], _Marked], jobs: list[_Job], total: int) -> Iterable[_Marked]:

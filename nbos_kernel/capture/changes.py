@@ -18,7 +18,7 @@ from typing import Any
 
 from . import hidden, seal, touch
 from .compare import Comparison, identity_of
-from .found import NOT_LOOKED_INTO, Changes, Packed, Unit, why_not
+from .found import NOT_COMPARED, NOT_LOOKED_INTO, Changes, Packed, Unit, why_not
 from .known import Known
 from .outside import Outside
 from .pickling import Roots
@@ -56,6 +56,11 @@ class Capture(Known):
             if isinstance(node, ast.Import):
                 self._roots.imported.update(alias.name for alias in node.names if "." in alias.name)
 
+    def before_other_code(self) -> None:
+        """Code that is no cell is about to run. Where nobody has looked ahead, everything is examined after it."""
+        if self.from_log:
+            self.words.add("globals")
+
     def examine_all(self) -> None:
         """Trust nothing at the next capture."""
         self.everything = True
@@ -87,7 +92,7 @@ class Capture(Known):
         pending = [unit for unit in standing if unit.exposed == NOT_LOOKED_INTO and unit.in_vain >= in_vain]
         if in_vain and not pending:
             return
-        yield from self.outside.look({function for unit in standing for function in unit.functions})
+        yield from self.outside.look(self._functions())
         for unit in pending:
             if any(self.units.get(name) is not unit for name in unit.names):
                 continue  # a part of it was written again since
@@ -96,10 +101,22 @@ class Capture(Known):
                 continue
             for step in seal.walk(values, self._held, self._roots.stop):
                 if step is not None:
-                    unit.exposed, unit.mentions = step.exposed, step.mentions
+                    unit.exposed = step.exposed or ("" if unit.compared else NOT_COMPARED)
+                    unit.mentions = step.mentions
                     unit.skip = unit.patience if step.exposed else 0
                     unit.patience = min(64, 2 * unit.patience)
                 yield
+
+    def look_ahead(self) -> Generator[None, None, None]:
+        """On a standby, or before the first code runs on a replica that was one: look into what was loaded, so that the
+        next capture may leave it out. What is not known when this is closed is examined."""
+        if self.from_log:
+            yield from self.outside.look(self._functions())
+            self.from_log = False
+        yield from self.settle()
+
+    def _functions(self) -> set[int]:
+        return {function for unit in self.units.values() for function in unit.functions}
 
     def _values_of(self, unit: Unit) -> Callable[[], list[Any]] | None:
         def values() -> list[Any]:

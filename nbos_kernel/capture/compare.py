@@ -138,7 +138,7 @@ class Comparison:
         reached = None
         if any(identity_of(name, objects.get(name)) != self._known.latest.get(name) for name in names.LATEST):
             self._known.words.update(names.LATEST)  # IPython moved its results on
-        if not self._known.everything:
+        if not (self._known.everything or self._known.from_log):
             units: Mapping[str, touch.Mentioning] = self._known.units
             reached = touch.touched(self._known.words | self._outside, units, reflective)
         if reached is None:

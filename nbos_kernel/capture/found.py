@@ -11,6 +11,7 @@ from typing import Any
 from .buffers import FrameData, Marks
 
 NOT_LOOKED_INTO = "not looked into yet"
+NOT_COMPARED = "not compared with the log on this replica yet"
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Unit:
     patience: int = 1
     in_vain: int = 0
     """Examinations in a row though no code named it, for want of a look into it."""
+    compared: bool = True
+    """False: it was loaded from the log by code that may make another value here (`loaded.py`)."""
 
     @property
     def size(self) -> int:

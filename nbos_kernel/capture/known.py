@@ -13,6 +13,7 @@ from typing import Any
 
 from . import hidden, names
 from .found import NOT_LOOKED_INTO, Changes, Unit
+from .loaded import Loaded
 
 
 class Known:
@@ -34,6 +35,9 @@ class Known:
         self.anew: set[str] = set()
         """Names that the next entry writes again, changed or not: the store has lost what the log names for them."""
         self.lost: dict[str, str] = {}
+        self.from_log = False
+        """Whether something was loaded from the log since `Capture.look_ahead`: whoever it handed functions to is not
+        known."""
         self.written: dict[str, int] = {}
         """What the last accepted changes wrote: bytes by component."""
 
@@ -58,7 +62,7 @@ class Known:
         self.atoms, self.settings = found.atoms, found.settings
         self._trust_no_more(found.again)
         self.words, self.everything, self.anew = set(), False, set()
-        self.latest = {name: id(self._user.get(name)) for name in names.LATEST}
+        self.latest, self.from_log = self._latest(), False
         self.written = {", ".join(packed.names): packed.fresh for packed in found.components}
 
     def lose(self, lost: Mapping[str, str]) -> None:
@@ -86,6 +90,13 @@ class Known:
     def here(self, some: Iterable[str]) -> None:
         """These are loaded now, or bound to something else."""
         self.absent.difference_update(some)
+
+    def unlooked(self) -> bool:
+        """An entry was applied: whether there is anything to look into. What it did not write has waited once more."""
+        waiting = [unit for unit in self.units.values() if unit.exposed == NOT_LOOKED_INTO]
+        for unit in {id(unit): unit for unit in waiting}.values():
+            unit.in_vain += 1
+        return self.from_log or bool(waiting)
 
     def exposed(self) -> list[Unit]:
         """What was looked into and found to be referred to from elsewhere."""
@@ -132,6 +143,19 @@ class Known:
         self.words, self.everything = set(), False
         if self._hidden is not None:
             self.settings = self._hidden.values()
+
+    def loaded(self, found: Iterable[Loaded], values: Mapping[str, Any]) -> None:
+        """These components of the entry that was adopted are in the namespace now, with these `values`."""
+        standing = {name: value for name, value in values.items() if name in self.digests}
+        self.atoms.update({name: value for name, value in standing.items() if names.is_atom(value)})
+        for component in found:
+            unit = component.unit(standing)
+            if unit is not None:
+                self.units.update(dict.fromkeys(unit.names, unit))
+        self.latest, self.from_log = self._latest(), True
+
+    def _latest(self) -> dict[str, int]:
+        return {name: id(self._user.get(name)) for name in names.LATEST}
 
     def report(self) -> list[dict[str, Any]]:
         """One row for each component and each lost name: for `%nbos state`. Sizes are bytes of the last capture.

@@ -32,6 +32,7 @@ import cloudpickle
 from cloudpickle import cloudpickle as cp
 
 from . import arrays, attached, rebuilt, scopes, seal, touch, weak, witness
+from .loaded import COMPILED, Met, is_same_everywhere
 from .names import TEXT_LIMIT
 
 BUFFER = 32 * 1024
@@ -51,6 +52,10 @@ class Roots:
         self.stop = frozenset(self.memo) | seal.STOP
         self.imported: set[str] = set()
         """Dotted modules that cells imported by name."""
+
+    def held(self) -> int:
+        """How many references there are to all but the builtins."""
+        return sum(sys.getrefcount(value) for name, value in self.named.items() if name != "builtins")
 
     def submodules(self, package: str) -> tuple[str, ...]:
         return tuple(sorted(name for name in self.imported if name.startswith(package + ".") and name in sys.modules))
@@ -256,13 +261,13 @@ def set_function_state(function: types.FunctionType, state: Any) -> None:
     function.__dict__ = attributes  # the very one that a variable may hold
     for name, value in slots.items():
         setattr(function, name, value)
-    met = getattr(_meeting, "mentions", None)
+    met: Met | None = getattr(_meeting, "met", None)
     if met is not None:
-        met |= touch.code_words(function.__code__)
+        met.code(function, touch.code_words(function.__code__))
 
 
 _meeting = threading.local()
-"""`mentions`: where the words of the functions go that this thread is loading."""
+"""`met`: what this thread comes across while it is loading."""
 
 
 def dump(values: dict[str, Any], roots: Roots, storages: arrays.Storages) -> Pickled:
@@ -283,38 +288,52 @@ class NamespaceUnpickler(pickle.Unpickler):
 
 
 class MeetingUnpickler(NamespaceUnpickler):
-    """Also notes builtins that open the namespace, as the pickler does."""
+    """Also notes builtins that open the namespace, as the pickler does, and code that may make another value here."""
 
     def find_class(self, module: str, name: str) -> Any:
         found = super().find_class(module, name)
+        met: Met = _meeting.met
         if type(found) is types.BuiltinFunctionType and touch.reflective_value(found):
-            _meeting.mentions.add(found.__name__)
+            met.mentions.add(found.__name__)
+        met.same = met.same and is_same_everywhere(module, name, found)
         return found
 
 
-def load_meeting(stream: Buffer, buffers: Iterable[Any], roots: Roots, mentions: set[str]) -> dict[str, Any]:
-    """`load`, and into `mentions` what the notebook's functions in the stream name."""
-    before = getattr(_meeting, "mentions", None)  # a value's own code may load another one
-    _meeting.mentions = mentions
+def load_meeting(stream: Buffer, buffers: Iterable[Any], roots: Roots, met: Met) -> dict[str, Any]:
+    """`load`, and into `met` what it comes across."""
+    before = getattr(_meeting, "met", None)  # a value's own code may load another one
+    _meeting.met = met
+    held = roots.held()
     try:
-        return load(stream, buffers, roots, MeetingUnpickler)
+        values, suspects = _load(stream, buffers, roots, MeetingUnpickler)
     finally:
-        _meeting.mentions = before
+        _meeting.met = before
+    if roots.held() != held + len(met.functions):  # each refers to the namespace; something else does, too
+        met.mentions.add("globals")
+    met.same = met.same and all(kind.__name__ == COMPILED for _, (kind, _) in suspects)
+    witness.check(suspects)
+    return _living(values, suspects)
 
 
-def load(
-    stream: Buffer, buffers: Iterable[Any], roots: Roots, kind: type[NamespaceUnpickler] = NamespaceUnpickler
-) -> dict[str, Any]:
+def load(stream: Buffer, buffers: Iterable[Any], roots: Roots) -> dict[str, Any]:
     """The values back. `buffers` should be writable (bytearray) so that arrays on them are.
 
     Raises witness.Changed when a value came back as something else.
     """
+    values, suspects = _load(stream, buffers, roots, NamespaceUnpickler)
+    witness.check(suspects)
+    return _living(values, suspects)
+
+
+def _load(stream: Buffer, buffers: Iterable[Any], roots: Roots, kind: type[NamespaceUnpickler]) -> Any:
     unpickler = kind(stream, buffers, roots)
     unpickler.load()  # the prelude
-    values, suspects = unpickler.load()
-    witness.check(suspects)
+    return unpickler.load()
+
+
+def _living(values: dict[str, Any], suspects: list[tuple[Any, Any]]) -> dict[str, Any]:
     references = [value for value, _ in suspects if type(value) in WEAK]
-    del suspects, unpickler  # they kept alive what weak references look at
+    suspects.clear()  # they kept alive what weak references look at
     if not all(map(weak.alive, references)):
         raise witness.Changed("a weak reference to an object that no variable holds")
     return values

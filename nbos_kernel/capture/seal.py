@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from cloudpickle import cloudpickle as cp
 
 from . import constants, scopes, touch
+from .weak import LoadersReference
 
 BATCH = 4096
 """Objects looked into between two pauses."""
@@ -231,7 +232,9 @@ def _weakly_held(held: list[Any], weak: set[int]) -> str:
         referred = (
             type(value).__weakrefoffset__ and not issubclass(type(value), type) and weakref.getweakrefcount(value)
         )
-        if referred and any(id(ref) not in weak for ref in weakref.getweakrefs(value)):
+        if referred and any(
+            id(ref) not in weak and type(ref) is not LoadersReference for ref in weakref.getweakrefs(value)
+        ):
             return f"{type(value).__qualname__}: somebody holds a weak reference"
     return ""
 

@@ -11,6 +11,10 @@ import weakref
 from typing import Any
 
 
+class LoadersReference(weakref.ref[Any]):
+    """To memory that the loader may use again: it is given to nobody, so it exposes nothing."""
+
+
 def reduce_weak_reference(reference: Any) -> Any:
     target = reference()
     if reference.__callback__ is not None and type(reference) is weakref.ref:

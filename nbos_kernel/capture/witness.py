@@ -22,7 +22,7 @@ _HOOKS = frozenset(
     {"__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__getnewargs__", "__getnewargs_ex__", "__new__"}
 )  # fmt: skip
 
-_TRUSTED = (
+TRUSTED = (
     "numpy", "pandas", "polars", "pyarrow", "datetime", "decimal", "fractions", "uuid", "pathlib", "re", "zoneinfo",
     "collections", "torch", "sympy", "array", "itertools", "builtins", "types", "functools", "operator", "random",
     "matplotlib", "enum", "scipy", "networkx", "mpmath", "ipaddress", "typing", "nbos_kernel",
@@ -57,7 +57,7 @@ def _judge(kind: type) -> str:
     makers = {base.__module__ or "" for base in kind.__mro__ if base is not object and _HOOKS & vars(base).keys()}
     if "__main__" in makers:
         return BY_CONTENT
-    return PLAIN if all(module.partition(".")[0] in _TRUSTED for module in makers) else BY_CLASS
+    return PLAIN if all(module.partition(".")[0] in TRUSTED for module in makers) else BY_CLASS
 
 
 def of(value: Any, how: str) -> tuple[type, dict[str, Any] | None]:

@@ -78,6 +78,7 @@ class LoadingKernel(IPythonKernel):
         """Callbacks of comms run outside of cells: what they can look up is loaded before."""
 
         async def handle(stream: Any, ident: Any, parent: Message) -> None:
+            self.replica.capture.before_other_code()
             try:
                 self.replica.lazy.before_callback()
             except NotLoadedError as err:

@@ -20,6 +20,7 @@ from typing import Any
 from .. import binding
 from ..capture import names
 from ..capture.changes import Capture, why_not
+from ..capture.loaded import Met
 from ..capture.pickling import Roots, load_meeting
 from ..capture.quiet import quiet
 from ..capture.unloaded import OFF, Table, Unloaded, may_wait, needed, words_of
@@ -199,11 +200,11 @@ class Lazy:
         try:
             # Memory of its own: only while a replica runs no cell is it known what loaded memory holds.
             frames = finish(frames_of(unloaded.component, unloaded.payload, self._read, Memory()))
-            mentions: set[str] = set()
+            met = Met()
             with quiet():
-                values = load_meeting(frames[0], frames[1:], self._roots, mentions)
+                values = load_meeting(frames[0], frames[1:], self._roots, met)
             del frames
-            self._put(unloaded, values, mentions)
+            self._put(unloaded, values, met.mentions)
         except BlobMissing as err:
             if err.again:
                 raise _later(unloaded, str(err)) from err

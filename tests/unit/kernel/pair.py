@@ -55,7 +55,9 @@ class Side:
         return result
 
     def takes_over(self, needs: dict[str, Any], tell: Any) -> None:
-        """What happens between the claim and the cell: replays, where any are due."""
+        """What happens between the claim and the cell: a look into what was loaded; replays, where any are due."""
+        for _ in self.replica.capture.look_ahead():
+            pass
         asyncio.run(self.replica.rerun.before_cell(needs, self._run_again, tell))
 
     async def _run_again(self, code: str) -> BaseException | None:

@@ -32,10 +32,11 @@ _HARD_BODY_LIMIT = 1 << 30
 """Bytes of a refused request that are read (and dropped) before its connection is cut."""
 
 
-def make_app(kernels: Kernels, watch: ClusterWatch, users: HubUsers, prefix: str) -> Application:
+def make_app(
+    kernels: Kernels, watch: ClusterWatch, users: HubUsers, prefix: str, metrics: GatewayMetrics
+) -> Application:
     """The routes below the service's prefix."""
     parts: dict[str, object] = {"kernels": kernels, "watch": watch, "users": users}
-    metrics = GatewayMetrics(kernels.copy, watch.ready.is_set)
     kernel = r"api/kernels/([^/]+)"
     routes: list[tuple[str, type, dict[str, object]]] = [
         (prefix + "?", dashboard.DashboardHandler, parts),
@@ -86,9 +87,10 @@ async def run(config: GatewayConfig) -> None:
         watch = ClusterWatch(etcd, copy)
         kernels = Kernels(etcd, copy, watch, config)
         repair = Repair(kernels, watch, config.host_grace, config.at_a_time)
-        moves = Moves(kernels, watch, config.host_grace, config.at_a_time)
+        metrics = GatewayMetrics(kernels.copy, watch.ready.is_set)
+        moves = Moves(kernels, watch, config.host_grace, config.at_a_time, metrics.moved)
         await watch.start()
-        server = HTTPServer(make_app(kernels, watch, users, config.prefix), max_body_size=_HARD_BODY_LIMIT)
+        server = HTTPServer(make_app(kernels, watch, users, config.prefix, metrics), max_body_size=_HARD_BODY_LIMIT)
         server.listen(config.port, config.address, reuse_port=True)
         log.info("the gateway serves http://%s:%d%s", config.address, config.port, config.prefix)
         repairing = asyncio.create_task(repair.run(), name="repair")

@@ -17,14 +17,20 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from tornado.web import RequestHandler
 
+from nbos_cluster.records import Move
+
 from ..scopes import METRICS
 from .copy import ClusterCopy
 from .errors import ApiError
 from .handlers import AuthenticatedHandler
 from .models import member_model
+from .moves import to_leave
 
 CALLS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Buckets of the time of a call."""
+
+MOVES = (1.0, 2.5, 5.0, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3600.0)
+"""Buckets of the time of a replica's move."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ GAUGES = (
     Gauge("nbos_gateway_hosts", "Hosts of the cluster: up, draining, or away and still needed.", ("state",)),
     Gauge("nbos_gateway_kernels", "Kernels of the cluster."),
     Gauge("nbos_gateway_replicas", "Replicas of the cluster, as their daemons tell; missing: none does.", ("state",)),
+    Gauge("nbos_gateway_moves", "Replicas that are on their way to another host, by the phase.", ("phase",)),
+    Gauge("nbos_gateway_moves_waiting", "Kernels on draining hosts of which no replica is on its way yet."),
     Gauge("nbos_gateway_claims", "Cells that run now."),
     Gauge("nbos_gateway_grants", "Grants of GPUs that cells hold."),
     Gauge("nbos_gateway_tickets", "Places that cells hold in the hosts' queues; a cell waits on several hosts."),
@@ -82,6 +90,8 @@ class Cluster(Collector):
             "nbos_gateway_hosts": dict(hosts),
             "nbos_gateway_kernels": {(): len(copy.living())},
             "nbos_gateway_replicas": dict(self._replicas()),
+            "nbos_gateway_moves": dict(self._moves()),
+            "nbos_gateway_moves_waiting": {(): len(to_leave(copy))},
             "nbos_gateway_claims": {(): sum(len(view.claims) for view in copy.living())},
             "nbos_gateway_grants": {(): len(grants)},
             "nbos_gateway_tickets": {(): len(copy.tickets)},
@@ -96,6 +106,12 @@ class Cluster(Collector):
         for view in self._copy.living():
             assert view.spec is not None
             found.update((str(member_model(view, view.spec, index)["state"]),) for index in view.spec.placement)
+        return found
+
+    def _moves(self) -> Counter[tuple[str, ...]]:
+        found: Counter[tuple[str, ...]] = Counter({(phase,): 0 for phase in ("joining", "leaving", "returning")})
+        specs = [view.spec for view in self._copy.living()]
+        found.update((spec.move.phase,) for spec in specs if spec is not None and spec.move is not None)
         return found
 
 
@@ -119,6 +135,13 @@ class GatewayMetrics:
             buckets=CALLS,
             registry=self.registry,
         )
+        self._moves = prometheus_client.Histogram(
+            "nbos_gateway_move_seconds",
+            "Time from the beginning of a replica's move to its end, by who wanted it and how it ended.",
+            ["why", "ended"],
+            buckets=MOVES,
+            registry=self.registry,
+        )
         self.registry.register(Cluster(copy, ready))
 
     def answered(self, handler: RequestHandler) -> None:
@@ -128,6 +151,10 @@ class GatewayMetrics:
         known = method if method in handler.SUPPORTED_METHODS else "other"
         self._requests.labels(call, known, str(handler.get_status())).inc()
         self._seconds.labels(call).observe(handler.request.request_time())
+
+    def moved(self, move: Move, ended: str, at: float) -> None:
+        """A replica's move has come to its end at `at` (Unix time): `done` or `undone`."""
+        self._moves.labels(move.why, ended).observe(max(0.0, at - move.since))
 
 
 class MetricsHandler(AuthenticatedHandler):

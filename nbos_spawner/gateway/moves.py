@@ -12,7 +12,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from nbos_cluster import moving
@@ -40,6 +40,9 @@ HOLD = 15.0
 HOLD_MOST = 600.0
 
 
+Ended = Callable[[Move, str, float], None]
+
+
 @dataclass
 class Refusal:
     """What became of a kernel's moves off a draining host that failed."""
@@ -65,10 +68,12 @@ def to_leave(copy: ClusterCopy) -> list[tuple[str, str]]:
 
 
 class Moves:
-    """Runs until it is cancelled. at_a_time: how many moves draining hosts may have under way."""
+    """Runs until it is cancelled. at_a_time: how many moves draining hosts may have under way. ended(move, how, at): is
+    told of each move that this gateway brought to its end."""
 
-    def __init__(self, kernels: Kernels, watch: ClusterWatch, grace: float, at_a_time: int) -> None:
+    def __init__(self, kernels: Kernels, watch: ClusterWatch, grace: float, at_a_time: int, ended: Ended) -> None:
         self.kernels, self.watch, self.grace, self.at_a_time = kernels, watch, grace, at_a_time
+        self._ended = ended
         self._tracks: dict[tuple[str, int, float], Track] = {}
         self._refused: dict[str, Refusal] = {}
         self._said: dict[str, str] = {}
@@ -136,7 +141,10 @@ class Moves:
         why = f" ({step.reason})" if step.reason else ""
         if isinstance(step, Turn):
             log.info("%s: %s%s", way, step.phase, why)
-        elif step.index == move.source:
+            return
+        done = step.index == move.source
+        self._ended(move, "done" if done else "undone", time.time())
+        if done:
             log.info("%s: moved%s", way, why)
             self._refused.pop(kernel, None)
         else:

@@ -17,9 +17,9 @@ from gpu_daemon.ledger import Ledger, Request
 from gpu_daemon.metrics.config import Metrics, MetricsError
 from gpu_daemon.metrics.exposition import Now, reason_of
 from gpu_daemon.metrics.meters import LONG, QUICK, STORING, Meters
-from nbos_cluster.records import Device, DeviceShare, GrantRecord, Resources
+from nbos_cluster.records import Device, DeviceShare, GrantRecord, Move, Resources
 from nbos_spawner.gateway.copy import ClusterCopy
-from nbos_spawner.gateway.metrics import CALLS, GatewayMetrics
+from nbos_spawner.gateway.metrics import CALLS, MOVES, GatewayMetrics
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "metrics.md").read_text()
@@ -67,7 +67,7 @@ def test_the_page_lists_what_daemon_and_gateway_export() -> None:
 
 def test_the_page_states_the_buckets() -> None:
     said = dict(re.findall(r"^\| (\w+) \| ([\d., ]+) \|", PAGE, re.M))
-    buckets = {"quick": QUICK, "storing": STORING, "long": LONG, "calls": CALLS}
+    buckets = {"quick": QUICK, "storing": STORING, "long": LONG, "calls": CALLS, "moves": MOVES}
     assert {name: tuple(map(float, text.split(","))) for name, text in said.items()} == buckets
 
 
@@ -192,3 +192,17 @@ def test_a_token_that_others_can_read_or_guess_is_refused(tmp_path: Path) -> Non
     for name, says in [("short", "at least 16"), ("open", "chmod 600")]:
         with pytest.raises(MetricsError, match=says):
             options(listen="127.0.0.1:9755", token_file=names[name]).endpoint()
+
+
+def test_a_move_is_counted_with_its_time_by_how_it_ended() -> None:
+    metrics = GatewayMetrics(ClusterCopy(), lambda: True)
+    move = Move(source=0, target=3, from_host="a", to_host="b", why="drain", since=1000.0)
+    metrics.moved(move, "done", 1007.0)
+    metrics.moved(move, "undone", 990.0)  # a host's clock that is behind
+
+    def told(part: str, **labels: str) -> float | None:
+        return metrics.registry.get_sample_value(f"nbos_gateway_move_seconds_{part}", {"why": "drain", **labels})
+
+    assert (told("count", ended="done"), told("sum", ended="done")) == (1, 7)
+    assert told("bucket", ended="done", le="5.0") == 0
+    assert (told("count", ended="undone"), told("sum", ended="undone")) == (1, 0)

@@ -4,6 +4,7 @@ A kernel is counted from asking for it until the reply to its first cell, sent a
 `nbos up` run at once on this machine, one with `--warm 0`; kernels of the three sides are started in turns. The first
 cell is `1 + 1`, or imports a module (--module numpy torch), which the warm side has imported ahead. The pools are full
 before each start: how fast they fill again under a rush is another question (--rush N: so many kernels at once).
+With --runtime docker replicas are containers of --image; their homes make each container its owner's.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from measure import PLAIN_KERNEL, Running, Table, nbos_hub, percentile, ratio
 from tests.system.nbosenv import kernelspec_name, nbos_status
 
 SIDES = ("plain", "cold", "warm")
+KINDS = {"process": "processes", "docker": "containers"}
 
 
 def first_reply(here: Kernels, name: str, code: str) -> float:
@@ -91,16 +93,22 @@ def show(table: Table, what: str, took: dict[str, Sequence[float]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--module", nargs="*", default=["numpy", "torch"], help="also with a cell that imports it")
+    parser.add_argument(
+        "--module", nargs="*", help="also with a cell that imports it (numpy torch; in containers none)"
+    )
+    parser.add_argument("--runtime", choices=("process", "docker"), default="process")
+    parser.add_argument("--image", default="nbos/kernel")
     parser.add_argument("--rush", type=int, default=0, metavar="N", help="then so many kernels at once")
     options = parser.parse_args()
+    modules = options.module if options.module is not None else {"process": ["numpy", "torch"]}.get(options.runtime, [])
+    runtime = ["--runtime", "docker", "--image", options.image] if options.runtime == "docker" else []
     columns = ("first cell", "plain s", "without s", "warm s", "bar", "warm / without", "bar", "warm / plain")
-    table = Table("New notebook to first reply", columns)
+    table = Table(f"New notebook to first reply, replicas as {KINDS[options.runtime]}", columns)
     with contextlib.ExitStack() as stack:
-        cold = stack.enter_context(nbos_hub(options=["--warm", "0"]))
-        preload = ["--preload", ",".join(options.module)] if options.module else []
-        warm = stack.enter_context(nbos_hub(options=["--warm", "1", *preload]))
-        cells = ["1 + 1", *(f"import {name}" for name in options.module)]
+        cold = stack.enter_context(nbos_hub(options=["--warm", "0", *runtime]))
+        preload = ["--preload", ",".join(modules)] if modules else []
+        warm = stack.enter_context(nbos_hub(options=["--warm", "1", *preload, *runtime]))
+        cells = ["1 + 1", *(f"import {name}" for name in modules)]
         for code in cells:
             show(table, code, in_turns(cold, warm, code, options.rounds))
         if options.rush:

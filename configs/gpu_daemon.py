@@ -17,7 +17,7 @@ c.GPUDaemon.etcd_cert = "/etc/nbos/tls/gpu-1.pem"
 c.GPUDaemon.etcd_key = "/etc/nbos/tls/gpu-1.key"
 c.GPUDaemon.blob_store = "file:///shared/nbos/blobs"  # on a file system that all hosts share; or s3://bucket/prefix
 
-# --- Replicas started ahead (docs/warm.md): of replicas as processes only, so not with what follows
+# --- Replicas started ahead (docs/warm.md). In Docker, modules must be in the images
 # c.Warm.modules = ["numpy", "torch"]
 # c.Warm.keep = 2
 # --- Metrics for Prometheus (docs/metrics.md): nothing listens unless this is set

@@ -35,7 +35,7 @@ from gpu_daemon.sizes import parse_bytes
 from gpu_daemon.slicing.config import Slicing
 from gpu_daemon.slicing.offers import Offers, facts
 from gpu_daemon.warm_config import Warm
-from gpu_daemon.warm_pool import WarmPool
+from gpu_daemon.warm_pool import WarmOptions, WarmPool
 from gpu_daemon.watchdog.config import Watchdog
 from gpu_daemon.watchdog.usage import NVMLUsage
 from gpu_daemon.watchdog.watching import GPUWatch
@@ -286,7 +286,8 @@ class GPUDaemon(Application):
 
     def make_runtime(self, host: str, devices: tuple[Device, ...], etcd: list[str]) -> ReplicaRuntime:
         if self.runtime == "process":
-            return ProcessRuntime(self.make_pool())
+            warm, env = self.warm_options(), clean_environment(os.environ, {})
+            return ProcessRuntime(WarmPool(warm, env, Path(self.run_dir).absolute() / "warm") if warm else None)
         try:
             import docker as _  # noqa: F401
         except ImportError as err:
@@ -295,14 +296,12 @@ class GPUDaemon(Application):
         from gpu_daemon.docker_runtime import DockerRuntime
 
         site = Site(self.cluster, host, str(Path(self.run_dir).absolute()))
-        return DockerRuntime(Docker(parent=self).options(), site, devices, etcd)
+        return DockerRuntime(Docker(parent=self).options(), site, devices, etcd, self.warm_options(), self.ip)
 
-    def make_pool(self) -> WarmPool | None:
-        """Replicas with a command of their own cannot be started ahead: what they run is not known."""
+    def warm_options(self) -> WarmOptions | None:
+        """None: nothing is started ahead. What replicas with a command of their own run is not known."""
         options = Warm(parent=self).options()
-        if options.policy.kind == "off" or self.replica_command:
-            return None
-        return WarmPool(options, clean_environment(os.environ, {}), Path(self.run_dir).absolute() / "warm")
+        return None if options.policy.kind == "off" or self.replica_command else options
 
     def start(self) -> None:
         level: Any = self.log_level

@@ -1,5 +1,6 @@
 """What runs first in a replica's container: looks whether the image can be a replica, says what is missing, then
-becomes the replica. `python3 start.py FOLDER COMMAND… -f FILE`; standard library only, any Python from 3.6 on.
+becomes the replica. `python3 start.py FOLDER COMMAND… -f FILE`, or, of a container that is started ahead,
+`python3 start.py --wait COMMAND…`; standard library only, any Python from 3.6 on.
 
 Guarantees: an image that cannot work ends at once with status 78 and a line that says what is missing and how to add
 it; a notebook's folder that is not there does not keep the kernel from starting.
@@ -11,6 +12,7 @@ import sys
 MARK = "NBOS: "
 """Lines for the kernel's user begin with it."""
 UNFIT = 78
+WAIT = "--wait"
 NEEDED = (
     ("nbos_kernel", "nbos"),
     ("nbos_cluster", "nbos"),
@@ -83,9 +85,13 @@ def main() -> None:
     if trouble:
         print(MARK + trouble, flush=True)
         sys.exit(UNFIT)
-    go_to(sys.argv[1])
     command = sys.argv[2:]
-    connection_file(command[-1])
+    if sys.argv[1] == WAIT:
+        # Empty, and in every container: `python -m` looks for modules where it is started.
+        os.chdir("/dev/shm")
+    else:
+        go_to(sys.argv[1])
+        connection_file(command[-1])
     os.execvp(command[0], command)
 
 

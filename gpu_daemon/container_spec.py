@@ -9,18 +9,29 @@ one.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+from gpu_daemon import container_check
+from gpu_daemon.ports import numbers
 from gpu_daemon.runtime import Launch, RuntimeFailed
 from nbos_cluster.records import Device, Ports
 
 INSIDE = "/run/nbos"
 """Where the replica's own folder is mounted."""
 
+CONNECTION = "/tmp/nbos-connection.json"
+SPARE_SOCKET = "w"
+"""In that folder: where a container that was started ahead is told what to be."""
+
+TAKEN = "taken"
+"""A file there, once it is to become a replica."""
 LABEL = "nbos."
+ROOM = "." * 512
 LOG = {"Type": "json-file", "Config": {"max-size": "10m", "max-file": "2"}}
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
@@ -85,8 +96,8 @@ def container(
     """The body of `POST /containers/create`. user: 'uid:gid'. Raises RuntimeFailed for an owner that fits no path."""
     home = fill(options.home, launch.owner)
     mounts = [*_volumes(options, launch.owner, home), _own(launch)]
-    exposed: dict[str, Any] = {f"{port}/tcp": {} for port in _numbers(launch.ports)}
-    start = launch.argv(options.python, f"{INSIDE}/s", "/tmp/nbos-connection.json")
+    exposed: dict[str, Any] = {f"{port}/tcp": {} for port in numbers(launch.ports).values()}
+    start = launch.argv(options.python, f"{INSIDE}/s", CONNECTION)
     return {
         "Image": launch.image or options.image,
         "Entrypoint": [options.python, f"{INSIDE}/start.py", launch.cwd or home],
@@ -109,6 +120,84 @@ def container(
             "RestartPolicy": {"Name": "no"},
         },
     }
+
+
+@dataclass(frozen=True, order=True)
+class Kind:
+    """What a container that waits can become: a replica of this image, of this owner; owner '': of anybody."""
+
+    image: str
+    owner: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.image} for {self.owner}" if self.owner else self.image
+
+
+def kind_of(image: str, owner: str, options: DockerOptions) -> Kind:
+    """owner: of the kernel. It counts where mounts, home or user depend on it: these cannot change later."""
+    places = [p if isinstance(p, str) else p["bind"] for p in options.volumes.values()]
+    texts = (options.home, *options.volumes, *places)
+    depends = options.user == "owner" or any("{owner}" in text or "{username}" in text for text in texts)
+    return Kind(image, owner if depends else "")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a container waits: the name of its slot, the slot's folder, and the ports that are published for it."""
+
+    slot: str
+    folder: Path
+    ip: str
+    ports: Ports
+
+
+def waiting(
+    kind: Kind,
+    place: Place,
+    options: DockerOptions,
+    site: Site,
+    user: str,
+    network: str,
+    devices: Iterable[Device],
+    modules: Sequence[str],
+) -> dict[str, Any]:
+    """The body for a container that is started ahead: that of a replica, as far as it does not depend on the kernel."""
+    launch = Launch("", 0, 0, kind.owner, place.folder, {}, place.ip, place.ports, image=kind.image)
+    body = container(launch, options, site, user, network, devices)
+    # The last argument is room for the command line that it shows later (nbos_kernel.warm.title).
+    command = [options.python, "-m", "nbos_kernel.warm", "--contained", f"{INSIDE}/{SPARE_SOCKET}", *modules, ROOM]
+    body |= {
+        "Entrypoint": [options.python, f"{INSIDE}/start.py", container_check.WAIT],
+        "Cmd": command,
+        "Hostname": place.slot,
+    }
+    said = {
+        "image": kind.image,
+        "owner": kind.owner,
+        "run-dir": site.run_dir,
+        "folder": place.slot,
+        "ports": ",".join(str(port) for port in numbers(place.ports).values()),
+        "warm": _digest(body),
+    }
+    return {**body, "Labels": {**site.labels, **{LABEL + name: value for name, value in said.items()}}}
+
+
+def ports_of(labels: Mapping[str, str]) -> Ports | None:
+    """Of a container that was started ahead; None: of another one."""
+    told = labels.get(f"{LABEL}ports", "").split(",")
+    names = Ports.__struct_fields__
+    if len(told) != len(names) or not all(port.isdigit() for port in told):
+        return None
+    return Ports(**dict(zip(names, map(int, told), strict=True)))
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    """Differs when the site's options do: not by what each container has of its own."""
+    host = {name: value for name, value in body["HostConfig"].items() if name not in ("PortBindings", "Mounts")}
+    mounts = [mount for mount in body["HostConfig"]["Mounts"] if mount["Target"] != INSIDE]
+    own = ("ExposedPorts", "Labels", "HostConfig", "Hostname")
+    rest = {name: value for name, value in body.items() if name not in own}
+    return hashlib.sha256(json.dumps([rest, host, mounts], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _limits(launch: Launch, options: DockerOptions) -> dict[str, Any]:
@@ -216,7 +305,3 @@ def device_requests(gpus: str, devices: Iterable[Device]) -> list[dict[str, Any]
             "Capabilities": [["gpu", "compute", "utility"]],
         }
     ]
-
-
-def _numbers(ports: Ports) -> list[int]:
-    return [getattr(ports, name) for name in Ports.__struct_fields__]

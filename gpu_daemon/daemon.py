@@ -17,6 +17,7 @@ from gpu_daemon.blobdesk import BlobDesk
 from gpu_daemon.blobs import BlobStore
 from gpu_daemon.collector import Collector
 from gpu_daemon.commits import Commits
+from gpu_daemon.expecting import follow_expected
 from gpu_daemon.fleet import ReplicaId
 from gpu_daemon.health import HealthWatch, Watched
 from gpu_daemon.ledger import Ledger
@@ -128,6 +129,8 @@ class Daemon:
         self._site.spawn(self._accounting.run(), "accounting")
         self._site.spawn(self._watch_kernels(), "watching kernels")
         self._site.spawn(self._watch_host(), "watching this host's record")
+        if self._runtime.expects:
+            self._site.spawn(follow_expected(self._site.etcd, self._runtime.expect), "watching who is expected")
         collector = Collector(self._site, self._site.settings.blob_grace, self._site.settings.collect_every)
         self._site.spawn(collector.run(), "collecting blobs")
         self._site.spawn(self._health.run(), "watching the GPUs' health")

@@ -106,12 +106,12 @@ class Engine:
 
     # -- images -------------------------------------------------------------------------------------------------------
 
-    async def has_image(self, image: str) -> bool:
+    async def image_id(self, image: str) -> str:
+        """What the name stands for now; '' when the image is not here."""
         try:
-            await self.call(lambda api: api.inspect_image(image))
+            return str((await self.call(lambda api: api.inspect_image(image)))["Id"])
         except ImageNotFound:
-            return False
-        return True
+            return ""
 
     async def pull(self, image: str, tell: Callable[[str], None]) -> None:
         """Get an image; replicas that want the same one wait together. Raises RuntimeFailed."""

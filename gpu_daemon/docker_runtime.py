@@ -2,42 +2,36 @@
 
 They outlive the daemon; a restarted one finds them by name and labels, and removes what it does not find a use for.
 Ends are heard from the Engine's events, out-of-memory kills told apart. A container that ended is removed once its exit
-and the end of its output (kept in the replica's log) were read. What a container is made of: `container_spec`.
+and the end of its output (kept in the replica's log) were read. What a container is made of: `container_spec`. A
+replica that did not run before becomes one that waits (`container_pool`), where one does.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import os
-import pwd
-import shutil
-import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from docker.errors import APIError, NotFound
+from docker.errors import NotFound
 
-from gpu_daemon import container_check
-from gpu_daemon.container_end import KILLED, failed_start, memory_end, plain_end, told_end
-from gpu_daemon.container_spec import LABEL, DockerOptions, Site, container
-from gpu_daemon.docker_engine import Engine, Trouble, no_image, words
+from gpu_daemon.container_end import KILLED, failed_start, plain_end
+from gpu_daemon.container_pool import ContainerPool, Spare
+from gpu_daemon.container_spec import CONNECTION, INSIDE, LABEL, DockerOptions, Site, container, fill, ports_of
+from gpu_daemon.containers import Containers, keep, named, output, put_check, read_exit
+from gpu_daemon.docker_engine import Engine, Trouble, words
 from gpu_daemon.docker_network import make_network, remove_network
 from gpu_daemon.lineage import Kin
 from gpu_daemon.rundir import write
 from gpu_daemon.runtime import Exit, Handle, Launch, ReplicaRuntime, RuntimeFailed
 from gpu_daemon.site import log
-from nbos_cluster.records import Device
+from gpu_daemon.warm_pool import WarmOptions
+from nbos_cluster.records import Device, WarmRecord
 
 PATIENCE = 30.0
 """Seconds that the Engine has to answer when the daemon starts."""
-NAME_FREE_WITHIN = 10.0
-"""Seconds that the container before has to be gone."""
-TAIL = 200
-"""Lines of a container's output that are kept."""
-LOG_LIMIT = 4 * 1024 * 1024
 
 
 class ContainerHandle(Handle):
@@ -81,17 +75,34 @@ class ContainerHandle(Handle):
 
 
 class DockerRuntime(ReplicaRuntime):
-    """devices: of this host; real ones are given to every container."""
+    """devices: of this host; real ones are given to every container. warm: which are started ahead; None: none. ip: at
+    which ports are published."""
 
     socket_mode = 0o666
     """Whatever user the container has. Nobody else can reach it: the folders above are the daemon's alone (0700)."""
 
-    def __init__(self, options: DockerOptions, site: Site, devices: Sequence[Device], etcd: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        options: DockerOptions,
+        site: Site,
+        devices: Sequence[Device],
+        etcd: Sequence[str] = (),
+        warm: WarmOptions | None = None,
+        ip: str = "127.0.0.1",
+    ) -> None:
         self._options, self._site, self._devices, self._etcd = options, site, devices, tuple(etcd)
         self.engine = Engine(options.engine)
+        self._containers = Containers(self.engine, options, site)
+        self._pool: ContainerPool | None = None
+        if warm is not None:
+            self._pool = ContainerPool(warm, self._containers, devices, ip, Path(site.run_dir) / "w")
         self._handles: dict[str, ContainerHandle] = {}
         self._network = options.network
         self._fencing: asyncio.Task[None] | None = None
+
+    @property
+    def expects(self) -> bool:  # type: ignore[override]
+        return self._pool is not None
 
     async def open(self) -> None:
         await self.engine.connect(PATIENCE)
@@ -100,6 +111,9 @@ class DockerRuntime(ReplicaRuntime):
         log.info("replicas run in Docker %s, on the network %s", self.engine.version, self._network)
 
     async def close(self) -> None:
+        if self._pool is not None:
+            # While replicas go on, another daemon will come.
+            await self._pool.close(leave=bool(self._handles))
         # What was begun (containers being removed) first.
         await asyncio.to_thread(self.engine.finish)
         if not self._handles:
@@ -114,15 +128,69 @@ class DockerRuntime(ReplicaRuntime):
 
     # -- starting and finding -----------------------------------------------------------------------------------------
 
+    def warm(self) -> tuple[WarmRecord, ...]:
+        return self._pool.records() if self._pool is not None else ()
+
+    def expect(self, wanted: Sequence[tuple[str, str]]) -> None:
+        if self._pool is not None:
+            self._pool.expect(wanted)
+
     async def start(self, launch: Launch) -> ContainerHandle:
         image = launch.image or self._options.image
-        await self._get_image(image, launch)
+        image_id = await self._containers.image(image, launch.tell)
+        # The ports of one that waits are its own; those of a replica that ran before are known to its router.
+        if self._pool is not None and not launch.again:
+            spare = self._pool.take(image, image_id, launch.owner, launch.env)
+            if spare is not None and (handle := await self._use(launch, spare)):
+                return handle
+        return await self._start_afresh(launch, image)
+
+    async def _use(self, launch: Launch, spare: Spare) -> ContainerHandle | None:
+        """The replica that a waiting container has become; None when it could not.
+
+        A daemon that dies on the way leaves a container that ends by itself (`Slot.take`), or has become the replica.
+        """
+        memory, name = launch.memory or self._options.memory, self._site.name(launch.folder.name)
+        handle = ContainerHandle(self, spare.container, launch.folder, spare.kind.image)
+        handle.pid, handle.ports, handle.limited = spare.pid, spare.ports, bool(memory)
+
+        def take_over(api: Any) -> None:
+            if launch.memory:
+                api.update_container(spare.container, mem_limit=memory, memswap_limit=memory)
+            named(api, name, lambda: api.rename(spare.container, name))
+
+        # Before it is told: an end that comes at once must find it.
+        self._handles[spare.container] = handle
+        try:
+            spare.slot.take()
+            await self.engine.call(take_over)
+            await asyncio.to_thread(spare.slot.move_to, launch.folder)
+            spare.slot.assign(self._assignment(launch, spare))
+        except (OSError, *Trouble) as err:
+            log.warning(
+                "kernel %s: container %s was not to be had: %s", launch.kernel, spare.container[:12], words(err)
+            )
+            self._handles.pop(spare.container, None)
+            self._containers.remove(spare.container)
+            spare.slot.remove()
+            return None
+        return handle
+
+    def _assignment(self, launch: Launch, spare: Spare) -> dict[str, object]:
+        return {
+            "argv": launch.argv(self._options.python, f"{INSIDE}/s", CONNECTION),
+            "env": dict(launch.env),
+            "cwd": launch.cwd or fill(self._options.home, launch.owner),
+            "connection": json.dumps(replace(launch, ports=spare.ports).connection_file("0.0.0.0")),
+        }
+
+    async def _start_afresh(self, launch: Launch, image: str) -> ContainerHandle:
         try:
             _prepare(launch)
-            user = self._user(launch.owner)
+            user = self._containers.user(launch.owner)
             body = container(launch, self._options, self._site, user, self._network, self._devices)
             name = self._site.name(launch.folder.name)
-            handle = ContainerHandle(self, await self._create(body, name), launch.folder, image)
+            handle = ContainerHandle(self, await self._containers.create(body, name), launch.folder, image)
         except Trouble as err:
             raise RuntimeFailed(failed_start(words(err), image)) from err
         # Before it runs: an end that comes at once must find it.
@@ -132,55 +200,10 @@ class DockerRuntime(ReplicaRuntime):
             found = await self.engine.call(lambda api: api.inspect_container(handle.container))
         except Trouble as err:
             self._handles.pop(handle.container, None)
-            self._remove(handle.container)
+            self._containers.remove(handle.container)
             raise RuntimeFailed(failed_start(words(err), image)) from err
         _note(handle, found)
         return handle
-
-    async def _create(self, body: dict[str, Any], name: str) -> str:
-        def create(api: Any) -> str:
-            deadline = time.monotonic() + NAME_FREE_WITHIN
-            while True:
-                try:
-                    return str(api.create_container_from_config(body, name)["Id"])
-                except APIError as err:
-                    if err.status_code != 409 or time.monotonic() > deadline:
-                        raise
-                # One of before, which ended: the daemon starts a replica only when none runs in its folder. Its removal
-                # may be under way; the Engine then says 409 as well, or 404 when it is just over.
-                with contextlib.suppress(APIError):
-                    api.remove_container(name, force=True)
-                time.sleep(0.02)
-
-        return await self.engine.call(create)
-
-    async def _get_image(self, image: str, launch: Launch) -> None:
-        policy = self._options.pull
-        try:
-            there = await self.engine.has_image(image)
-        except Trouble as err:
-            raise RuntimeFailed(f"the Docker Engine does not answer: {words(err)}; look at its log") from err
-        if policy == "never" and not there:
-            raise RuntimeFailed(no_image(image, "this host pulls no images"))
-        if policy == "always" or not there:
-            try:
-                await self.engine.pull(image, launch.tell)
-            except RuntimeFailed as err:
-                if not there:
-                    raise
-                log.warning("%s; the one that is there is used", err)
-
-    def _user(self, owner: str) -> str:
-        if self._options.user != "owner":
-            return self._options.user
-        try:
-            entry = pwd.getpwnam(owner)
-        except KeyError:
-            raise RuntimeFailed(
-                f"this host knows no Unix user {owner!r}, and the option Docker.user says that replicas run as their "
-                "owner; add the user here (or to the directory service), or set Docker.user to fixed ids"
-            ) from None
-        return f"{entry.pw_uid}:{entry.pw_gid}"
 
     async def find(self, folder: Path) -> ContainerHandle | None:
         try:
@@ -191,6 +214,7 @@ class DockerRuntime(ReplicaRuntime):
         if not found["State"]["Running"] or labels.get(f"{LABEL}run-dir") != self._site.run_dir:
             return None
         handle = ContainerHandle(self, found["Id"], folder, found["Config"]["Image"])
+        handle.ports = ports_of(labels)
         _note(handle, found)
         self._handles[handle.container] = handle
         # It may have ended between the two.
@@ -199,10 +223,15 @@ class DockerRuntime(ReplicaRuntime):
 
     async def clear(self, kept: Collection[Path]) -> None:
         filters = {"label": [f"{k}={v}" for k, v in self._site.labels.items()]}
-        for found in await self.engine.call(lambda api: api.containers(all=True, filters=filters)):
-            if found["Id"] not in self._handles:
+        here = await self.engine.call(lambda api: api.containers(all=True, filters=filters))
+        waiting: set[str] = set()
+        if self._pool is not None:
+            self._pool.network, self._pool.changed = self._network, lambda: self.changed()
+            waiting = self._pool.open(here)
+        for found in here:
+            if found["Id"] not in self._handles and found["Id"] not in waiting:
                 log.warning("container %s is of no kernel any more; it is removed", found["Names"][0].lstrip("/"))
-                self._remove(found["Id"])
+                self._containers.remove(found["Id"])
 
     async def _fence_again(self) -> None:
         try:
@@ -217,6 +246,8 @@ class DockerRuntime(ReplicaRuntime):
         if handle is not None:
             handle.code = code
             handle.over.set()
+        elif self._pool is not None:
+            self._pool.died(container)
 
     def _look_again(self) -> None:
         """The Engine was away, or is heard for the first time: ask what became of each container, and set up anew what
@@ -253,7 +284,7 @@ class DockerRuntime(ReplicaRuntime):
             exit = plain_end(handle.code)
         if exit is None:
             try:
-                exit = await self.engine.call(lambda api: _read_exit(api, handle))
+                exit = await self.engine.call(lambda api: read_exit(api, handle.container, handle.image))
             except Trouble as err:
                 log.warning("how container %s ended cannot be read: %s", handle.container[:12], words(err))
                 exit = Exit()
@@ -261,18 +292,14 @@ class DockerRuntime(ReplicaRuntime):
         self.engine.begin(lambda api: _bury(api, handle))
         return exit
 
-    def _remove(self, container: str) -> None:
-        self.engine.begin(lambda api: api.remove_container(container, v=True, force=True))
-
 
 def _prepare(launch: Launch) -> None:
     """What the container sees of the replica's folder. Any user of it may read that; nobody else gets there."""
     own = launch.folder / "d"
     # Every address of its own network namespace: the Engine passes on what comes to the published one.
     write(own / "connection.json", json.dumps(launch.connection_file("0.0.0.0")).encode())
-    shutil.copyfile(container_check.__file__, own / "start.py")
-    for name in ("connection.json", "start.py"):
-        (own / name).chmod(0o644)
+    (own / "connection.json").chmod(0o644)
+    put_check(own)
 
 
 def _note(handle: ContainerHandle, found: Mapping[str, Any]) -> None:
@@ -281,34 +308,15 @@ def _note(handle: ContainerHandle, found: Mapping[str, Any]) -> None:
     handle.limited = bool(found["HostConfig"]["Memory"])
 
 
-def _read_exit(api: Any, handle: ContainerHandle) -> Exit:
-    """By all that the Engine can tell."""
-    found = api.inspect_container(handle.container)
-    code = int(found["State"]["ExitCode"])
-    return memory_end(found) or plain_end(code) or told_end(code, _output(api, handle), handle.image)
-
-
-def _output(api: Any, handle: ContainerHandle) -> list[str]:
-    lines: list[str] = api.logs(handle.container, tail=TAIL).decode(errors="replace").splitlines()
-    return lines
-
-
 def _bury(api: Any, handle: ContainerHandle) -> None:
     """Keep the end of its output, and remove it."""
     try:
-        _keep(handle.folder / "log", _output(api, handle))
+        keep(handle.folder / "log", output(api, handle.container))
     except FileNotFoundError:
         log.debug("the replica of container %s is forgotten already, with its log", handle.container[:12])
     except OSError as err:
         log.warning("the log of container %s cannot be kept: %s", handle.container[:12], err)
     api.remove_container(handle.container, v=True, force=True)
-
-
-def _keep(path: Path, lines: list[str]) -> None:
-    """The end of the container's output, for who looks for the reason later."""
-    mode = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if path.exists() and path.stat().st_size > LOG_LIMIT else os.O_APPEND)
-    with open(os.open(path, mode, 0o600), "w", errors="replace") as file:
-        file.write("".join(f"{line}\n" for line in lines))
 
 
 def _parent(pid: int) -> int:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
-import socket
 
 from gpu_daemon import fleet
 from gpu_daemon.commits import Commits
 from gpu_daemon.fleet import Fleet, ReplicaId
+from gpu_daemon.ports import bindable, free_ports, numbers
 from gpu_daemon.publishing import Publisher, placed_here
 from gpu_daemon.replica import EXIT_GRACE, LocalReplica
 from gpu_daemon.runtime import Handle, Launch, ReplicaRuntime, RuntimeFailed
@@ -22,9 +21,6 @@ from gpu_daemon.site import Site, log
 from nbos_cluster import keys
 from nbos_cluster.kernelview import KernelView
 from nbos_cluster.records import KernelSpec, Ports, ReplicaRecord
-
-PORT_RANGE = (15000, 32000)
-"""Below Linux's ephemeral ports, so that no outgoing connection takes a dead replica's port before it is back."""
 
 MEMORY_EVERY = 0.5
 REACH_AGAIN = 1.0
@@ -165,23 +161,32 @@ class Replicas:
         try:
             await self._open(replica)
             replica.begin()
+            again = self._site.rundir.load_replica(id).get("incarnation") == incarnation
             replica.incarnation = incarnation
             if not bindable(replica.ip, replica.ports):
                 replica.ports = free_ports(replica.ip)
             # Before it runs: on a full disk none must run that a restarted daemon would not find.
-            self._site.rundir.save_replica(
-                id, incarnation=incarnation, ports=_ports(replica.ports), memory_limit=spec.memory_limit
-            )
-            handle = await self._runtime.start(self._launch(replica, spec))
+            self._save(replica, spec)
+            handle = await self._runtime.start(self._launch(replica, spec, again))
         except (RuntimeFailed, OSError) as err:
             log.error("%s: %s", replica.name, err)
             self._handle(fleet.Died(id, str(err), self._site.now()))
             return
+        if handle.ports is not None:
+            replica.ports = handle.ports
+            with contextlib.suppress(OSError):  # a restarted daemon asks the container
+                self._save(replica, spec)
         log.info("%s started as process %d", replica.name, handle.pid)
         self._site.meters.started(again=replica.starts > 0)
         replica.reason = ""
         self._run(replica, handle)
         self._write_record(replica)
+
+    def _save(self, replica: LocalReplica, spec: KernelSpec) -> None:
+        ports = numbers(replica.ports)
+        self._site.rundir.save_replica(
+            replica.id, incarnation=replica.incarnation, ports=ports, memory_limit=spec.memory_limit
+        )
 
     def _run(self, replica: LocalReplica, handle: Handle) -> None:
         replica.handle = handle
@@ -204,7 +209,7 @@ class Replicas:
         self._commits.replica_died(replica, f"replica {replica.id.index} on host {self._site.host}: {reason}")
         self._handle(fleet.Died(replica.id, reason, self._site.now()))
 
-    def _launch(self, replica: LocalReplica, spec: KernelSpec) -> Launch:
+    def _launch(self, replica: LocalReplica, spec: KernelSpec, again: bool) -> Launch:
         connection = {
             "key": spec.key,
             "signature_scheme": "hmac-sha256",
@@ -226,6 +231,7 @@ class Replicas:
             env=spec.env,
             image=spec.image,
             memory=spec.memory_limit,
+            again=again,
             tell=lambda text: self._tell(replica, text),
         )
 
@@ -302,6 +308,7 @@ class Replicas:
                 continue
             replica = self._prepare(id)
             replica.incarnation = int(saved.get("incarnation", 1))
+            replica.ports = handle.ports or replica.ports
             self._fleet.handle(fleet.Found(id, replica.incarnation, self._site.now()))
             grant = self._site.rundir.load_grant(id)
             if grant is not None:
@@ -336,30 +343,3 @@ class Replicas:
 async def _gone(site: Site, replica: LocalReplica) -> None:
     while replica.handle is not None:
         await asyncio.sleep(0.02)
-
-
-def _ports(ports: Ports) -> dict[str, int]:
-    return {name: getattr(ports, name) for name in Ports.__struct_fields__}
-
-
-def free_ports(ip: str) -> Ports:
-    """Five ports that nobody listens on. Random, since daemons that share a machine choose at the same time."""
-    for _ in range(200):
-        numbers = random.sample(range(*PORT_RANGE), 5)
-        ports = Ports(**dict(zip(Ports.__struct_fields__, numbers, strict=True)))
-        if bindable(ip, ports):
-            return ports
-    raise OSError(f"no free ports between {PORT_RANGE[0]} and {PORT_RANGE[1]} on {ip}")
-
-
-def bindable(ip: str, ports: Ports) -> bool:
-    with contextlib.ExitStack() as stack:
-        for port in _ports(ports).values():
-            sock = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET))
-            # As ZeroMQ binds: connections of the replica before, still in TIME_WAIT, do not count.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                sock.bind((ip, port))
-            except OSError:
-                return False
-    return True

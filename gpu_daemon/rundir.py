@@ -4,6 +4,7 @@
     <run>/accounts.db               what was used (SQLite; see journal)
     <run>/r/<12 digits>-<index>/    one replica: replica.json, grant, log; the runtime's own: connection.json,
                                     process.json and s (the socket), or a folder d with what its container sees
+    <run>/w/<8 digits>/             one container that waits: its folder d
 
 Everything is for this user alone (folders 0700, files 0600). Names are short because the path of a Unix socket may have
 107 bytes only.

@@ -28,7 +28,8 @@ class Launch:
     connection: what its connection file says, but for the address. ip, ports: where routers must reach it.
     command: instead of `python -m nbos_kernel`, () for that. cwd: '' means a folder of the runtime's choice.
     env: the kernel's own additions to the cleaned environment. image: '' means the host's own. memory: bytes that it
-    may use, 0 = as much as the host has. tell: what the start waits for, for the user; to be called from the loop.
+    may use, 0 = as much as the host has. again: it ran before in this incarnation, and its router knows its ports.
+    tell: what the start waits for, for the user; to be called from the loop.
     """
 
     kernel: str
@@ -44,6 +45,7 @@ class Launch:
     env: Mapping[str, str] = field(default_factory=dict)
     image: str = ""
     memory: int = 0
+    again: bool = False
     tell: Callable[[str], None] = _nobody
 
     def connection_file(self, ip: str) -> dict[str, Any]:
@@ -99,10 +101,12 @@ class RuntimeFailed(RuntimeError):
 
 
 class Handle(ABC):
-    """One running replica. pid: as this host counts. container: its id, '' for a process."""
+    """One running replica. pid: as this host counts. container: its id, '' for a process. ports: those that it has when
+    they are not the launch's (it was started ahead)."""
 
     pid: int
     container: str = ""
+    ports: Ports | None = None
 
     @abstractmethod
     async def wait(self) -> Exit:
@@ -134,9 +138,15 @@ class ReplicaRuntime(ABC):
     changed: Callable[[], None] = staticmethod(lambda: None)
     """Called when `warm` may answer differently. Set by the daemon."""
 
+    expects = False
+    """Whether `expect` makes a difference."""
+
     def warm(self) -> tuple[WarmRecord, ...]:
         """Replicas that were started ahead and wait, for the host's record."""
         return ()
+
+    def expect(self, wanted: Sequence[tuple[str, str]]) -> None:  # noqa: B027  doing nothing is fine
+        """Of exactly these owners, and images ('': the host's own), first kernels may be asked for soon."""
 
     async def open(self) -> None:  # noqa: B027  doing nothing is fine
         """Called once, before anything else. Raises RuntimeFailed when no replica can be run here."""

@@ -13,7 +13,7 @@ from gpu_daemon.warming import Policy
 
 
 class Warm(Configurable):
-    """Replicas that are started before anybody asks for one (GPUDaemon.runtime = "process")."""
+    """Replicas that are started before anybody asks for one."""
 
     policy = Enum(
         ["demand", "fixed", "off"],
@@ -27,6 +27,11 @@ class Warm(Configurable):
         Unicode(),
         help="Modules that are imported ahead besides ipykernel, for example ['numpy', 'torch']. Their memory is "
         "shared by all replicas of the host. None may make secrets when it is imported: all would have the same.",
+    ).tag(config=True)
+    images = List(
+        Unicode(),
+        help="Replicas in Docker: images of which containers are always kept; empty: Docker.image. Where containers "
+        "depend on their owner, an owner's are kept when a kernel of theirs may be asked for.",
     ).tag(config=True)
     confidence = Float(0.95, help="How surely (0 to 1) a start finds a waiting replica, by demand.").tag(config=True)
     window = Float(600.0, min=1.0, help="Seconds over which starts are counted, by demand.").tag(config=True)
@@ -64,4 +69,4 @@ class Warm(Configurable):
         numbers = {name: getattr(self, name) for name in names}
         kind: Any = self.policy
         policy = Policy(kind=kind, reserve=parse_bytes(self.reserve), **numbers)
-        return WarmOptions(policy, tuple(self.modules))
+        return WarmOptions(policy, tuple(self.modules), tuple(self.images))

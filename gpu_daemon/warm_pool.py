@@ -29,8 +29,11 @@ LOOK_EVERY = 5.0
 
 @dataclass(frozen=True)
 class WarmOptions:
+    """images: of containers, always kept where these do not depend on their owner; () for the site's own."""
+
     policy: warming.Policy
     modules: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
 
 
 class WarmPool:

@@ -42,6 +42,8 @@ class Ready:
     failed: Mapping[str, str] = field(default_factory=dict)
     unsafe: str = ""
     resident: int = 0
+    private: int = 0
+    """Bytes that it shares with nobody; told by spares in containers."""
 
 
 @dataclass
@@ -56,23 +58,11 @@ class Spare:
     ended: asyncio.Future[int | None] | None = None
 
     def alive(self) -> bool:
-        """A spare that ended has closed its end; one that waits says nothing."""
-        try:
-            return bool(self.socket.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK))
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
+        return waits(self.socket)
 
     def assign(self, argv: Sequence[str], env: Mapping[str, str], cwd: str, output: int) -> None:
         """It becomes a replica, with its output to the descriptor `output`. Raises OSError when it is gone."""
-        file = os.memfd_create("assignment", os.MFD_CLOEXEC)
-        try:
-            os.write(file, json.dumps({"argv": list(argv), "env": dict(env), "cwd": cwd}).encode())
-            socket.send_fds(self.socket, [b"start"], [output, file])
-        finally:
-            os.close(file)
-            self.socket.close()
+        hand_over(self.socket, {"argv": list(argv), "env": dict(env), "cwd": cwd}, output)
 
     async def discard(self) -> None:
         """It reads the end of its socket, and ends; or it has ended."""
@@ -81,6 +71,27 @@ class Spare:
             # Not reaped yet, so that the pid is its own. A module's threads could keep it.
             os.kill(self.pid, signal.SIGKILL)
             await asyncio.to_thread(os.waitpid, self.pid, 0)
+
+
+def waits(own: socket.socket) -> bool:
+    """A spare that ended has closed its end; one that waits says nothing."""
+    try:
+        return bool(own.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK))
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
+def hand_over(own: socket.socket, assignment: Mapping[str, object], *output: int) -> None:
+    """Tell the spare at the other end what to be, and close this one. Raises OSError when it is gone."""
+    file = os.memfd_create("assignment", os.MFD_CLOEXEC)
+    try:
+        os.write(file, json.dumps(assignment).encode())
+        socket.send_fds(own, [b"start"], [*output, file])
+    finally:
+        os.close(file)
+        own.close()
 
 
 def environment_reads(ready: Ready, base: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
@@ -256,8 +267,14 @@ async def _said_ready(own: socket.socket, folder: Path) -> Ready:
         data = b""
     if not data:
         raise NotWarm(f"it ended while it imported; see {folder / 'log'}")
+    return read_ready(data)
+
+
+def read_ready(data: bytes) -> Ready:
     told = json.loads(data)
-    ready = Ready(frozenset(told["reads"]), told["failed"], told["unsafe"], told["resident"])
+    ready = Ready(
+        frozenset(told["reads"]), told["failed"], told["unsafe"], told["resident"], int(told.get("private", 0))
+    )
     for name, reason in ready.failed.items():
         log.warning("module %s cannot be imported ahead: %s", name, reason)
     return ready

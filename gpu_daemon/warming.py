@@ -79,6 +79,22 @@ class Gone:
 
 
 @dataclass(frozen=True)
+class Found:
+    """Spares that were made before the daemon's restart wait, at most `most`: image and size (as in `Made`) of each."""
+
+    spares: tuple[tuple[str, int], ...]
+    now: float
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Replicas of exactly these images may be asked for soon: each is kept as if somebody had asked already."""
+
+    images: frozenset[str]
+    now: float
+
+
+@dataclass(frozen=True)
 class Memory:
     """What the host has left, in bytes. Told every few seconds: it also stands for the clock."""
 
@@ -86,7 +102,7 @@ class Memory:
     now: float
 
 
-Event = Arrived | Made | Failed | Gone | Memory
+Event = Arrived | Made | Failed | Gone | Found | Expected | Memory
 
 
 @dataclass(frozen=True)
@@ -131,6 +147,7 @@ class Warming:
     short: bool = False
     """Whether memory is short; spares are not made then."""
     _images: dict[str, _Image] = field(default_factory=dict)
+    _expected: frozenset[str] = frozenset()
     _eased: float | None = None
     """Since when memory is no longer short, while spares wait for it to stay so."""
     _room: float = math.inf
@@ -156,6 +173,13 @@ class Warming:
                 known.not_before = now + min(FIRST_PAUSE * 2.0 ** min(known.failures - 1, 20), LAST_PAUSE)
             case Gone(image, _):
                 self._known(image).ready -= 1
+            case Found(spares, now):
+                for image, size in spares:
+                    self._on_found(self._images.setdefault(image, _Image(weighed=now)), size)
+            case Expected(images, now):
+                self._expected = images
+                for image in images:
+                    self._images.setdefault(image, _Image(weighed=now))
             case Memory(available, now):
                 self._on_memory(available, now)
         out = self._settle(event.now)
@@ -197,6 +221,10 @@ class Warming:
         if size:
             known.size = size if not known.measured else max(size, round(known.size + LEARN * (size - known.size)))
         known.measured = True
+
+    def _on_found(self, known: _Image, size: int) -> None:
+        known.ready += 1
+        known.size = max(size, known.size) if size else known.size
 
     def _on_memory(self, available: int, now: float) -> None:
         self._room = available - self.policy.reserve
@@ -266,16 +294,19 @@ class Warming:
     def _forget(self, targets: dict[str, int], now: float) -> None:
         """Images that nobody asks for any more."""
         for image, known in list(self._images.items()):
-            idle = image not in self.policy.images and not known.held and not targets.get(image)
+            always = image in self.policy.images or image in self._expected
+            idle = not always and not known.held and not targets.get(image)
             if idle and self._weight(known, now) < POPULAR / 10:
                 del self._images[image]
 
     # -- how many -----------------------------------------------------------------------------------------------------
 
     def _targets(self, now: float) -> dict[str, int]:
-        """How many of each image, in the order of their popularity: each gets one before any gets its second."""
+        """How many of each image, those that are expected first, then by their popularity: each gets one before any
+        gets its second."""
         wishes = {image: self._wish(image, now) for image in self._images}
-        order = sorted(wishes, key=lambda image: (-self._weight(self._images[image], now), image))
+        weights = {image: self._weight(known, now) for image, known in self._images.items()}
+        order = sorted(wishes, key=lambda image: (image not in self._expected, -weights[image], image))
         given = dict.fromkeys(order, 0)
         left = self.policy.most
         while left and (hungry := [image for image in order if given[image] < wishes[image]]):
@@ -287,7 +318,8 @@ class Warming:
     def _wish(self, image: str, now: float) -> int:
         policy, known = self.policy, self._images[image]
         weight = self._weight(known, now)
-        if policy.kind == "off" or (image not in policy.images and weight < POPULAR):
+        popular = image in policy.images or image in self._expected or weight >= POPULAR
+        if policy.kind == "off" or not popular:
             return 0
         if policy.kind == "fixed":
             return policy.keep

@@ -45,9 +45,19 @@ def is_stray(labels: Mapping[str, str], lives: Callable[[str], bool]) -> bool:
 
 
 def _about(labels: Mapping[str, str], status: str = "") -> str:
-    kernel = labels.get("nbos.kernel")
-    whose = f"kernel {kernel} of {labels.get('nbos.owner')}, " if kernel else ""
+    whose = ""
+    if kernel := labels.get("nbos.kernel"):
+        whose = f"kernel {kernel} of {labels.get('nbos.owner')}, "
+    elif "nbos.warm" in labels:
+        whose = _about_warm(labels)
     return f"{whose}host {labels.get('nbos.host')} of cluster {labels.get(CLUSTER)}{', ' + status if status else ''}"
+
+
+def _about_warm(labels: Mapping[str, str]) -> str:
+    """Of one that was started ahead: its labels cannot tell what it has become."""
+    owner = labels.get("nbos.owner")
+    of = f" of {owner}" if owner else ""
+    return f"a container of {labels.get('nbos.image')} that waits for a kernel{of}, or has become one, "
 
 
 def daemon_lives(run_dir: str) -> bool:

@@ -53,20 +53,21 @@ def roles(hosts: Iterable[str]) -> dict[str, frozenset[Permission]]:
 
 
 def gateway() -> frozenset[Permission]:
-    """Makes, places, restarts and deletes kernels; sees hosts, queues and accounts."""
+    """Makes, places, restarts and deletes kernels; says who is expected; sees hosts, queues and accounts."""
     return frozenset(
         {
             _all("readwrite", keys.KERNELS),
             _all("read", keys.HOSTS),
             _all("read", keys.QUEUES),
             _all("read", keys.ACCOUNTS),
+            _all("write", keys.EXPECTED),
         },
     )
 
 
 def daemon(host: str) -> frozenset[Permission]:
     """Its own host, grants, queue and accounts; the records of kernels; the fences and locks of collecting. Sees all
-    hosts."""
+    hosts, and who is expected."""
     return frozenset(
         {
             _all("read", keys.HOSTS),
@@ -76,6 +77,7 @@ def daemon(host: str) -> frozenset[Permission]:
             _all("readwrite", keys.KERNELS),
             _all("readwrite", keys.GC),
             _all("readwrite", keys.accounts(host)),
+            _all("read", keys.EXPECTED),
         }
     )
 

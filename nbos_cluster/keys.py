@@ -6,6 +6,7 @@ of a key, so that no kernel id can reach into another kernel's records.
 
 from __future__ import annotations
 
+import hashlib
 import re
 
 PREFIX = "/nbos/v1"
@@ -28,6 +29,7 @@ KERNELS = f"{PREFIX}/kernels/"
 QUEUES = f"{PREFIX}/queues/"
 ACCOUNTS = f"{PREFIX}/accounts/"
 GC = f"{PREFIX}/gc/"
+EXPECTED = f"{PREFIX}/expected/"
 GC_STORE = f"{PREFIX}/gc/store"
 
 
@@ -105,6 +107,11 @@ def account_hour(host_name: str, hour: int) -> str:
 def account(host_name: str, hour: int, journal: str) -> str:
     """journal: tells a host's journal from the one it had before it was set up anew, which would be written over."""
     return account_hour(host_name, hour) + "/" + checked(journal, "journal")
+
+
+def expected(owner: str) -> str:
+    """Owners' names are JupyterHub's, and may hold what a key may not."""
+    return EXPECTED + hashlib.sha256(owner.encode()).hexdigest()[:32]
 
 
 def gc_fence(folder: str) -> str:

@@ -397,6 +397,13 @@ class Collection(Record, frozen=True, tag="collection"):
     removed: int = 0
 
 
+class ExpectedRecord(Record, frozen=True, tag="expected"):
+    """A kernel of this owner may be asked for soon. image: '' is the hosts' own."""
+
+    owner: str
+    image: str = ""
+
+
 class Versioned(msgspec.Struct, frozen=True, array_like=True):
     version: int
     body: msgspec.Raw

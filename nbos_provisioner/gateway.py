@@ -67,6 +67,10 @@ class Gateway:
         found = await self._call("GET", "api/kernels", patience=patience)
         return found if isinstance(found, list) else list(found.get("kernels", []))
 
+    async def expect(self, image: str) -> None:
+        """A kernel may be asked for soon: hosts may make ready for it."""
+        await self._call("POST", "api/expected", {"image": image}, patience=2.0)
+
     def of_kernel(self, kernel_id: str) -> str:
         """Where the kernel itself is found."""
         return f"{self.url}api/kernels/{kernel_id}"

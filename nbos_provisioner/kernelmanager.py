@@ -84,11 +84,19 @@ class NBOSKernelManager(AsyncMappingKernelManager):
         url, token = os.environ.get("NBOS_GATEWAY_URL", ""), os.environ.get("JUPYTERHUB_API_TOKEN", "")
         if not url or not token:
             return []
+        # Not waited for, and nothing depends on it.
+        self._expecting = asyncio.ensure_future(self._expect(Gateway(url, token)))
         models = await Gateway(url, token).kernels(self.adopt_patience)
         owned = [str(model["kernel_id"]) for model in models if _is_mine(model)]
         wanted = [kernel_id for kernel_id in owned if kernel_id not in self]
         done = await asyncio.gather(*(self._adopt_one(kernel_id) for kernel_id in wanted))
         return [kernel_id for kernel_id, ok in zip(wanted, done, strict=True) if ok]
+
+    async def _expect(self, gateway: Gateway) -> None:
+        try:
+            await gateway.expect(os.environ.get("NBOS_IMAGE", ""))
+        except GatewayError as err:
+            self.log.debug("the first kernel may start more slowly: %s", err)
 
     async def _adopt_one(self, kernel_id: str) -> bool:
         try:

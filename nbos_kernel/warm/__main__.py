@@ -1,4 +1,5 @@
-"""`python -m nbos_kernel.warm [--spare] FD [MODULE…]`: what a gpu_daemon starts ahead of replicas."""
+"""`python -m nbos_kernel.warm [--spare] FD [MODULE…]`, and in a container `--contained SOCKET [MODULE…]`: what a
+gpu_daemon starts ahead of replicas."""
 
 from __future__ import annotations
 
@@ -11,11 +12,13 @@ from dataclasses import asdict
 from typing import NoReturn
 
 from .parent import serve
-from .spare import become, wait
+from .spare import Assignment, become, wait
 from .title import ROOM, retitle
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--contained"]:
+        _begin(_contained())
     # No collection before the fork: it would write to, and so unshare, every page (docs of gc.freeze).
     gc.disable()
     alone = "--spare" in sys.argv[1:2]
@@ -35,13 +38,26 @@ def main() -> None:
         gc.freeze()
         own = serve(own)
         retitle([sys.executable, "-m", "nbos_kernel.warm", "spare"])
-    assigned = wait(own) if own is not None else None
+    told = wait(own) if own is not None else None
+    _begin(told.assignment if told is not None else None)
+
+
+def _contained() -> Assignment | None:
+    path, *modules = (word for word in sys.argv[2:] if word != ROOM)
+    retitle([sys.executable, "-m", "nbos_kernel.warm", "--contained", path, *modules])
+    from .contained import serve as wait_for_daemon
+
+    return wait_for_daemon(path, modules)
+
+
+def _begin(assigned: Assignment | None) -> NoReturn:
     if assigned is None:
         _end()
     become(assigned)
     from nbos_kernel.app import NBOSKernelApp
 
     NBOSKernelApp.launch_instance()
+    sys.exit()
 
 
 def _end() -> NoReturn:

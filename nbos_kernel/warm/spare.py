@@ -25,10 +25,19 @@ class Assignment:
     cwd: str
 
 
-def wait(own: socket.socket) -> Assignment | None:
+@dataclass(frozen=True)
+class Told:
+    """connection: content of the connection file, for a spare that does not see the daemon's files."""
+
+    assignment: Assignment
+    connection: str = ""
+
+
+def wait(own: socket.socket) -> Told | None:
     """Until the daemon says what to be; None when it is gone, or wants this spare no more.
 
-    With the message come two descriptors: where output goes, and a file that holds the assignment as JSON.
+    With the message come a file that holds the assignment as JSON, and before it, unless output stays where it is, the
+    descriptor where it goes.
     """
     try:
         said, handed, _, _ = socket.recv_fds(own, 64, 2)
@@ -36,15 +45,16 @@ def wait(own: socket.socket) -> Assignment | None:
         return None
     if not said:
         return None
-    output, file = handed
+    *output, file = handed
     with os.fdopen(file, "rb") as source:
         source.seek(0)
         told = json.load(source)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.close(output)
+    for number in output:
+        os.dup2(number, 1)
+        os.dup2(number, 2)
+        os.close(number)
     own.close()
-    return Assignment(tuple(told["argv"]), told["env"], told["cwd"])
+    return Told(Assignment(tuple(told["argv"]), told["env"], told["cwd"]), told.get("connection", ""))
 
 
 def become(assignment: Assignment) -> None:

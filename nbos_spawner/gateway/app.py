@@ -47,6 +47,7 @@ def make_app(
         (f"{prefix}api/openapi.json", handlers.DescriptionHandler, parts),
         (f"{prefix}api/status", handlers.StatusHandler, parts),
         (f"{prefix}api/accounts", handlers.AccountsHandler, parts),
+        (f"{prefix}api/expected", handlers.ExpectedHandler, parts),
         (f"{prefix}api/kernels", handlers.KernelsHandler, parts),
         (f"{prefix}{kernel}", handlers.KernelHandler, parts),
         (f"{prefix}{kernel}/restart", handlers.RestartHandler, parts),

@@ -20,6 +20,7 @@ from nbos_cluster.records import RecordError
 from . import accounts
 from .auth import Caller, HubUsers, check_may_change
 from .errors import ApiError, unavailable
+from .expecting import read_expected
 from .kernels import Kernels
 from .models import is_ready, kernel_model, may_see, status_model
 from .moverequests import read_move_wanted
@@ -139,6 +140,15 @@ class AuthenticatedHandler(JsonHandler):
         caller = self.caller
         owner = view.spec is not None and view.spec.owner == caller.name and caller.kind == "user"
         return kernel_model(view, secrets=owner and caller.kernels)
+
+
+class ExpectedHandler(AuthenticatedHandler):
+    """POST api/expected: the caller may ask for a first kernel soon."""
+
+    async def post(self) -> None:
+        await self.kernels.expecting.note(self.caller, read_expected(self.body()))
+        self.set_status(204)
+        self.finish()
 
 
 class KernelsHandler(AuthenticatedHandler):

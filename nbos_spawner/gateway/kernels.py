@@ -29,6 +29,7 @@ from .auth import Caller
 from .config import GatewayConfig
 from .copy import ClusterCopy
 from .errors import ApiError, no_such_kernel, unavailable
+from .expecting import Expecting
 from .models import may_see
 from .moverequests import MoveWanted
 from .requests import KernelWanted, check_count, options_of
@@ -48,6 +49,7 @@ class Kernels:
         self.copy = copy
         self.watch = watch
         self.config = config
+        self.expecting = Expecting(etcd, config.limits)
         self._making: dict[str, asyncio.Lock] = {}
         self._said: dict[str, str] = {}
 

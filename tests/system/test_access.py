@@ -47,7 +47,7 @@ async def test_a_daemon_can_do_all_that_its_code_asks_for(guarded: Guarded) -> N
     async with guarded.daemon("a") as (etcd, lease):
         assert await etcd.lease_refresh(lease) > 0
         assert await etcd.lease_alive(lease) > 0
-        for prefix in (keys.KERNELS, keys.host("a"), keys.HOSTS, keys.queue("a")):
+        for prefix in (keys.KERNELS, keys.host("a"), keys.HOSTS, keys.queue("a"), keys.EXPECTED):
             assert isinstance(await first(etcd, prefix), Snapshot)
         await etcd.range(keys.grants("a"))
         await etcd.put(keys.ticket("a", "t"), b"x", lease)
@@ -106,6 +106,7 @@ async def test_the_gateway_can_do_all_that_its_code_asks_for(guarded: Guarded) -
             assert isinstance(await first(etcd, prefix), Snapshot)
         await etcd.status()
         assert await accounts.read_lines(etcd, 0, 1000) == []
+        await etcd.put(keys.expected("ann"), b"x", await etcd.lease_grant(60))
         other = replace(SPEC, kernel="other")
         made = membership.classify_create(other, await etcd.commit(membership.create(other)))
         assert isinstance(made, membership.Created)
@@ -192,6 +193,7 @@ REFUSED: dict[str, dict[str, Try]] = {
         "another host's accounts": put(keys.account("b", 1, "j")),
         "read another host's accounts": read(keys.accounts("b")),
         "another host's queue": put(keys.ticket("b", "t")),
+        "say who is expected": put(keys.expected("ann")),
         "read another host's queue": read(keys.queue("b")),
         "hidden in a transaction": hidden_in_a_transaction,
     },
@@ -209,6 +211,7 @@ REFUSED: dict[str, dict[str, Try]] = {
         **MANAGE,
         "read kernels": read(keys.KERNELS),
         "read accounts": read(keys.ACCOUNTS),
+        "read who is expected": read(keys.EXPECTED),
         "read one kernel's keys": lambda etcd: etcd.get(keys.spec("k")),
         "compare a secret": compare_only,
         "write a host": put(keys.host("a")),

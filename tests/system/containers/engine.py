@@ -17,7 +17,9 @@ import pytest
 
 from tests.system.nbosenv import ROOT
 
-IMAGE = "nbos/kernel:test"
+TAG = os.environ.get("NBOS_TEST_TAG", "test")
+"""Another one for each of several source trees that share an Engine."""
+IMAGE = f"nbos/kernel:{TAG}"
 
 
 def docker(*arguments: str, check: bool = True) -> str:
@@ -69,7 +71,7 @@ def base_image() -> str:
 def build_image() -> None:
     """The kernel image of this source tree."""
     base = ["--base", base_image()] if base_image() else []
-    command = [str(ROOT / "docker" / "build"), "--tag", "test", *base, "kernel"]
+    command = [str(ROOT / "docker" / "build"), "--tag", TAG, *base, "kernel"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     if done.returncode:
         pytest.fail(f"the kernel image cannot be built: {done.stdout[-1500:]}{done.stderr[-1500:]}")

@@ -22,11 +22,14 @@ from tests.system.fake_daemon import Client
 
 
 class DockerHost(Host):
-    """options: of the section Docker."""
+    """options: of the section Docker; warm: of the section Warm, nothing is started ahead without."""
 
     def __init__(self, directory: Path, name: str, endpoint: str, options: dict[str, Any]) -> None:
         self.cluster = f"test-{secrets.token_hex(4)}"
-        super().__init__(directory, name, endpoint, replica_command=[], runtime="docker", cluster=self.cluster)
+        warm = options.pop("warm", {"policy": "off"})
+        super().__init__(
+            directory, name, endpoint, replica_command=[], runtime="docker", cluster=self.cluster, warm=warm
+        )
         config = json.loads(self.config.read_text())
         config["Docker"] = {"image": IMAGE, "volumes": {}, "pull": "never", **options}
         self.config.write_text(json.dumps(config))

@@ -17,7 +17,19 @@ from gpu_daemon import container_check, walls
 from gpu_daemon.answers import other_python
 from gpu_daemon.app import GPUDaemon
 from gpu_daemon.container_end import failed_start, memory_end, plain_end, told_end
-from gpu_daemon.container_spec import DockerOptions, Site, container, device_requests, fill, safe_name
+from gpu_daemon.container_spec import (
+    LABEL,
+    DockerOptions,
+    Kind,
+    Place,
+    Site,
+    container,
+    device_requests,
+    fill,
+    kind_of,
+    safe_name,
+    waiting,
+)
 from gpu_daemon.docker_config import Docker
 from gpu_daemon.pulling import PullProgress
 from gpu_daemon.runtime import Exit, Launch, RuntimeFailed
@@ -44,6 +56,13 @@ def made(options: DockerOptions | None = None, devices: tuple[Device, ...] = (),
     return container(replace(LAUNCH, **launch), options or DockerOptions(), SITE, "1000:100", "net", devices)
 
 
+def ahead(options: DockerOptions | None = None, slot: str = "s1", owner: str = "ann", port: int = 1) -> dict[str, Any]:
+    place = Place(
+        slot, Path("/var/lib/nbos/w") / slot, "10.0.0.5", Ports(**dict.fromkeys(LAUNCH.ports.__struct_fields__, port))
+    )
+    return waiting(Kind("", owner), place, options or DockerOptions(), SITE, "1000:100", "net", (), ["numpy"])
+
+
 # -- the container ----------------------------------------------------------------------------------------------------
 
 
@@ -57,6 +76,38 @@ def test_whatever_the_options_the_walls_stand() -> None:
         assert host["IpcMode"] == "private"
         assert host["PidsLimit"] == options.pids
         assert not {"PidMode", "Devices", "CapAdd", "Binds", "UsernsMode"} & set(host)
+
+
+def test_a_container_that_waits_is_that_of_a_replica_but_for_its_command_and_names() -> None:
+    one, other = ahead(), made()
+    differ = {name for name in one if one[name] != other[name]}
+    assert differ == {"Entrypoint", "Cmd", "Hostname", "Labels", "ExposedPorts", "HostConfig"}
+    host = {name for name in one["HostConfig"] if one["HostConfig"][name] != other["HostConfig"][name]}
+    assert host == {"Mounts", "PortBindings"}
+    assert one["HostConfig"]["Mounts"][:-1] == other["HostConfig"]["Mounts"][:-1]
+
+
+def test_what_waits_is_known_again_whatever_its_slot_and_not_after_a_change_of_options() -> None:
+    def mark(body: dict[str, Any]) -> str:
+        return str(body["Labels"][f"{LABEL}warm"])
+
+    assert mark(ahead()) == mark(ahead(slot="s2", port=2))
+    changed = [DockerOptions(pids=99), DockerOptions(volumes={}), DockerOptions(environment={"A": "b"})]
+    assert len({mark(body) for body in (ahead(), ahead(owner="bob"), *map(ahead, changed))}) == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "owner"),
+    [
+        (DockerOptions(), "ann"),
+        (DockerOptions(volumes={}), ""),
+        (DockerOptions(volumes={"/data": {"bind": "/home/{owner}", "mode": "ro"}}), "ann"),
+        (DockerOptions(volumes={}, home="/home/{username}"), "ann"),
+        (DockerOptions(volumes={}, user="owner"), "ann"),
+    ],
+)
+def test_what_waits_is_of_one_owner_where_anything_depends_on_owners(options: DockerOptions, owner: str) -> None:
+    assert kind_of("i", "ann", options) == Kind("i", owner)
 
 
 def test_of_the_host_only_its_own_folder_is_mounted_and_read_only() -> None:

@@ -33,13 +33,13 @@ def test_options_reach_the_policy() -> None:
     assert options.modules == ("numpy",)
 
 
-def test_no_pool_where_it_is_off_or_what_replicas_run_is_not_known() -> None:
-    def pool(**config: Any) -> object:
-        return GPUDaemon(config=Config(config), run_dir="/tmp/never-made").make_pool()
+def test_nothing_is_started_ahead_where_it_is_off_or_what_replicas_run_is_not_known() -> None:
+    def options(**config: Any) -> object:
+        return GPUDaemon(config=Config(config), run_dir="/tmp/never-made").warm_options()
 
-    assert pool() is not None
-    assert pool(Warm={"policy": "off"}) is None
-    assert pool(GPUDaemon={"replica_command": ["python", "mine.py"]}) is None
+    assert options() is not None
+    assert options(Warm={"policy": "off"}) is None
+    assert options(GPUDaemon={"replica_command": ["python", "mine.py"]}) is None
 
 
 def test_only_variables_that_were_read_and_differ_want_a_fresh_start() -> None:

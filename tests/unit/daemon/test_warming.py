@@ -16,7 +16,9 @@ from gpu_daemon.warming import (
     Arrived,
     Drop,
     Event,
+    Expected,
     Failed,
+    Found,
     Gone,
     Instruction,
     Made,
@@ -104,6 +106,20 @@ class World(RuleBasedStateMachine):
         self.waiting[image] -= 1
         self.tell(Gone(image, self.now))
 
+    @rule(images=st.frozensets(st.sampled_from(IMAGES)))
+    def are_expected(self, images: frozenset[str]) -> None:
+        self.tell(Expected(images, self.now))
+        if self.policy.keep and not self.warming.short:
+            first = sorted(images)[: self.policy.most]
+            assert all(self.warming.wanted(image, self.now) for image in first if len(images) <= self.policy.most)
+
+    @precondition(lambda self: self.waiting.total() + self.making.total() < self.policy.most)
+    @rule(image=st.sampled_from(IMAGES))
+    def is_found(self, image: str) -> None:
+        """As after a restart of the daemon."""
+        self.waiting[image] += 1
+        self.tell(Found(((image, self.size),), self.now))
+
     @rule(mib=st.integers(0, 6000))
     def others_take(self, mib: int) -> None:
         self.others = min(mib * MIB, self.total)
@@ -147,6 +163,18 @@ TestWorld = World.TestCase
 def started(policy: Policy, available: int = 64 * GIB) -> tuple[Warming, list[Instruction]]:
     warming = Warming(policy)
     return warming, warming.handle(Memory(available, 0))
+
+
+def test_who_is_expected_comes_first_and_goes_when_not_expected_any_more() -> None:
+    warming, steps = started(Policy(kind="demand", keep=1, most=2, images=(), calm=0))
+    assert steps == []
+    for _ in range(200):
+        warming.handle(Arrived("old", 1))
+    assert warming.wanted("old", 1) == 2
+    warming.handle(Expected(frozenset({"ann", "bob"}), 2))
+    assert {image: warming.wanted(image, 2) for image in ("ann", "bob", "old")} == {"ann": 1, "bob": 1, "old": 0}
+    warming.handle(Expected(frozenset(), 3))
+    assert warming.wanted("old", 3) == 2
 
 
 @given(mean=st.floats(0, 40), confidence=st.floats(0.5, 0.999))

@@ -39,6 +39,10 @@ c.JupyterHub.spawner_class = "nbos_spawner.spawner.NBOSSpawner"
 #
 #     c.JupyterHub.spawner_class = "nbos_spawner.docker_spawner.NBOSDockerSpawner"
 #
+# … or of the least loaded host's, which the hub must then be able to reach (docs/cluster.md):
+#
+#     c.NBOSDockerSpawner.hosts = {"gpu-1": {"url": "tcp://10.0.0.11:2376", "ca": …, "cert": …, "key": …}}
+#
 # In any form:
 c.NBOSSpawnerMixin.limits = limits
 # Whether standbys leave large variables in the store until a cell uses them (docs/state.md): off, on (from 64M), or

@@ -135,6 +135,28 @@ def busiest(spec: KernelSpec, hosts: Mapping[str, HostLoad]) -> str:
     return max(spec.placement, key=load)
 
 
+@dataclass(frozen=True, slots=True)
+class ServerHost:
+    """A living host as a place for users' Jupyter Servers. replicas: that are placed on it; servers: that run on it."""
+
+    name: str
+    draining: bool = False
+    cpus: int = 1
+    replicas: int = 0
+    servers: int = 0
+
+
+def place_server(hosts: Iterable[ServerHost], avoid: Container[str] = ()) -> str:
+    """The least loaded host: the one with the fewest replicas and servers for a CPU. Raises NoRoom."""
+    known = list(hosts)
+    open_hosts = [host for host in known if not host.draining and host.name not in avoid]
+    if not open_hosts:
+        why = [f"{host.name} {'drains' if host.draining else 'does not answer'}" for host in known]
+        reasons = "; ".join(sorted(why)[:8]) or "none of those that may has reported; start their gpu_daemon"
+        raise NoRoom(f"no host can take the server: {reasons}", lasting=False)
+    return min(open_hosts, key=lambda h: ((h.replicas + h.servers) / max(1, h.cpus), h.servers, h.name)).name
+
+
 def spread(placement: Mapping[str, str]) -> int:
     """How many different hosts the replicas stand on."""
     return len(set(placement.values()))

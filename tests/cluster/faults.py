@@ -90,7 +90,8 @@ async def done(fault: Fault, machines: Machines) -> AsyncIterator[None]:
                     fault.where,
                     "bash",
                     "-c",
-                    "docker ps -q --filter label=nbos.kernel | head -n 1 | xargs -r docker kill",
+                    # By their names: a replica that was started ahead has no label that says so.
+                    "docker ps -q --filter 'name=-[0-9a-f]{12}-[0-9]+$' | head -n 1 | xargs -r docker kill",
                 )
         await after(fault.seconds)
         yield

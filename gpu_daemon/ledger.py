@@ -1,8 +1,9 @@
 """Who holds which TPCs and how much memory of a host's devices: the grant ledger, without IO.
 
 It guarantees promise 3 for its host: no TPC, device or byte of device memory is granted twice, and a grant that was
-released is gone. Requests come in, a `GrantRecord` or a refusal goes out; the caller brings the time and the name of
-the grant. `validate_state` spells the promise out; an illegal step raises `LedgerError` with the latest steps.
+released is gone. A byte that a process still has after its grant (warm leftovers) is not granted to another replica.
+Requests come in, a `GrantRecord` or a refusal goes out; the caller brings the time and the name of the grant.
+`validate_state` spells the promise out; an illegal step raises `LedgerError` with the latest steps.
 
 A whole device is exclusive. A slice takes the device with the least room that still suffices (best fit), so that whole
 devices stay whole for as long as possible.
@@ -10,13 +11,13 @@ devices stay whole for as long as possible.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
-from gpu_daemon.book import Book, bits_of
+from gpu_daemon.book import Book, Holder, bits_of
 from nbos_cluster.gpumodel import is_model
 from nbos_cluster.records import Device, DeviceShare, GrantRecord, Resources
 
@@ -50,7 +51,8 @@ class Fit:
 
 @dataclass(frozen=True)
 class Request:
-    """What one execution asks for. `grant` is the name its grant will have; groups: those of its owner."""
+    """What one execution asks for. `grant` is the name its grant will have; groups: those of its owner. away: bytes
+    that come back to the device before its first line, from host memory."""
 
     grant: str
     owner: str
@@ -59,6 +61,24 @@ class Request:
     n: int
     resources: Resources
     groups: tuple[str, ...] = ()
+    away: int = 0
+
+    @property
+    def holder(self) -> Holder:
+        return (self.kernel, self.replica)
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """What stands between a request and its room is memory that others' processes left: on `count` of these devices
+    so many bytes."""
+
+    count: int
+    missing: Mapping[str, int]
+
+
+NOBODY: Holder = ("", -1)
+"""For questions about a request that is no replica's."""
 
 
 Kept = Mapping[str, tuple[int, int]]
@@ -90,6 +110,12 @@ class Ledger:
         """One device of each size."""
         self._ill = frozenset(uuid for uuid, book in self._books.items() if not book.device.healthy)
         self._story: deque[tuple[str, object]] = deque(maxlen=50)
+        self.stuck: set[Holder] = set()
+        """Replicas whose processes do not give back what they left."""
+        self._before: dict[str, dict[str, int]] = {}
+        """What the replica's process had on the devices of a grant before that was given."""
+        self._active: Counter[Holder] = Counter()
+        """How many grants a replica has."""
 
     # -- what is held -------------------------------------------------------------------------------------------------
 
@@ -99,6 +125,10 @@ class Ledger:
 
     def holds(self, grant: str) -> bool:
         return grant in self._grants
+
+    def holds_any(self, holder: Holder) -> bool:
+        """Whether the replica has a grant."""
+        return self._active[holder] > 0
 
     @property
     def books(self) -> Collection[Book]:
@@ -116,8 +146,13 @@ class Ledger:
         """An independent ledger in the same state, to play out what would happen."""
         twin = Ledger(self.host)
         twin._books = {uuid: book.copy() for uuid, book in self._books.items()}
-        twin._grants, twin._ill = dict(self._grants), self._ill
+        twin._active = Counter(self._active)
+        twin._grants, twin._ill, twin.stuck = dict(self._grants), self._ill, set(self.stuck)
         return twin
+
+    def left(self, holder: Holder) -> dict[str, int]:
+        """Bytes that the replica's process has, by device."""
+        return {uuid: book.left[holder] for uuid, book in self._books.items() if holder in book.left}
 
     # -- questions ----------------------------------------------------------------------------------------------------
 
@@ -127,22 +162,56 @@ class Ledger:
         return found if isinstance(found, Impossible) else None
 
     def fit(
-        self, resources: Resources, closed: Collection[str] = (), kept: Kept | None = None
+        self,
+        resources: Resources,
+        closed: Collection[str] = (),
+        kept: Kept | None = None,
+        holder: Holder = NOBODY,
+        away: int = 0,
     ) -> Fit | Busy | Impossible:
-        """The shares `resources` would get now. Devices named in `closed`, and the parts in `kept`, are somebody
-        else's."""
+        """The shares `resources` would get now, asked by `holder` whose process brings `away` bytes with it. Devices
+        named in `closed`, and the parts in `kept`, are somebody else's."""
         books = self._suitable(resources)
         if isinstance(books, Impossible):
             return books
         if not resources.wants_gpu:
             return Fit(())
+        if away > max(b.device.memory for b in books):
+            return Impossible(
+                f"this kernel's tensors wait in host memory and take {away / GIB:.1f} GiB, more than one GPU of host "
+                f"{self.host} has; delete some in a cell without a GPU (%%cpu), or restart the kernel"
+            )
         if closed or self._ill:
             books = [b for b in books if b.uuid not in closed and b.uuid not in self._ill]
+        ask = _Ask(resources, holder, away)
         if resources.gpus:
-            return self._fit_whole(resources, [b for b in books if b.uuid not in kept] if kept else books)
-        return self._fit_slice(resources, books, kept or {})
+            return self._fit_whole(ask, [b for b in books if b.uuid not in kept] if kept else books)
+        return self._fit_slice(ask, books, kept or {})
 
-    def drain_targets(self, resources: Resources, kept: Kept | None = None) -> frozenset[str]:
+    def shortage(self, request: Request, closed: Collection[str] = (), kept: Kept | None = None) -> Shortage | None:
+        """The devices on which the request lacks nothing but memory that others' processes have after their grants,
+        and how much; None where it lacks something else."""
+        books, kept, count = self._suitable(request.resources), kept or {}, max(request.resources.gpus, 1)
+        if isinstance(books, Impossible) or not request.resources.wants_gpu:
+            return None
+        ask = _Ask(request.resources, request.holder, request.away)
+        missing: dict[str, int] = {}
+        for book in books:
+            tpcs, memory = kept.get(book.uuid, (0, 0))
+            if book.uuid in closed or book.uuid in self._ill:
+                continue
+            if book.holders if request.resources.gpus else book.free_tpcs - tpcs < request.resources.tpcs:
+                continue
+            lacks = ask.memory(book) + memory - book.room(ask.holder)
+            if lacks <= 0:
+                count -= 1
+            elif lacks <= book.others_left(ask.holder):
+                missing[book.uuid] = lacks
+        return Shortage(count, missing) if 0 < count <= len(missing) else None
+
+    def drain_targets(
+        self, resources: Resources, kept: Kept | None = None, holder: Holder = NOBODY, away: int = 0
+    ) -> frozenset[str]:
         """The devices to keep free for a request that must wait: those that come closest to having room, beside what is
         `kept`.
 
@@ -155,13 +224,35 @@ class Ledger:
             books = [b for b in books if b.device.tpcs - kept.get(b.uuid, (0, 0))[0] >= resources.tpcs]
             if resources.gpus:
                 books = [b for b in books if b.uuid not in kept]
-        nearest = sorted(books, key=lambda b: (b.uuid in self._ill, b.used_tpcs, b.device.index))
+        ask = _Ask(resources, holder, away)
+        nearest = sorted(
+            books,
+            key=lambda b: (
+                b.uuid in self._ill,
+                self._held_up(b, ask),
+                b.used_tpcs,
+                b.others_left(holder),
+                b.device.index,
+            ),
+        )
         return frozenset(b.uuid for b in nearest[: max(resources.gpus, 1)])
 
-    def serves(self, resources: Resources, uuids: Collection[str]) -> bool:
+    def _held_up(self, book: Book, ask: _Ask) -> bool:
+        """Whether what a process does not give back keeps the request off the device, however long it waits."""
+        if not book.left or not self.stuck:
+            return False
+        stuck = sum(size for who, size in book.left.items() if who in self.stuck and who != ask.holder)
+        return book.device.memory - stuck < ask.memory(book)
+
+    def serves(self, resources: Resources, uuids: Collection[str], holder: Holder = NOBODY, away: int = 0) -> bool:
         """Whether these devices are well and, once nothing runs on them, what the request needs."""
         books = self._suitable(resources)
         if isinstance(books, Impossible) or len(uuids) < max(resources.gpus, 1) or not self._ill.isdisjoint(uuids):
+            return False
+        ask = _Ask(resources, holder, away)
+        held_up = {b.uuid for b in books if b.uuid in uuids and self._held_up(b, ask)}
+        # Where every device is held up by what does not come back, these are as good as others.
+        if held_up and not all(self._held_up(b, ask) for b in books):
             return False
         return set(uuids) <= {b.uuid for b in books}
 
@@ -232,7 +323,7 @@ class Ledger:
         """
         if request.grant in self._grants:
             raise self._error(f"grant {request.grant} is held already")
-        fit = self.fit(request.resources, closed, kept)
+        fit = self.fit(request.resources, closed, kept, request.holder, request.away)
         if not isinstance(fit, Fit):
             return fit
         record = GrantRecord(
@@ -245,7 +336,7 @@ class Ledger:
             shares=fit.shares,
             groups=request.groups,
         )
-        self._enter(record)
+        self._enter(record, request.away)
         return record
 
     def restore(self, record: GrantRecord) -> Busy | None:
@@ -256,21 +347,34 @@ class Ledger:
             book = self._books.get(share.uuid)
             if book is None:
                 return Busy(f"device {share.uuid} of grant {record.grant} is not on host {self.host} any more")
-            if not book.has_room_for(share):
+            if not book.has_room_for(share, (record.kernel, record.replica)):
                 return Busy(f"a part of device {share.uuid} of grant {record.grant} is held by another grant")
         self._enter(record)
         return None
 
-    def release(self, grant: str) -> GrantRecord | None:
-        """Give a grant back; None when it was given back before (releasing twice is no mistake)."""
+    def release(self, grant: str, used: bool = True) -> GrantRecord | None:
+        """Give a grant back; None when it was given back before (releasing twice is no mistake). What the process has
+        then was told (`set_left`) before. used: false where nothing ran under the grant, so that nothing came to the
+        device with it."""
         record = self._grants.pop(grant, None)
         if record is None:
             return None
         self._story.append(("release", grant))
+        holder, before = (record.kernel, record.replica), self._before.pop(grant, {})
+        self._active[holder] -= 1
+        if not used and before:
+            self.set_left(holder, {**self.left(holder), **before})
         for share in record.shares:
-            if not self._books[share.uuid].leave(grant, share):
+            if not self._books[share.uuid].leave(grant, share, holder):
                 raise self._error(f"{share.uuid} was not held by {grant} as its record says")
         return record
+
+    def set_left(self, holder: Holder, left: Mapping[str, int]) -> None:
+        """What the replica's process has now: these bytes, and on other devices none."""
+        self._story.append((f"{holder} has", dict(left)))
+        for uuid, book in self._books.items():
+            if left.get(uuid, 0) != book.left.get(holder, 0):
+                book.set_left(holder, left.get(uuid, 0))
 
     def set_health(self, uuid: str, healthy: bool, reason: str = "", passing: bool = False) -> None:
         """A device failed or recovered. Its grants stand; nobody new gets a part of it while it is unhealthy. passing:
@@ -284,7 +388,8 @@ class Ledger:
     def validate_state(self) -> None:
         """Promise 3, spelt out. Raises LedgerError when it is broken."""
         for uuid, book in self._books.items():
-            taken, memory, holders = 0, 0, set()
+            taken, memory, holders = 0, dict(book.left), set()
+            granted: dict[Holder, int] = {}
             for name, record in self._grants.items():
                 for share in (s for s in record.shares if s.uuid == uuid):
                     bits = bits_of(share.tpcs)
@@ -292,51 +397,79 @@ class Ledger:
                         raise self._error(f"a TPC of {uuid} is granted twice (grant {name}) or does not exist")
                     if share.whole and len(share.tpcs) != book.device.tpcs:
                         raise self._error(f"grant {name} holds {uuid} whole, but not all of its TPCs")
-                    taken, memory = taken | bits, memory + share.memory
+                    taken, who = taken | bits, (record.kernel, record.replica)
+                    granted[who] = granted.get(who, 0) + share.memory
                     holders.add(name)
+            for who, size in granted.items():
+                memory[who] = max(size, memory.get(who, 0))
             if holders != set(book.holders) or book.free != ((1 << book.device.tpcs) - 1) & ~taken:
                 raise self._error(f"the accounts of {uuid} are not those of the grants")
-            if (book.free_tpcs, book.free_memory) != (book.free.bit_count(), book.device.memory - memory):
+            if (book.free_tpcs, book.free_memory) != (book.free.bit_count(), book.device.memory - sum(memory.values())):
                 raise self._error(f"what is free of {uuid} was counted wrong")
-            if book.free_memory < 0:
+            if sum(granted.values()) > book.device.memory:
                 raise self._error(f"memory of {uuid} is granted twice")
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _enter(self, record: GrantRecord) -> None:
+    def _enter(self, record: GrantRecord, away: int = 0) -> None:
         self._story.append(("grant", record))
         self._grants[record.grant] = record
+        holder = (record.kernel, record.replica)
+        self._active[holder] += 1
+        if away:
+            self._before[record.grant] = {s.uuid: self._books[s.uuid].left.get(holder, 0) for s in record.shares}
         for share in record.shares:
-            self._books[share.uuid].enter(record.grant, share)
+            book = self._books[share.uuid]
+            book.enter(record.grant, share, holder)
+            if away > book.left.get(holder, 0):
+                book.set_left(holder, away)
 
-    def _fit_whole(self, resources: Resources, books: Sequence[Book]) -> Fit | Busy:
-        idle = [b for b in books if not b.holders]
+    def _fit_whole(self, ask: _Ask, books: Sequence[Book]) -> Fit | Busy:
+        resources, holder = ask.resources, ask.holder
+        idle = [b for b in books if not b.holders and ask.memory(b) <= b.room(holder)]
         if len(idle) < resources.gpus:
             suiting = [b for b in self._books.values() if _suits(b.device, resources)]
             count = sum(b.idle and b.device.healthy for b in suiting)
             such = "such " if len(suiting) < len(self._books) else ""
             return Busy(
                 f"{describe(resources)} asked, {count} of {len(suiting)} {such}GPUs of host {self.host} free"
+                + self._lacking(ask, [b for b in books if b.idle])
                 + self._users()
                 + self._out_of_use()
             )
-        chosen = sorted(idle, key=lambda b: (b.device.memory, b.device.index))[: resources.gpus]
+        # First those on which its process has something already.
+        chosen = sorted(idle, key=lambda b: (holder not in b.left, b.device.memory, b.device.index))[: resources.gpus]
         return Fit(tuple(_whole(b.device, resources.memory) for b in sorted(chosen, key=lambda b: b.device.index)))
 
-    def _fit_slice(self, resources: Resources, books: Sequence[Book], kept: Kept) -> Fit | Busy:
-        tpcs, best, least = resources.tpcs, None, 1 << 62
+    def _fit_slice(self, ask: _Ask, books: Sequence[Book], kept: Kept) -> Fit | Busy:
+        resources, tpcs, best, least = ask.resources, ask.resources.tpcs, None, 1 << 62
         for book in books:  # by index, so that of equals the first is taken
-            free = book.free_tpcs
-            if tpcs <= free < least and _leaves(book, resources, kept.get(book.uuid)):
+            free = book.free_tpcs if ask.holder not in book.left else -1  # where its process is already
+            if free < least and tpcs <= book.free_tpcs and _leaves(book, ask, kept.get(book.uuid)):
                 best, least = book, free
         if best is None:
             free = max((b.free_tpcs for b in books), default=0)
-            memory = max((b.free_memory for b in books), default=0)
+            memory = max((b.room(ask.holder) for b in books), default=0)
             return Busy(
-                f"{describe(resources)} asked, at most {free} TPCs and {memory / GIB:.1f} GiB of one GPU "
-                f"of host {self.host} free" + self._users() + self._out_of_use()
+                f"{describe(resources)} asked, at most {free} TPCs and {max(memory, 0) / GIB:.1f} GiB of one GPU "
+                f"of host {self.host} free"
+                + self._lacking(ask, [b for b in books if b.free_tpcs >= tpcs])
+                + self._users()
+                + self._out_of_use()
             )
         return Fit((_share(best.device, best.choose(tpcs), share_of(best.device, resources), whole=False),))
+
+    def _lacking(self, ask: _Ask, books: Sequence[Book]) -> str:
+        """Of devices that have the TPCs: what others' processes left on the one that is nearest."""
+        found = [(ask.memory(b) - b.room(ask.holder), b.device.index, b) for b in books]
+        short = [one for one in found if 0 < one[0] <= one[2].others_left(ask.holder)]
+        if not short:
+            return ""
+        lacks, index, book = min(short, key=lambda one: one[:2])
+        others = [who for who in book.left if who != ask.holder]
+        whose = "an idle notebook" if len(others) == 1 else f"{len(others)} idle notebooks"
+        verb = "does not give back" if self.stuck.issuperset(others) else "left there and may give back"
+        return f"; it waits for {lacks / GIB:.1f} GiB of GPU {index} that {whose} {verb}"
 
     def _users(self) -> str:
         count = len(self._grants)
@@ -388,10 +521,22 @@ def share_of(device: Device, resources: Resources) -> int:
     return device.memory * resources.tpcs // max(device.tpcs, 1)
 
 
-def _leaves(book: Book, resources: Resources, kept: tuple[int, int] | None) -> bool:
+@dataclass(frozen=True)
+class _Ask:
+    """Who asks for what. away: bytes that its process brings with it, so that it takes at least those."""
+
+    resources: Resources
+    holder: Holder
+    away: int
+
+    def memory(self, book: Book) -> int:
+        return max(share_of(book.device, self.resources), self.away)
+
+
+def _leaves(book: Book, ask: _Ask, kept: tuple[int, int] | None) -> bool:
     """Whether the slice fits beside what is kept. Its TPCs alone are known to fit."""
     tpcs, memory = kept or (0, 0)
-    return book.free_tpcs - tpcs >= resources.tpcs and book.free_memory - memory >= share_of(book.device, resources)
+    return book.free_tpcs - tpcs >= ask.resources.tpcs and book.room(ask.holder) - memory >= ask.memory(book)
 
 
 def _whole(device: Device, memory: int) -> DeviceShare:

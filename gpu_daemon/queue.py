@@ -14,10 +14,11 @@ clock; `wall` is what makes Unix time of them, for reservations.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from gpu_daemon.book import Holder
 from gpu_daemon.estimates import Durations, Waiter, play
-from gpu_daemon.ledger import Busy, Fit, Impossible, Kept, Ledger, Request
+from gpu_daemon.ledger import NOBODY, Busy, Fit, Impossible, Kept, Ledger, Request, Shortage
 from gpu_daemon.order import Order, Policy, Waiting
 from gpu_daemon.reservations import Calendar, Reservation
 from gpu_daemon.seats import Seats
@@ -53,13 +54,22 @@ class Ended:
 
 
 @dataclass(frozen=True)
+class Brings:
+    """While it waits its process moved so many bytes to host memory, in all: they come back with its grant."""
+
+    grant: str
+    away: int
+    now: float
+
+
+@dataclass(frozen=True)
 class Room:
     """Something else changed (a device's health, a restored grant, the hour): look again."""
 
     now: float
 
 
-Event = Arrive | Leave | Ended | Room
+Event = Arrive | Leave | Ended | Brings | Room
 
 
 @dataclass(frozen=True)
@@ -133,6 +143,10 @@ class FairQueue:
                 return self._drop(event.grant, event.now)
             case Ended():
                 return self._ended(event)
+            case Brings(grant, away, now):
+                if (waiting := self._waiting.get(grant)) is not None:
+                    waiting.request = replace(waiting.request, away=away)
+                return self._pump(now)
             case Room():
                 self._seats.changed()
                 return self._pump(event.now)
@@ -210,7 +224,7 @@ class FairQueue:
         return self._pump(now)
 
     def _ended(self, event: Ended) -> list[Instruction]:
-        self.ledger.release(event.grant)
+        self.ledger.release(event.grant, event.used)
         self._seats.changed()
         run = self._running.pop(event.grant, None)
         if run is not None:
@@ -242,24 +256,29 @@ class FairQueue:
 
     def _next(self, now: float) -> Instruction | None:
         """The first request, in order, that goes in (or never can any more); the first blocked one is the head."""
-        hopeless: set[tuple[Resources, tuple[str, ...]]] = set()
+        hopeless: set[tuple[Resources, tuple[str, ...], Holder, int]] = set()
         for place, name in enumerate(self.order(now)):
             waiting = self._waiting[name]
             shape = waiting.request.resources
             keeping = tuple(r.name for r in self._keeping(waiting, now))
-            if place and (shape, keeping) in hopeless:
+            kind = (shape, keeping, *self._particular(waiting.request))
+            if place and kind in hopeless:
                 continue
             result = self._try(waiting, self._closed if place else frozenset(), now)
             if isinstance(result, Busy):
                 if place == 0:
                     self._hold(waiting, keeping, now)
                 else:
-                    hopeless.add((shape, keeping))
+                    hopeless.add(kind)
                 continue
             self._waiting.pop(name, None)
             self._forget(name)
             return result if isinstance(result, Admit) else Refuse(name, "impossible", result.reason)
         return None
+
+    def _particular(self, request: Request) -> tuple[Holder, int]:
+        """What makes it fit where another of its shape does not: memory that its own process has, or brings."""
+        return (request.holder if self.ledger.left(request.holder) else NOBODY), request.away
 
     def _try(self, waiting: Waiting, closed: frozenset[str], now: float) -> Admit | Busy | Impossible:
         result = self.ledger.reserve(waiting.request, closed, self._kept(waiting, now))
@@ -276,14 +295,29 @@ class FairQueue:
 
     def _hold(self, waiting: Waiting, keeping: tuple[str, ...], now: float) -> None:
         """It is first and does not fit: keep devices for it, the same ones for as long as they can serve it."""
-        name, shape = waiting.request.grant, waiting.request.resources
+        request, ledger = waiting.request, self.ledger
+        name, shape, who = request.grant, request.resources, (request.holder, request.away)
         self.stale = self.stale or self._head != name
         self._head = name
-        if keeping and isinstance(self.ledger.fit(shape), Fit):
+        if keeping and isinstance(ledger.fit(shape, (), None, *who), Fit):
             # Only a reservation is in its way: who ends before that takes nothing from it.
             self._drain = (name, keeping, frozenset())
-        elif self._drain[:2] != (name, keeping) or not self.ledger.serves(shape, self._drain[2]):
-            self._drain = (name, keeping, self.ledger.drain_targets(shape, self._kept(waiting, now)))
+        elif self._drain[:2] != (name, keeping) or not ledger.serves(shape, self._drain[2], *who):
+            self._drain = (name, keeping, ledger.drain_targets(shape, self._kept(waiting, now), *who))
+
+    def shortage(self, now: float) -> tuple[Request, Shortage] | None:
+        """The first request, in order, that would go in if other processes gave back what they left on a device."""
+        for place, name in enumerate(self.order(now)):
+            waiting = self._waiting[name]
+            request, kept = waiting.request, self._kept(waiting, now)
+            # For the head the devices that are kept free for it, where one of those will do.
+            others = frozenset(d.uuid for d in self.ledger.devices) - self._closed if not place else self._closed
+            found = self.ledger.shortage(request, others, kept)
+            if found is None and not place:
+                found = self.ledger.shortage(request, (), kept)
+            if found is not None:
+                return request, found
+        return None
 
     def _keeping(self, waiting: Waiting, now: float) -> tuple[Reservation, ...]:
         """The reservations that keep room from this request: those that are on, or begin before it most likely ends.
@@ -322,11 +356,12 @@ class FairQueue:
             return []
         order = self.order(now)
         estimates = self._estimates(order, now)
-        whys: dict[tuple[Resources, tuple[str, ...]], str] = {}
+        whys: dict[tuple[Resources, tuple[str, ...], Holder, int], str] = {}
         tells, latest = [], self._waiting[order[0]]
         for place, name in enumerate(order):
             waiting = self._waiting[name]
-            key = (waiting.request.resources, tuple(r.name for r in self._keeping(waiting, now)))
+            request, keeping = waiting.request, tuple(r.name for r in self._keeping(waiting, now))
+            key = (request.resources, keeping, *self._particular(request))
             if key not in whys:
                 whys[key] = self._why(waiting, now)
             latest = max(latest, waiting, key=lambda w: w.number)
@@ -335,13 +370,13 @@ class FairQueue:
         return tells
 
     def _why(self, waiting: Waiting, now: float) -> str:
-        resources, host = waiting.request.resources, self.ledger.host
-        fit = self.ledger.fit(resources)
+        request, host = waiting.request, self.ledger.host
+        resources, who = request.resources, (request.holder, request.away)
+        fit = self.ledger.fit(resources, (), None, *who)
         if isinstance(fit, Busy | Impossible):
             return fit.reason
         keeping = self._keeping(waiting, now)
-        if keeping and isinstance(self.ledger.fit(resources, (), self._seats.kept(keeping)), Busy):
-            request = waiting.request
+        if keeping and isinstance(self.ledger.fit(resources, (), self._seats.kept(keeping), *who), Busy):
             return reserved(host, keeping, self.durations.bound(request.owner, request.kernel))
         return f"the room on host {host} is kept for a larger request that waits longer"
 
@@ -363,8 +398,10 @@ class FairQueue:
 
     def _not_before(self, waiting: Waiting, now: float) -> float:
         """When the reservations end that alone are in the way of the request; 0 where something else is."""
-        keeping, resources = self._keeping(waiting, now), waiting.request.resources
-        if not keeping or not isinstance(self.ledger.fit(resources), Fit):
+        keeping, request = self._keeping(waiting, now), waiting.request
+        if not keeping or not isinstance(
+            self.ledger.fit(request.resources, (), None, request.holder, request.away), Fit
+        ):
             return 0.0
         windows = [self._calendar.window(r, now + self.wall) for r in keeping]
         return max(w[1] for w in windows if w is not None) - self.wall

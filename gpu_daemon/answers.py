@@ -60,6 +60,7 @@ class Answers:
             "append": self._append,
             "applied": self._applied,
             "release": self._release,
+            "gave_back": self._gave_back,
             "status": self._status,
             "outcome": self._outcome,
         }
@@ -90,6 +91,10 @@ class Answers:
             await self._commits.resume(replica, *said.running)
         elif said.running is None:
             self._expect_use(session)
+        left = requests.left(message)
+        if left is not None and replica.held is None:
+            self._bidding.giving.told(replica, left)
+            self._bidding.room_changed()
         self._heard(replica)
         view = self._view(replica)
         return {
@@ -216,7 +221,15 @@ class Answers:
         return {}, b""
 
     async def _release(self, session: Session, message: Message, payload: bytes) -> Reply:
-        self._commits.release(session.replica, requests.number(message, "n"), requests.took(message))
+        replica, n = session.replica, requests.number(message, "n")
+        left, peak = requests.left(message), requests.left(message, "peak") or {}
+        if left is not None and replica.held is not None and replica.held.n == n:
+            self._bidding.giving.told(replica, left, peak)
+        self._commits.release(replica, n, requests.took(message))
+        return {}, b""
+
+    async def _gave_back(self, session: Session, message: Message, payload: bytes) -> Reply:
+        self._bidding.gave_back(session.replica, requests.gave_back(message))
         return {}, b""
 
     async def _status(self, session: Session, message: Message, payload: bytes) -> Reply:

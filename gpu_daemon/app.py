@@ -20,6 +20,7 @@ from gpu_daemon import inventory
 from gpu_daemon.blobs import open_store
 from gpu_daemon.daemon import Daemon
 from gpu_daemon.docker_config import Docker
+from gpu_daemon.giving_config import GivingBack
 from gpu_daemon.health import Watched
 from gpu_daemon.health_config import Health
 from gpu_daemon.metrics.config import Metrics
@@ -149,7 +150,7 @@ class GPUDaemon(Application):
         config=True
     )
 
-    classes: Any = [Docker, Health, Metrics, Slicing, Warm, Watchdog]  # noqa: RUF012  as traitlets wants it
+    classes: Any = [Docker, GivingBack, Health, Metrics, Slicing, Warm, Watchdog]  # noqa: RUF012  as traitlets wants it
     aliases: Any = {  # noqa: RUF012  as traitlets wants it
         **Application.aliases,
         "config": "GPUDaemon.config_file",
@@ -251,6 +252,7 @@ class GPUDaemon(Application):
             accounts_days=self.accounts_days,
             allowed_slowdown=self.allowed_slowdown,
             metrics_owners=Metrics(parent=self).owners,
+            giving_back=GivingBack(parent=self).policy(),
         )
         devices, blobs = self.find_devices(), open_store(self.blob_store, self.blob_store_options)
         runtime = self.make_runtime(host, devices, endpoints)

@@ -19,11 +19,12 @@ from msgspec.structs import replace
 from gpu_daemon import ledger, queue
 from gpu_daemon.accounting import Accounting
 from gpu_daemon.fleet import ReplicaId
+from gpu_daemon.giving import Giving
 from gpu_daemon.limits import over_limit
 from gpu_daemon.openbid import OpenBid, Yielded
 from gpu_daemon.publishing import Publisher
 from gpu_daemon.replica import Held, LocalReplica
-from gpu_daemon.requests import BidRequest
+from gpu_daemon.requests import BidRequest, GaveBack
 from gpu_daemon.site import Site, log, plain
 from gpu_daemon.transactions import withdraw
 from nbos_cluster import election, keys, moving
@@ -47,6 +48,7 @@ EPOCH_TRIES = 5
 class Bidding:
     def __init__(self, site: Site, publisher: Publisher, accounting: Accounting) -> None:
         self._site, self._publisher, self._accounting = site, publisher, accounting
+        self.giving = Giving(site)
         self._open: dict[ReplicaId, OpenBid] = {}
         self._queued: dict[str, OpenBid] = {}
         self._names, self._numbers = uuid.uuid4().hex[:12], itertools.count()
@@ -188,7 +190,14 @@ class Bidding:
         id, request = bid.replica.id, bid.request
         sized = self._site.sizing.wish(spec.owner, request, self._site.ledger.devices)
         wish = ledger.Request(
-            bid.grant_name, spec.owner, id.kernel, id.index, request.n, sized.resources, groups=spec.groups
+            bid.grant_name,
+            spec.owner,
+            id.kernel,
+            id.index,
+            request.n,
+            sized.resources,
+            groups=spec.groups,
+            away=request.away,
         )
         granted: asyncio.Future[GrantRecord] = asyncio.get_running_loop().create_future()
         bid.granted = granted
@@ -304,6 +313,15 @@ class Bidding:
         self._accounting.end(name, used)
         self._carry_out(self._site.queue.handle(queue.Ended(name, self._site.now(), used)))
 
+    def gave_back(self, replica: LocalReplica, said: GaveBack) -> None:
+        """A replica answers that it moved what it had on a device to host memory, or why it did not."""
+        self.giving.gave(replica, said)
+        bid = self._open.get(replica.id)
+        if bid is not None and bid.grant_name in self._queued:
+            brings = queue.Brings(bid.grant_name, said.away, self._site.now())
+            self._carry_out(self._site.queue.handle(brings))
+        self.room_changed()
+
     def room_changed(self) -> None:
         self._site.queue.wall = time.time() - self._site.now()
         self._carry_out(self._site.queue.handle(queue.Room(self._site.now())))
@@ -322,6 +340,7 @@ class Bidding:
                 granted.set_result(step.grant)
             else:
                 granted.set_exception(Yielded(step.code, step.reason))
+        self.giving.look()
         if self._site.queue.stale and self._news is None:
             self._news = asyncio.get_running_loop().call_later(
                 NEWS_AFTER + NEWS_EACH * len(self._site.queue), self._tell_news

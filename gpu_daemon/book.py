@@ -64,21 +64,23 @@ class Book:
         return bits & ~self.free == 0 and share.memory <= self.room(holder)
 
     def enter(self, grant: str, share: DeviceShare, holder: Holder) -> None:
-        bits, before = bits_of(share.tpcs), self._taken(holder)
+        bits, warm = bits_of(share.tpcs), holder in self.left
+        before = self._taken(holder) if warm else 0
         self.holders[grant] = (bits, share.memory, holder)
         self.free &= ~bits
         self.free_tpcs -= len(share.tpcs)
-        self.free_memory -= self._taken(holder) - before if holder in self.left else share.memory
+        self.free_memory -= self._taken(holder) - before if warm else share.memory
 
     def leave(self, grant: str, share: DeviceShare, holder: Holder) -> bool:
         """False when the grant did not hold exactly this share."""
-        held, before = self.holders.get(grant), self._taken(holder)
+        held, warm = self.holders.get(grant), holder in self.left
+        before = self._taken(holder) if warm else 0
         if held is None or held != (bits_of(share.tpcs), share.memory, holder):
             return False
         del self.holders[grant]
         self.free |= held[0]
         self.free_tpcs += len(share.tpcs)
-        self.free_memory += before - self._taken(holder) if holder in self.left else held[1]
+        self.free_memory += before - self._taken(holder) if warm else held[1]
         return True
 
     def set_left(self, holder: Holder, size: int) -> None:
@@ -92,8 +94,6 @@ class Book:
 
     def _taken(self, holder: Holder) -> int:
         """Bytes that count as the replica's."""
-        if not self.left and not self.holders:
-            return 0
         return max(self.granted(holder), self.left.get(holder, 0))
 
     def choose(self, count: int) -> tuple[int, ...]:

@@ -190,10 +190,12 @@ class Commits:
     def replica_died(self, replica: LocalReplica, reason: str) -> None:
         """Its process is gone: what it held ends at once here, and in etcd as soon as that answers."""
         self._bidding.replica_died(replica)
+        self._bidding.giving.died(replica)
         held, replica.held = replica.held, None
         if held is None:
             # What it was granted before a restart of the daemon, or before its claim was lost.
             self.drop_saved_grant(replica)
+            self._bidding.room_changed()
             return
         grant = held.grant
         self.end_grant(replica, held, recorded=False)
@@ -225,6 +227,10 @@ class Commits:
         await self._site.until(lambda: not free(self._site.view(kernel), n), 1.0)
 
     # -- after a restart of the daemon --------------------------------------------------------------------------------
+
+    def found(self, replica: LocalReplica) -> None:
+        """An earlier daemon's replica lives: what its process had on devices then counts until it tells again."""
+        self._bidding.giving.told(replica, self._site.rundir.load_left(replica.id))
 
     async def resume(self, replica: LocalReplica, n: int, token: int) -> None:
         """A replica that this daemon does not know to hold anything says that it runs n: check, and take it up."""

@@ -88,6 +88,8 @@ class Daemon:
         self._driver = watched.driver if watched is not None else ""
         self._health = HealthWatch(self._site, watched or Watched(), self._health_changed, self._looked)
         self._watch = watch
+        if watch is not None:
+            watch.measured = self._bidding.giving.measured
         self.metrics = Exposition(self._site, self._bidding.waits)
         self._lease = 0
         self._since = time.time()

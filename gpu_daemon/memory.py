@@ -36,3 +36,11 @@ def private(pid: int) -> int:
     except OSError:
         return 0
     return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("Private_", "Swap:")))
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that a process of this host has; 0 when it is gone."""
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
+        return 0

@@ -310,6 +310,7 @@ class Replicas:
             replica.incarnation = int(saved.get("incarnation", 1))
             replica.ports = handle.ports or replica.ports
             self._fleet.handle(fleet.Found(id, replica.incarnation, self._site.now()))
+            self._commits.found(replica)
             grant = self._site.rundir.load_grant(id)
             if grant is not None:
                 refused = self._site.ledger.restore(grant)

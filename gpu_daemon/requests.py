@@ -15,6 +15,8 @@ MAX_LACKS = 200
 MAX_LACKS_TEXT = 300
 MAX_CODE = 64
 MAX_SECONDS = 1e8
+MAX_MEMORY = 1 << 60
+MAX_DEVICES = 256
 
 
 class RequestError(ValueError):
@@ -48,6 +50,8 @@ class BidRequest:
     applied: int
     code: str = ""
     """Fingerprint of what the cell does; '' where it must get exactly what it asks for."""
+    away: int = 0
+    """Bytes that come from host memory to the device before its first line."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,41 @@ def bid(message: Message) -> BidRequest:
         wait=flag(message, "wait"),
         applied=number(message, "applied", least=-1),
         code=text(message, "code", "")[:MAX_CODE],
+        away=number(message, "away", default=0, most=MAX_MEMORY),
     )
+
+
+@dataclass(frozen=True)
+class GaveBack:
+    """left: bytes of its process by device. away: in host memory, for the next cell. moved: bytes that went there now,
+    in so many seconds. stays: why something is left."""
+
+    left: dict[str, int]
+    away: int
+    moved: int
+    stays: str
+    seconds: float
+
+
+def gave_back(message: Message) -> GaveBack:
+    seconds = message.get("seconds")
+    return GaveBack(
+        left=left(message) or {},
+        away=number(message, "away", default=0, most=MAX_MEMORY),
+        moved=number(message, "moved", default=0, most=MAX_MEMORY),
+        stays=text(message, "stays", "")[:MAX_LACKS_TEXT],
+        seconds=seconds if isinstance(seconds, float) and 0 <= seconds < MAX_SECONDS else 0.0,
+    )
+
+
+def left(message: Message, name: str = "left") -> dict[str, int] | None:
+    """Bytes by device; None where it does not say. A device that this host does not have is nobody's business."""
+    raw = message.get(name)
+    if raw is None:
+        return None
+    if not isinstance(raw, dict) or len(raw) > MAX_DEVICES:
+        raise RequestError(f"{name} must be an object of at most {MAX_DEVICES} devices")
+    return {str(uuid)[:MAX_CODE]: number(raw, uuid, most=MAX_MEMORY) for uuid in raw}
 
 
 def took(message: Message) -> Took | None:

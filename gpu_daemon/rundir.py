@@ -2,8 +2,9 @@
 
     <run>/lease.json                the lease's id
     <run>/accounts.db               what was used (SQLite; see journal)
-    <run>/r/<12 digits>-<index>/    one replica: replica.json, grant, log; the runtime's own: connection.json,
-                                    process.json and s (the socket), or a folder d with what its container sees
+    <run>/r/<12 digits>-<index>/    one replica: replica.json, grant, left.json, log; the runtime's own:
+                                    connection.json, process.json and s (the socket), or a folder d with what its
+                                    container sees
     <run>/w/<8 digits>/             one container that waits: its folder d
 
 Everything is for this user alone (folders 0700, files 0600). Names are short because the path of a Unix socket may have
@@ -21,7 +22,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -112,6 +113,14 @@ class RunDir:
             return records.decode((self.folder(id) / "grant").read_bytes(), GrantRecord)
         except (OSError, records.RecordError):
             return None
+
+    def save_left(self, id: ReplicaId, left: Mapping[str, int]) -> None:
+        """What its process has on devices between cells."""
+        write_json(self.folder(id) / "left.json", dict(left))
+
+    def load_left(self, id: ReplicaId) -> dict[str, int]:
+        left = read_json(self.folder(id) / "left.json") or {}
+        return {uuid: size for uuid, size in left.items() if isinstance(size, int)}
 
     def save_lease(self, lease: int) -> None:
         """Without it a restarted daemon waits until this lease has ended, and claims anew what runs."""

@@ -23,6 +23,7 @@ from gpu_daemon.queue import FairQueue
 from gpu_daemon.rundir import RunDir
 from gpu_daemon.sizing import Sizing
 from gpu_daemon.slicing.offers import Offers
+from gpu_daemon.tiers import Policy
 from nbos_cluster.etcd import Etcd, EtcdError, EtcdUnavailable, Lease, LeaseGone
 from nbos_cluster.kernelview import KernelView, KernelViews
 from nbos_cluster.kv import Txn, TxnResult
@@ -71,6 +72,7 @@ class Settings:
     accounts_days: int = 100
     allowed_slowdown: float = 0.0
     metrics_owners: bool = False
+    giving_back: Policy = field(default_factory=Policy)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from .capture import parked
-from .gpu import budget, offload
+from .gpu import budget, leftovers, offload
 from .gpu.confine import Confinement, Held
 from .gpu.grants import COOPERATIVE, Grant, Share, from_wire
 
@@ -60,8 +60,28 @@ def bind(granted: Grant | None) -> str:
     else:
         notice = _choose(torch, real) if real else ""
     if real and parked.anything():
+        _start_cuda()
         parked.bring_home()
+    if granted is not None and granted.simulated and (played := sys.modules.get("nbos_kernel.simgpu")) is not None:
+        played.bring_home(granted)
     return notice
+
+
+def left() -> leftovers.Told:
+    """What this process has on its devices now."""
+    return leftovers.tell(_running_torch())
+
+
+def give_back() -> dict[str, Any]:
+    """The daemon asks for the room, and no cell runs. What came of it, for the daemon."""
+    return leftovers.give_back(_running_torch())
+
+
+def _start_cuda() -> None:
+    """Before tensors come from host memory: bound as it starts, the grant's limit would count them as new."""
+    start = getattr(getattr(sys.modules.get("torch"), "cuda", None), "init", None)
+    if start is not None:
+        start()
 
 
 def bring_parked() -> None:
@@ -174,6 +194,7 @@ def _running_torch() -> Any:
 def _choose(torch: Any, shares: list[Share]) -> str:
     count = torch.cuda.device_count()
     found = {f"GPU-{torch.cuda.get_device_properties(i).uuid}": i for i in range(count)}
+    leftovers.know(list(found))
     numbers = [found[share.uuid] for share in shares if share.uuid in found]
     if len(numbers) < len(shares):
         missing = ", ".join(share.uuid for share in shares if share.uuid not in found)
@@ -182,6 +203,9 @@ def _choose(torch: Any, shares: list[Share]) -> str:
             "another device any more; restart the kernel to use it."
         )
     torch.cuda.set_device(numbers[0])
+    if parked.anything():
+        # Before the limit: the room for them is reserved, also where the cell asked for less than they take.
+        parked.bring_home()
     return _hold(torch, numbers, shares)
 
 

@@ -26,6 +26,7 @@ from nbos_cluster import wire
 from . import binding, oversize, resources, sizing
 from .append import Appender, Entry
 from .blobchannel import BlobChannel
+from .gpu import leftovers
 from .link import DaemonAway, Link
 from .looking import Looking
 from .pace import pace
@@ -87,6 +88,8 @@ class Execution:
         self.latest: Message = {}
         """The request of the execution that was led last."""
         self._bidding: tuple[int, Message, Any] | None = None
+        self.queues = False
+        """A bid waits for its answer, and the main thread for nothing else."""
         self._cancelled: set[str] = set()  # msg_ids
         self._left = asyncio.Event()
         self._loop = asyncio.get_event_loop()
@@ -170,10 +173,12 @@ class Execution:
         if running is not None and running.granted:
             running.granted = False
             peak, notice = binding.peak(), binding.unbind()
+            told = binding.left()
             self._replica.uses.end(time.monotonic(), peak, self._replica.history.last())
             if notice:
                 self._appender.tell_user(notice)
-            self._link.tell({"type": "release", "n": running.n, "took": pace.took(running.status == "ok")})
+            took = pace.took(running.status == "ok")
+            self._link.tell({"type": "release", "n": running.n, "took": took, "left": told.left, "peak": told.peak})
 
     async def replied(self, status: str) -> None:
         """The reply is ready and not sent: the place for a durable append."""
@@ -206,6 +211,11 @@ class Execution:
         await self._replica.catch_up(self._appender.applied)
         self._looking.after_entry()
 
+    def give_back(self, message: Message) -> None:
+        """Somebody waits for what this process left on a device, and no cell runs."""
+        self._looking.disturb()
+        self._link.tell({"type": "gave_back", "ask": message.get("ask"), **binding.give_back()})
+
     def waiting(self, message: Message) -> None:
         """The daemon pushed our place in the queue."""
         if self._bidding is not None and self._bidding[0] == message.get("n"):
@@ -237,6 +247,8 @@ class Execution:
         wait = bool(asked.get("wait"))
         bid = {"type": "bid", "n": n, "attempt": int(asked.get("attempt", 1)), "kind": kind, "resources": needs}
         bid["wait"] = wait
+        if away := leftovers.away():
+            bid["away"] = away
         if kind == "cell":
             bid["code"] = self._code(parent, needs)
         self._left.clear()
@@ -303,6 +315,7 @@ class Execution:
         try:
             message, _ = request.future.result(timeout=FAST)
         except concurrent.futures.TimeoutError:
+            self.queues = True
             answer = asyncio.wrap_future(request.future)
             away = 0.0
             while not (await asyncio.wait({answer}, timeout=0.25))[0]:
@@ -313,6 +326,8 @@ class Execution:
                 message, _ = answer.result()
             except (DaemonAway, wire.WireError) as err:
                 return _yield("unavailable", str(err))
+            finally:
+                self.queues = False
         if not message.get("ok", False):
             return _yield("unavailable", str(message.get("error", "refused")))
         return message

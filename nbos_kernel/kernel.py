@@ -47,6 +47,9 @@ GATHER = 0.05
 """Seconds in which a standby gathers entries before it applies them: while cells follow each other it is woken, and
 tells its daemon how far it is, once for many. Entries with blobs are worth being woken for."""
 
+SOON = 0.05
+"""Seconds after which it is looked again whether device memory can be given back now."""
+
 DIRECT = (
     "this is one replica of an NBOS kernel; cells go through the kernel's router (the ports that the Jupyter Server "
     "gives), which numbers them in metadata.nbos_execution"
@@ -134,6 +137,7 @@ class NBOSKernel(LoadingKernel):
             "ip": self.parent.ip if self.parent is not None else "127.0.0.1",
             "applied": self.replica.applied,
             "running": self.execution.state(),
+            "left": binding.left().left,
             "site": sys.prefix,
         }
 
@@ -158,6 +162,8 @@ class NBOSKernel(LoadingKernel):
             self._publish_members({key: value for key, value in message.items() if key != "type"})
         elif kind == "token":
             self.execution.renewed(message["n"], message["token"])  # at once: a cell may hold the main thread
+        elif kind == "give_back":
+            self._soon(self._give_back, message)
         elif kind == "gpu_misuse":
             self._misuse(str(message.get("stage", "")), str(message.get("text", "")))
         elif kind == "exit":
@@ -209,6 +215,14 @@ class NBOSKernel(LoadingKernel):
         await self.execution.settled()
         async with self._main_asyncio_lock:
             await self.execution.catch_up()
+
+    def _give_back(self, message: Message) -> None:
+        """Between cells, or while one only waits for its turn: in one step of the main loop, so that no cell and no
+        capture is in the middle of anything. A cell that got a GPU meanwhile has it; its end tells what is left."""
+        if self.execution.queues or not self._main_asyncio_lock.locked():
+            self.execution.give_back(message)
+        elif binding.grant() is None:
+            asyncio.get_running_loop().call_later(SOON, self._give_back, message)
 
     async def _read(self, hashes: Sequence[str], target: Target, chunk: int) -> int:
         try:

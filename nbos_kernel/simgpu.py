@@ -11,17 +11,21 @@
     simgpu.fault("an illegal memory access")  # what is called next raises simgpu.DeviceFault, until the next cell
 
 No GPU and no data: it is for trying, showing and testing the daemon's policies (slices, queues, right-sizing) without
-hardware. Durations follow l(t) = m/t + b (`nbos_cluster.simdevice`); the cell sleeps, and can be interrupted. Memory is
-given back at the end of the cell.
+hardware. Durations follow l(t) = m/t + b (`nbos_cluster.simdevice`); the cell sleeps, and can be interrupted. What is
+allocated stays on the device until it is freed or its name is gone, as a tensor does; when somebody else needs the room
+it goes to host memory, and comes back before the next cell's first line, both at the model's bandwidth.
 """
 
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from nbos_cluster.simdevice import Device, DeviceFault, Failed, Kernel, OutOfMemory
+from nbos_cluster.simdevice.parameters import PCIE5_BANDWIDTH
 
 from . import binding, resources
 from .pace import pace
@@ -51,17 +55,78 @@ class _Played:
 _played: _Played | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Allocation:
-    """Bytes of device memory."""
+    """Bytes of device memory. where: UUID of the device they are on, '' in host memory."""
 
     size: int
-    _device: Device
+    where: str = ""
+    _device: Device | None = field(default=None, repr=False)
 
     def free(self) -> None:
-        if self.size:
+        if self.size and self._device is not None:
             self._device.free(_ME, self.size)
-            self.size = 0
+        self.size, self._device = 0, None
+
+    def __del__(self) -> None:
+        self.free()
+
+    def __reduce__(self) -> Any:
+        return _arrived, (self.size,)  # elsewhere it is in host memory, until a cell there gets a device
+
+
+_refs: dict[int, weakref.ref[Allocation]] = {}
+
+
+def _known(allocation: Allocation) -> Allocation:
+    key = id(allocation)
+    _refs[key] = weakref.ref(allocation, lambda _: _refs.pop(key, None))
+    return allocation
+
+
+def _living() -> list[Allocation]:
+    """Any thread may ask."""
+    return [one for ref in list(_refs.values()) if (one := ref()) is not None and one.size]
+
+
+def _arrived(size: int) -> Allocation:
+    return _known(Allocation(size))
+
+
+# -- what stays after a cell ------------------------------------------------------------------------------------------
+
+
+def left() -> dict[str, int]:
+    """Bytes on each simulated device."""
+    found: dict[str, int] = {}
+    for one in _living():
+        if one.where:
+            found[one.where] = found.get(one.where, 0) + one.size
+    return found
+
+
+def away() -> int:
+    """Bytes in host memory, or on another device than the next grant may name: they move before the next cell."""
+    return sum(one.size for one in _living() if not one.where)
+
+
+def offload() -> int:
+    """Move everything to host memory; how many bytes that were."""
+    return _move([one for one in _living() if one.where], "")
+
+
+def bring_home(granted: binding.Grant) -> None:
+    """A cell was granted a simulated device: what is elsewhere moves there."""
+    uuid = granted.devices[0]
+    _move([one for one in _living() if one.where not in granted.devices], uuid)
+
+
+def _move(some: list[Allocation], to: str) -> int:
+    size = sum(one.size for one in some)
+    time.sleep(size / PCIE5_BANDWIDTH)
+    for one in some:
+        one.where, one._device = to, None
+    return size
 
 
 def run(work: float, serial: float = 0.0, width: int = 0) -> float:
@@ -94,9 +159,9 @@ def steps(count: int, work: float, serial: float = 0.0, width: int = 0) -> Itera
 
 def allocate(size: int | str) -> Allocation:
     """Raises OutOfMemory beyond what the grant has left."""
-    device, wanted = _current().device, _bytes(size)
-    device.allocate(_ME, wanted)
-    return Allocation(wanted, device)
+    played, wanted = _current(), _bytes(size)
+    played.device.allocate(_ME, wanted)
+    return _known(Allocation(wanted, played.grant.devices[0], played.device))
 
 
 def fault(reason: str) -> None:
@@ -113,8 +178,12 @@ def _current() -> _Played:
     if not held.simulated:
         raise NoSimulatedGrant(f"this cell holds a real GPU ({', '.join(held.devices)}); use it as you always do")
     if _played is None or _played.grant is not held:
+        here = [one for one in _living() if one.where in held.devices]
+        size = sum(one.size for one in here)
         device = Device(max(held.tpcs, 1), max(held.memory, 1))
-        device.open(_ME)
+        device.open(_ME, used=size)
+        for one in here:
+            one._device = device
         _played = _Played(held, device, time.monotonic())
     return _played
 

@@ -50,6 +50,10 @@ class Meters:
         self._grants = self._counter("grants", "Grants of GPUs that a cell got: of whole devices, or slices.", whose)
         self._waited = self._histogram("gpu_wait_seconds", "How long cells that got GPUs waited for them.", LONG, whose)
         self._held = self._histogram("gpu_held_seconds", "How long cells held their GPUs.", LONG, whose)
+        self._back = self._counter(
+            "gave_back_bytes", "Bytes of GPU memory that idle cells' processes gave back for others, by tier.", ["tier"]
+        )
+        self._back_time = self._histogram("gave_back_seconds", "How long one of them took for it.", STORING, ["tier"])
         self._refusals = self._counter("refusals", "Requests of replicas that were refused, by code.", ["code"])
         self._appends = self._histogram("append_seconds", "From an entry's arrival until it is in the log.", STORING)
         self._abandoned = self._counter("abandoned", "Executions that ended without an entry of their own.")
@@ -94,6 +98,11 @@ class Meters:
 
     def given_back(self, grant: GrantRecord, held: float) -> None:
         self._held[self._whose(grant)].observe(held)
+
+    def gave_back(self, tier: str, size: int, seconds: float) -> None:
+        """What a cell had left on a device was moved away for somebody else."""
+        self._back[(tier,)].inc(size)
+        self._back_time[(tier,)].observe(seconds)
 
     # -- the log, blobs -----------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from gpu_daemon.aside import aside
 from gpu_daemon.fleet import ReplicaId
@@ -23,9 +23,11 @@ class GPUWatch:
 
     def __init__(self, read: Callable[[], Sequence[Use] | None], policy: Policy, every: float) -> None:
         self._read, self._every = read, every
-        self._watchdog = Watchdog(policy)
+        self._watchdog, self._slack = Watchdog(policy), policy.slack
         self._handles: dict[ReplicaId, object] = {}
         self._strangers: set[tuple[str, int]] = set()
+        self.measured: Callable[[ReplicaId, Mapping[str, int]], None] = lambda *_: None
+        """Called with what a replica's processes have, by device, beyond the slack that every process has."""
 
     async def run(self, site: Site) -> None:
         """For as long as the daemon lives. A driver that hangs holds up nothing but this."""
@@ -34,6 +36,7 @@ class GPUWatch:
             await asyncio.sleep(self._every)
 
     async def _once(self, site: Site) -> None:
+        before = {id: _doing(replica) for id, replica in site.replicas.items()}
         try:
             uses = await aside(self._read, "looking at the GPUs' processes")
         except Exception as err:  # noqa: BLE001 - a binding's complaint about a driver must not end the watch
@@ -42,12 +45,17 @@ class GPUWatch:
         if uses is None:
             self._watchdog.blind(site.now())
         else:
-            self.look(site, uses)
+            self.look(site, uses, {id for id, replica in site.replicas.items() if before.get(id) == _doing(replica)})
 
-    def look(self, site: Site, uses: Sequence[Use]) -> None:
-        """Decide about what was read, and carry it out."""
+    def look(self, site: Site, uses: Sequence[Use], steady: Collection[ReplicaId] = ()) -> None:
+        """Decide about what was read, and carry it out. steady: replicas in which no cell began or ended meanwhile."""
         self._forget_the_dead(site)
-        for act in self._watchdog.decide(self._samples(site, uses), site.now()):
+        samples = self._samples(site, uses)
+        for id in steady:
+            mine = [sample for sample in samples if sample.replica == id]
+            if all(sample.memory >= 0 for sample in mine):
+                self.measured(id, {sample.uuid: max(0, sample.memory - self._slack) for sample in mine})
+        for act in self._watchdog.decide(samples, site.now()):
             replica = site.replicas.get(act.replica)
             if replica is not None:
                 carry_out(replica, act)
@@ -89,6 +97,12 @@ class GPUWatch:
             use.pid,
             use.uuid,
         )
+
+
+def _doing(replica: LocalReplica) -> tuple[object, object, object]:
+    """What is another one when a cell has begun or ended, or the process."""
+    held = replica.held
+    return replica.handle, held, held.grant if held is not None else None
 
 
 def budgets(replica: LocalReplica) -> dict[str, int]:

@@ -91,12 +91,13 @@ class Device:
 
     # -- clients ------------------------------------------------------------------------------------------------------
 
-    def open(self, client: str, tpcs: frozenset[int] | None = None, memory: int = 0) -> None:
-        """A process begins to use the device. memory: its budget in bytes, 0: all."""
+    def open(self, client: str, tpcs: frozenset[int] | None = None, memory: int = 0, used: int = 0) -> None:
+        """A process begins to use the device. memory: its budget in bytes, 0: all. used: what it has there from before,
+        perhaps more than its budget now."""
         if client in self._clients:
             raise ValueError(f"client {client!r} is open already")
         budget = min(memory, self.memory) if memory else self.memory
-        self._clients[client] = _Client(self._checked(tpcs), budget)
+        self._clients[client] = _Client(self._checked(tpcs), budget, used)
 
     def close(self, client: str) -> None:
         """The process ends: what it had in its stream fails, its memory is free."""

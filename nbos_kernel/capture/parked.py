@@ -57,6 +57,16 @@ def anything() -> bool:
     return bool(_waiting)
 
 
+def bytes_by_home() -> dict[str, int]:
+    """What would come to each device with `bring_home`."""
+    found: dict[str, int] = {}
+    for address, refs in _waiting.items():
+        tensor = next((t for ref in refs if (t := ref()) is not None), None)
+        if tensor is not None and tensor.untyped_storage().data_ptr() == address:
+            found[_homes[address]] = found.get(_homes[address], 0) + tensor.untyped_storage().nbytes()
+    return found
+
+
 def bring_home(move: Callable[[Any, str], Any] | None = None) -> None:
     """A cell was granted a GPU: move everything that waits. `move(storage, home)` gives the storage on its device.
 

@@ -5,12 +5,17 @@
  *   FAKE_CUDA_UUID=…       its UUID, as text
  *   FAKE_CUDA_GRAIN=2      SMs of the smallest group (4 on Ampere)
  *   FAKE_CUDA_FAIL=call:code[,call:code…]   these calls are answered with this error; 999 loses the device for good
+ *   FAKE_CUDA_CHECKPOINTS=folder   one file a process, named by its pid: its state (a number), and the pairs of its
+ *                                  latest restore. A call named in the file `fail` there is refused as above
+ *   FAKE_CUDA_GPUS=uuid,uuid…      the GPUs that a restore's pairs must name, each once as old and once as new
  * Built with -DOLD it is a driver from before green contexts. With -DCHECK_CUDA_H the
  * compiler compares every declaration here with NVIDIA's own.
  */
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #ifdef CHECK_CUDA_H
 #include <cuda.h>
@@ -124,6 +129,7 @@ CUresult cuGetErrorName(CUresult error, const char **name) {
     case 3: *name = "CUDA_ERROR_NOT_INITIALIZED"; break;
     case 100: *name = "CUDA_ERROR_NO_DEVICE"; break;
     case 101: *name = "CUDA_ERROR_INVALID_DEVICE"; break;
+    case 401: *name = "CUDA_ERROR_ILLEGAL_STATE"; break;
     case 800: *name = "CUDA_ERROR_NOT_PERMITTED"; break;
     case 801: *name = "CUDA_ERROR_NOT_SUPPORTED"; break;
     case 805: *name = "CUDA_ERROR_MPS_CONNECTION_FAILED"; break;
@@ -264,6 +270,148 @@ CUresult cuDeviceGetAttribute(int *value, int attribute, CUdevice device) {
     if (attribute != 16) return CUDA_ERROR_INVALID_VALUE; /* CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT */
     *value = sms;
     return CUDA_SUCCESS;
+}
+#endif
+
+/* -- checkpoints: of other processes, so that their states stand in files ----------------------------------------- */
+
+#if !defined(OLD)
+#ifndef CHECK_CUDA_H
+typedef int CUprocessState;
+typedef unsigned long long cuuint64_t;
+typedef struct {
+    char bytes[16];
+} CUuuid;
+typedef struct {
+    unsigned int timeoutMs, reserved0;
+    cuuint64_t reserved1[7];
+} CUcheckpointLockArgs;
+typedef struct {
+    cuuint64_t reserved[8];
+} CUcheckpointCheckpointArgs, CUcheckpointUnlockArgs;
+typedef struct {
+    CUuuid oldUuid, newUuid;
+} CUcheckpointGpuPair;
+typedef struct {
+    CUcheckpointGpuPair *gpuPairs;
+    unsigned int gpuPairsCount;
+    char reserved[52 - sizeof(CUcheckpointGpuPair *)];
+    cuuint64_t reserved1;
+} CUcheckpointRestoreArgs;
+#define CUDA_ERROR_ILLEGAL_STATE 401
+#endif
+_Static_assert(sizeof(CUcheckpointLockArgs) == 64, "CUcheckpointLockArgs");
+_Static_assert(sizeof(CUcheckpointRestoreArgs) == 64, "CUcheckpointRestoreArgs");
+
+static FILE *states(const char *name, const char *mode) {
+    char path[512];
+    const char *folder = getenv("FAKE_CUDA_CHECKPOINTS");
+    snprintf(path, sizeof path, "%s/%s", folder ? folder : ".", name);
+    return fopen(path, mode);
+}
+
+static CUresult refused(const char *call) {
+    CUresult code = answer(call);
+    char line[256] = "";
+    FILE *file = states("fail", "r");
+    if (file) {
+        if (!fgets(line, sizeof line, file)) line[0] = 0;
+        fclose(file);
+    }
+    size_t length = strlen(call);
+    if (!code && !strncmp(line, call, length) && line[length] == ':') {
+        code = (CUresult)atoi(line + length + 1);
+        if ((int)code == 12345) pause(); /* a driver that hangs */
+    }
+    return code;
+}
+
+static int state_of(int pid) {
+    char name[32];
+    int state = 0;
+    snprintf(name, sizeof name, "%d", pid);
+    FILE *file = states(name, "r");
+    if (file) {
+        if (fscanf(file, "%d", &state) != 1) state = 3;
+        fclose(file);
+    }
+    return state;
+}
+
+static void hex(const CUuuid *uuid, char *out) {
+    for (int i = 0; i < 16; i++) sprintf(out + 2 * i, "%02x", (unsigned char)uuid->bytes[i]);
+}
+
+static void become(int pid, int state, const CUcheckpointRestoreArgs *args) {
+    char name[32], old[33], new[33];
+    snprintf(name, sizeof name, "%d", pid);
+    FILE *file = states(name, "w");
+    if (!file) return;
+    fprintf(file, "%d\n", state);
+    for (unsigned i = 0; args && i < args->gpuPairsCount; i++) {
+        hex(&args->gpuPairs[i].oldUuid, old);
+        hex(&args->gpuPairs[i].newUuid, new);
+        fprintf(file, "%s %s\n", old, new);
+    }
+    fclose(file);
+}
+
+/* What every call does: the process must be there, and in the state `from`; then it is in `to`. */
+static CUresult move(const char *call, int pid, int from, int to, const CUcheckpointRestoreArgs *args) {
+    CUresult code = refused(call);
+    if (pid <= 0 || kill(pid, 0)) return CUDA_ERROR_INVALID_VALUE;
+    if (!code && state_of(pid) != from) code = (CUresult)CUDA_ERROR_ILLEGAL_STATE;
+    if (!code) become(pid, to, args);
+    return code;
+}
+
+/* Every GPU of the host exactly once on this side of the pairs. */
+static int named(const CUcheckpointRestoreArgs *args, int new) {
+    const char *gpus = getenv("FAKE_CUDA_GPUS");
+    unsigned count = 0;
+    for (const char *at = gpus; at && *at; at = strchr(at, ',') ? strchr(at, ',') + 1 : "") {
+        unsigned times = 0;
+        count++;
+        for (unsigned i = 0; i < args->gpuPairsCount; i++) {
+            char text[33], plain[33] = "";
+            hex(new ? &args->gpuPairs[i].newUuid : &args->gpuPairs[i].oldUuid, text);
+            for (const char *c = at; *c && *c != ',' && strlen(plain) < 32; c++)
+                if (*c != '-') strncat(plain, c, 1);
+            times += !strcmp(text, plain);
+        }
+        if (times != 1) return 0;
+    }
+    return count == args->gpuPairsCount;
+}
+
+CUresult cuCheckpointProcessGetState(int pid, CUprocessState *state) {
+    CUresult code = refused("cuCheckpointProcessGetState");
+    if (code) return code;
+    if (pid <= 0 || kill(pid, 0)) return CUDA_ERROR_INVALID_VALUE;
+    *state = (CUprocessState)state_of(pid);
+    return CUDA_SUCCESS;
+}
+
+CUresult cuCheckpointProcessLock(int pid, CUcheckpointLockArgs *args) {
+    if (args && (args->reserved0 || args->reserved1[6])) return CUDA_ERROR_INVALID_VALUE;
+    return move("cuCheckpointProcessLock", pid, 0, 1, NULL);
+}
+
+CUresult cuCheckpointProcessCheckpoint(int pid, CUcheckpointCheckpointArgs *args) {
+    (void)args;
+    return move("cuCheckpointProcessCheckpoint", pid, 1, 2, NULL);
+}
+
+CUresult cuCheckpointProcessRestore(int pid, CUcheckpointRestoreArgs *args) {
+    if (args && args->gpuPairsCount && (!named(args, 0) || !named(args, 1))) return CUDA_ERROR_INVALID_VALUE;
+    CUresult code = move("cuCheckpointProcessRestore", pid, 2, 1, args);
+    if (code && state_of(pid) == 2) become(pid, 3, NULL); /* stuck for good */
+    return code;
+}
+
+CUresult cuCheckpointProcessUnlock(int pid, CUcheckpointUnlockArgs *args) {
+    (void)args;
+    return move("cuCheckpointProcessUnlock", pid, 1, 0, NULL);
 }
 #endif
 

@@ -150,6 +150,18 @@ class FakeDaemon:
         self.claims[n] = self.tokens
         return {"answer": "lead", "token": self.tokens, "grant": self.grant}
 
+    def answer_held(self, index: int) -> None:
+        """The bids that were held lead now."""
+        self.hold = False
+
+        async def answer() -> None:
+            for writer, message in self._held.values():
+                reply = self._on_bid(index, writer, message, b"")
+                self._send(writer, {"re": message["id"], "ok": True, **(reply or {})})
+            self._held.clear()
+
+        self.call(answer())
+
     def _on_cancel(self, index: int, writer: Any, message: Message, payload: bytes) -> Message:
         held = self._held.pop(message["n"], None)
         if held is not None:
@@ -193,6 +205,9 @@ class FakeDaemon:
         return {}
 
     def _on_release(self, index: int, writer: Any, message: Message, payload: bytes) -> Message:
+        return {}
+
+    def _on_gave_back(self, index: int, writer: Any, message: Message, payload: bytes) -> Message:
         return {}
 
     def _on_status(self, index: int, writer: Any, message: Message, payload: bytes) -> Message:

@@ -269,6 +269,28 @@ async def test_nbos_gpus_shows_who_holds_what_and_who_waits(cluster: Cluster, no
     await no_grants(cluster)
 
 
+async def test_what_cells_left_goes_to_host_memory_for_another_cell_and_is_back_for_their_next(
+    cluster: Cluster, notebooks: list[Notebook]
+) -> None:
+    leave = "%%gpu 1\nfrom nbos_kernel import simgpu\nw = simgpu.allocate('60G')\nprint('begun')"
+    for notebook in notebooks[:3]:
+        assert await notebook.run(leave) == "begun\n"
+        await notebook.settled()
+    held = [await notebook.channels.submit("%%gpu 1\n" + HOLD.format(seconds=60)) for notebook in notebooks[1:3]]
+    for cell in held:
+        await cell.text("begun")
+    # Whichever hosts those two took: on the third, 60 GiB lie in a process that is idle, or they moved in for it.
+    assert await notebooks[3].run("%%gpu 1\nprint(nbos_kernel.grant().tpcs)") == "66\n"
+    await notebooks[3].settled()
+    assert await notebooks[0].run("%%gpu 1\nprint(w.where == nbos_kernel.grant().devices[0], w.size >> 30)") == (
+        "True 60\n"
+    )
+    for notebook, cell in zip(notebooks[1:3], held, strict=True):
+        await notebook.server.interrupt(notebook.kernel)
+        await cell.result(10)
+    await no_grants(cluster)
+
+
 async def test_a_gpu_that_an_admin_takes_out_of_use_is_told_to_who_asks_for_it_and_comes_back(
     cluster: Cluster, notebooks: list[Notebook]
 ) -> None:

@@ -1,7 +1,7 @@
 """Carrying out what `tiers` decides: replicas are asked to give device memory back, and their answers come in here.
 
 Guarantees: what a replica told is on this host's disk before its grant ends, so that the next daemon counts it too; no
-replica is asked whose connection is down or whose cell runs; the driver is asked by a helper that may hang alone.
+replica is asked whose connection is down or whose cell runs.
 """
 
 from __future__ import annotations

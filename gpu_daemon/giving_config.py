@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from traitlets import Enum, Float
 from traitlets.config import Configurable
 
-from gpu_daemon.tiers import TIERS, Policy
+from gpu_daemon.tiers import Policy, Tier
 
 
 class GivingBack(Configurable):
     """What is done about device memory that a cell left, once another cell lacks the room (docs/slices.md)."""
 
     at_most = Enum(
-        list(TIERS),
-        "checkpoint",
+        ["warm", "offload", "restart"],
+        "offload",
         help="How far it goes. warm: what was left stays, the other cell waits. offload: the process moves its tensors "
-        "to host memory. checkpoint: the driver moves everything that then stays, where it can. restart: the process "
-        "is ended and starts again from the log, without what could not be replicated.",
+        "to host memory. restart: where something stays then, the process is ended and starts again from the log, "
+        "without what could not be replicated.",
     ).tag(config=True)
     within = Float(60.0, min=1.0, help="Seconds that a process has to give back; then others are asked.").tag(
         config=True
@@ -26,4 +28,4 @@ class GivingBack(Configurable):
     ).tag(config=True)
 
     def policy(self) -> Policy:
-        return Policy(self.at_most, self.within, self.again)
+        return Policy(cast(Tier, self.at_most), self.within, self.again)

@@ -232,6 +232,7 @@ class ContainerPool:
 
     async def _start(self, kind: Kind, image_id: str) -> Spare:
         slot, engine, container = await asyncio.to_thread(Slot.make, self._slots), self._containers.engine, ""
+        listener = None
         try:
             listener = slot.listen()
             place = Place(slot.name, slot.folder, self._ip, free_ports(self._ip))
@@ -245,6 +246,8 @@ class ContainerPool:
         except BaseException:
             if container:
                 self._containers.remove(container)
+            if listener is not None:
+                listener.close()
             slot.remove()
             raise
         finally:
@@ -320,6 +323,8 @@ class ContainerPool:
     def _drop_stale(self, image: str, image_id: str) -> None:
         for name, spares in self._spares.items():
             for spare in [s for s in spares if s.kind.image == image and s.image_id != image_id]:
+                if spare not in spares:  # too many, when the one before was gone
+                    continue
                 log.info("container %s waits with an older %s; it is replaced", spare.container[:12], image)
                 self._unwatch(spare)
                 spares.remove(spare)

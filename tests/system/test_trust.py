@@ -24,11 +24,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from schemathesis import GenerationMode, checks
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest
 
-from nbos_cluster import keys
+from nbos_cluster import keys, records
 from nbos_cluster.etcd import Etcd, EtcdError, TLSFiles
+from nbos_cluster.records import ExpectedRecord
 from nbos_spawner import gateway
 from tests.system.cluster import Cluster, Notebook
 from tests.system.hubclient import Hub, HubError, eventually
+from tests.system.nbosenv import etcd_of
 from tests.system.zmtp import SOCKETS, mechanism, stranger_gets
 from tests.unit.daemon.test_metrics import documented
 
@@ -199,6 +201,23 @@ async def test_a_token_that_may_only_look_gets_no_keys_and_changes_nothing(clust
         assert "connection" in await full.service("GET", "nbos/api/kernels/seen")
     finally:
         await full.service("DELETE", "nbos/api/kernels/seen")
+
+
+async def test_one_says_of_oneself_only_that_one_is_expected_and_of_allowed_images_only(cluster: Cluster) -> None:
+    await cluster.hub.add_user("zoe")
+    full = cluster.hub.as_user(await cluster.hub.user_token("zoe"))
+    look = cluster.hub.as_user(await cluster.hub.user_token("zoe", [ACCESS]))
+    assert await status_of(look.service("POST", "nbos/api/expected", {"image": ""})) == 403
+    assert await status_of(full.service("POST", "nbos/api/expected", {"image": "lab/secret"})) == 403
+    assert await status_of(full.service("POST", "nbos/api/expected", {"owner": "eve"})) == 400
+    assert await status_of(cluster.hub.service("POST", "nbos/api/expected", {"image": ""})) == 403
+    endpoints, tls = etcd_of(cluster.state_dir)
+    async with Etcd(endpoints, tls) as etcd:
+        await full.service("POST", "nbos/api/expected", {"image": ""})
+        found = await etcd.get(keys.expected("zoe"))
+        assert found is not None
+        assert records.decode(found.value, ExpectedRecord) == ExpectedRecord(owner="zoe")
+        assert 0 < await etcd.lease_alive(found.lease) <= 600
 
 
 async def dashboard(cluster: Cluster, token: str) -> str:

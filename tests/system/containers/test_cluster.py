@@ -13,8 +13,9 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from nbos.state import StateDir
-from tests.system.cluster import Cluster, Notebook
+from tests.system.cluster import KERNEL, Cluster, Notebook
 from tests.system.containers.engine import IMAGE, containers, docker, inspect
+from tests.system.etcdserver import eventually
 from tests.system.nbosenv import nbos_status, replicas
 
 pytestmark = pytest.mark.timeout(300)
@@ -68,6 +69,26 @@ async def test_three_containers_are_one_kernel(notebook: Notebook) -> None:
     assert await notebook.run("x + 2") == "42"
     assert (await notebook.executor()).index != before.index
     await notebook.settled()
+
+
+async def test_an_owners_very_first_kernel_was_started_ahead(cluster: Cluster) -> None:
+    server = await cluster.hub.start_server("first", {"replicas": 2})
+    name = f"up-{StateDir(cluster.state_dir).mark}"
+    await eventually(lambda: len(containers(cluster=name, owner="first")) == 3, "each host has one for its owner", 60)
+    before = set(containers(cluster=name, owner="first"))
+    await eventually(lambda: not coming_up(before), "all of them wait", 60)
+    kernel = await server.start_kernel(KERNEL)
+    notebook = Notebook(cluster, server, kernel, await server.open(kernel))
+    assert await notebook.run("6 * 7") == "42"
+    await notebook.settled()
+    assert set((await containers_of(notebook)).values()) < before
+    await notebook.close()
+
+
+def coming_up(waiting: set[str]) -> list[str]:
+    """Those whose socket is still there: its daemon takes it away when they report."""
+    folders = [m["Source"] for c in waiting for m in inspect(c)["Mounts"] if m["Destination"] == "/run/nbos"]
+    return [folder for folder in folders if os.path.exists(f"{folder}/w")]
 
 
 async def test_out_of_memory_in_a_cell_is_told_as_that(notebook: Notebook) -> None:

@@ -14,7 +14,10 @@ from urllib.request import Request, urlopen
 
 import psutil
 import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
 from prometheus_client.parser import text_string_to_metric_families
+from schemathesis import checks
 
 from nbos_cluster import certs
 from nbos_cluster.etcd import Etcd
@@ -161,6 +164,49 @@ async def test_who_has_no_token_learns_nothing(client: Etcd, host: MakeHost, tok
     assert "nbos_etcd_up" in fetch(f"{base}/metrics", "another-token-that-is-long-enough")
     write(token, "another-token-that-is-long-enough", 0o644)
     assert refused(f"{base}/metrics", "another-token-that-is-long-enough")[0] == 401
+
+
+PATHS = ("/metrics", "/{anything}")
+METHODS = ("get", "put", "post", "delete", "options", "head", "patch", "trace")
+ANSWERS = {code: {"description": code} for code in ("200", "400", "401", "404", "405", "413", "431")}
+ANY = {
+    "parameters": [
+        {"name": "q", "in": "query", "schema": {}},
+        {"name": "Accept", "in": "header", "schema": {"type": "string"}},
+        {"name": "Accept-Encoding", "in": "header", "schema": {"type": "string"}},
+        {"name": "Authorization", "in": "header", "schema": {"enum": ["", f"Bearer {TOKEN}", "Bearer x", "Basic x"]}},
+    ],
+    "responses": ANSWERS,
+}
+BODY = {"requestBody": {"content": {"application/octet-stream": {"schema": {"type": "string"}}}}}
+ANYTHING = {"parameters": [{"name": "anything", "in": "path", "required": True, "schema": {"type": "string"}}]}
+
+
+async def test_no_request_breaks_the_endpoint(client: Etcd, host: MakeHost, token: Path) -> None:
+    """Every method and path, with whatever query, headers and body: an answer within seconds, never a 5xx."""
+    a = host("a", Metrics={"listen": "127.0.0.1:0", "token_file": str(token)})
+    operations = {m: ANY | (BODY if m in ("put", "post", "patch") else {}) for m in METHODS}
+    paths = {path: operations | (ANYTHING if "{" in path else {}) for path in PATHS}
+    schema = schemathesis.openapi.from_dict(
+        {"openapi": "3.0.3", "info": {"title": "metrics", "version": "1"}, "paths": paths}
+    )
+    schema.config.update(base_url=f"http://127.0.0.1:{await port_of(a)}")
+
+    def attempts(operation: Any) -> None:
+        @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+        @given(case=operation.as_strategy())
+        def attempt(case: schemathesis.Case) -> None:
+            response = case.call(timeout=5)
+            case.validate_response(response, checks=[checks.not_a_server_error, checks.status_code_conformance])
+            if (case.headers or {}).get("Authorization") != f"Bearer {TOKEN}":
+                assert "nbos_" not in response.text
+
+        attempt()
+
+    for path in PATHS:
+        for method in METHODS:
+            await asyncio.to_thread(attempts, schema[path][method])
+    assert "nbos_etcd_up" in fetch(f"http://127.0.0.1:{await port_of(a)}/metrics")
 
 
 async def test_with_certificates_only_those_that_are_named_may_ask(

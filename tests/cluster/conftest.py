@@ -6,6 +6,7 @@ that `docker/cluster up` started, to be used as it is.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
 
@@ -13,7 +14,7 @@ import pytest
 
 from tests.cluster.history import History
 from tests.cluster.machines import Machines
-from tests.system.cluster import Notebook
+from tests.system.cluster import KERNEL, Notebook
 from tests.system.containers.engine import docker, running_engine
 
 
@@ -51,20 +52,36 @@ async def machines(_machines: Machines) -> Machines:
     return _machines
 
 
+@pytest.fixture(scope="session")
+def _kernels(_machines: Machines) -> Iterator[list[str]]:
+    """The kernel that the next test takes up from the last one, which left it whole: a new one takes seconds."""
+    kernels: list[str] = []
+    yield kernels
+    if kernels:
+        asyncio.run(_end(_machines, kernels.pop()))
+
+
+async def _end(machines: Machines, kernel: str) -> None:
+    await (await machines.hub.start_server("ada")).delete_kernel(kernel)
+
+
 @pytest.fixture
-async def notebook(machines: Machines) -> AsyncIterator[Notebook]:
-    notebook = await Notebook.open(machines, "ada")
+async def notebook(machines: Machines, _kernels: list[str]) -> AsyncIterator[Notebook]:
+    """With three replicas, settled."""
+    server = await machines.hub.start_server("ada")
+    kernel = _kernels.pop() if _kernels else await server.start_kernel(KERNEL)
+    notebook = Notebook(machines, server, kernel, await server.open(kernel))
+    await notebook.settled(60)
     yield notebook
-    await machines.whole()
-    await notebook.close()
+    await notebook.channels.close()
 
 
 @pytest.fixture
-async def history(machines: Machines, notebook: Notebook) -> AsyncIterator[History]:
-    """Of one notebook with three replicas, settled; checked against the log after the test."""
+async def history(machines: Machines, notebook: Notebook, _kernels: list[str]) -> AsyncIterator[History]:
+    """Of one notebook; checked against the log after the test."""
     history = await History(notebook).begin()
     await history.run()
-    await notebook.settled()
     yield history
     await machines.whole()
     await history.check(machines.etcd, machines.admin())
+    _kernels.append(notebook.kernel)

@@ -9,6 +9,7 @@ answered cell, under the number of its reply; nothing ran that nobody sent.
 from __future__ import annotations
 
 import ast
+import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,9 +35,10 @@ class Sent:
 
 @dataclass
 class History:
-    """The numbered cells of one notebook."""
+    """The numbered cells of one notebook. name: in every cell, so that those of an earlier history are told apart."""
 
     notebook: Notebook
+    name: str = field(default_factory=lambda: secrets.token_hex(4))
     sent: list[Sent] = field(default_factory=list)
     log: dict[tuple[int, str], None] = field(default_factory=dict)
     """What was seen of the log: the checkpoint keeps the latest cells only."""
@@ -48,7 +50,7 @@ class History:
     async def submit(self, before: str = "", after: str = "") -> Sent:
         """A cell whose effect is its number in `ran`; its effect on `total` must not come apart from that."""
         number = len(self.sent) + 1
-        lines = [before, f"ran.append({number}); total += {number}", after]
+        lines = [before, f"ran.append({number}); total += {number}  # {self.name}", after]
         cell = await self.notebook.channels.submit("\n".join(line for line in lines if line))
         self.sent.append(Sent(number, cell))
         return self.sent[-1]
@@ -64,7 +66,7 @@ class History:
 
     async def check(self, etcd: list[str], admin: TLSFiles) -> None:
         """All that was written down against the namespace and the log."""
-        ran, total = ast.literal_eval(await self.notebook.run("(ran, total)", 60))
+        ran, total = ast.literal_eval(await self.notebook.run("print((ran, total))", 60))  # a value of 1,000 is cut
         await self.look(etcd, admin)
         if found := problems(self.sent, ran, total, list(self.log)):
             raise AssertionError(f"kernel {self.notebook.kernel}:\n" + "\n".join(found))

@@ -9,6 +9,7 @@ import asyncio
 import os
 import random
 import time
+from collections import Counter
 
 import pytest
 
@@ -62,7 +63,10 @@ async def test_faults_in_random_order(machines: Machines, capsys: pytest.Capture
         await eventually(lambda: _no_load_ended(loads), "the load goes on", 1)
     stop.set()
     longest = await asyncio.gather(*loads)
-    say(f"{sum(len(h.sent) for h in histories)} cells, the longest {max(longest):.1f} s")
+    ours = Counter(str(s.result.reply.get("ename")) for h in histories for s in h.sent if s.result is not None)
+    told = ", ".join(f"{count} {name}" for name, count in ours.items() if name.startswith("NBOS"))
+    cells = sum(len(history.sent) for history in histories)
+    say(f"{cells} cells, the longest {max(longest):.1f} s, of our errors: {told or 'none'}")
     for history in histories:
         await history.check(machines.etcd, machines.admin())
         if gone := await gone_by_name(history):

@@ -1,7 +1,8 @@
 """What crossing real machines costs, on the compose cluster: three hosts with an Engine each, three etcd members, TLS.
 
 A cell that does nothing, asked for by jupyter_client inside the user's server container: a plain ipykernel there beside
-the notebook's NBOS kernel of three replicas, in turns. Then a host killed (its power cut) during a cell, with default
+the notebook's NBOS kernel of three replicas, in turns. Without a pause between cells (`--pause`), what NBOS does after
+a reply is paid for by the next cell. Then a host killed (its power cut) during a cell, with default
 leases: seconds until the user is told, and until the cell runs again on another host.
 """
 
@@ -24,11 +25,11 @@ LONG = "import time; print('begun', flush=True); time.sleep(3)"
 CELL_BARS = {50: "≤ 4 ×", 99: "≤ 60 ms"}
 
 
-def cells_inside(machines: Machines, notebook: Notebook, cells: int) -> dict[str, list[float]]:
+def cells_inside(machines: Machines, notebook: Notebook, cells: int, pause: float) -> dict[str, list[float]]:
     """The script of what happens there goes in through stdin, its figures come out as JSON."""
     server = f"jupyter-{notebook.server.user}"
     command = ["docker", "exec", "-i", machines.container("hub"), "docker", "exec", "-i", server]
-    command += ["python3", "-", notebook.kernel, str(cells)]
+    command += ["python3", "-", notebook.kernel, str(cells), str(pause)]
     done = subprocess.run(command, input=INSIDE.read_text(), capture_output=True, text=True, timeout=300)
     if done.returncode:
         raise RuntimeError(f"inside {server}: {done.stderr[-2000:]}")
@@ -56,12 +57,12 @@ async def host_killed(machines: Machines, notebook: Notebook) -> tuple[float, fl
 
 
 async def measure(
-    machines: Machines, cells: int, rounds: int
+    machines: Machines, cells: int, pause: float, rounds: int
 ) -> tuple[dict[str, list[float]], list[tuple[float, float]]]:
     await machines.whole()
     notebook = await Notebook.open(machines, "ada")
     await notebook.settled(90)
-    took = await asyncio.to_thread(cells_inside, machines, notebook, cells) if cells else {}
+    took = await asyncio.to_thread(cells_inside, machines, notebook, cells, pause) if cells else {}
     killed = [await host_killed(machines, notebook) for _ in range(rounds)]
     await notebook.close()
     return took, killed
@@ -87,17 +88,22 @@ def report(took: dict[str, list[float]], killed: list[tuple[float, float]]) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--cells", type=int, default=500)
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds before each cell")
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--cluster", default="", metavar="PROJECT:PORT:NETWORK:TAG", help="one that is up already")
     options = parser.parse_args()
     if options.cluster:
         project, port, network, tag = options.cluster.split(":")
-        report(*asyncio.run(measure(Machines(project, int(port), network, tag), options.cells, options.kills)))
+        report(
+            *asyncio.run(
+                measure(Machines(project, int(port), network, tag), options.cells, options.pause, options.kills)
+            )
+        )
         return
     machines = Machines("nbos-bench")
     try:
         machines.up()
-        report(*asyncio.run(measure(machines, options.cells, options.kills)))
+        report(*asyncio.run(measure(machines, options.cells, options.pause, options.kills)))
     finally:
         machines.down()
 

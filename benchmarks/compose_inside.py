@@ -1,5 +1,6 @@
 """Runs inside a user's server container (compose.py sends it there): cells of a plain ipykernel and of the NBOS kernel
-with the given id, in turns. Prints the seconds of each as JSON. Nothing but jupyter_client is there.
+with the given id, in turns, with a pause before each. Prints the seconds of each as JSON. Nothing but jupyter_client is
+there.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def cell(client: BlockingKernelClient) -> float:
 
 
 def main() -> None:
-    kernel, cells = sys.argv[1], int(sys.argv[2])
+    kernel, cells, pause = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
     plain = KernelManager(kernel_name="python3")
     plain.start_kernel()
     sides = {"plain": plain.client(), "nbos": BlockingKernelClient()}
@@ -44,7 +45,9 @@ def main() -> None:
     for number in range(ROUNDS):
         for name, client in sides.items():
             block = cells * (number + 1) // ROUNDS - cells * number // ROUNDS
-            took[name] += [cell(client) for _ in range(block)]
+            for _ in range(block):
+                time.sleep(pause)
+                took[name].append(cell(client))
     for client in sides.values():
         client.stop_channels()
     plain.shutdown_kernel(now=True)

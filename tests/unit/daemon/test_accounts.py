@@ -14,6 +14,7 @@ import pytest
 
 from gpu_daemon.accounts import HOUR, Accounts
 from gpu_daemon.journal import Change, Journal
+from gpu_daemon.rundir import RunDirError
 from gpu_daemon.simulated import simulated
 from gpu_daemon.timeofday import TimeOfDay
 from nbos_cluster.records import DeviceShare, GrantRecord, UseLine
@@ -225,3 +226,8 @@ def test_what_was_written_survives_a_kill_and_lines_agree_with_the_time_they_rea
         seconds = read_all(path).seconds
         assert total + said <= seconds <= total + said + 1
         total = int(seconds)
+
+
+def test_a_disk_that_does_not_let_the_accounts_be_opened_sets_none_aside(tmp_path: Path) -> None:
+    with pytest.raises(RunDirError, match="cannot be opened"):
+        Journal(tmp_path / "missing" / "accounts.db").open()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -13,8 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from gpu_daemon import rightsizing
+from gpu_daemon.requests import Took
 from gpu_daemon.rightsizing import Advice, Key, Rightsizer
+from gpu_daemon.sizing import Sizing
 from gpu_daemon.speed import Fit, fit
+from nbos_cluster.records import DeviceShare, GrantRecord
 
 KEY = Key("ada", "H100", "f00d", 66)
 Speed = Callable[[int], float]
@@ -273,3 +277,15 @@ class Learning(RuleBasedStateMachine):
 STEPS = int(os.environ.get("NBOS_MACHINE_STEPS", "1200"))
 Learning.TestCase.settings = settings(max_examples=STEPS // 40, stateful_step_count=40, deadline=None)
 TestLearning = Learning.TestCase
+
+
+def test_a_full_disk_costs_what_was_learnt_and_no_cell(tmp_path: Path) -> None:
+    """A cell's grant is given back right after this."""
+    sizing = Sizing(0.1, tmp_path / "missing" / "rightsizing.json")
+    share = DeviceShare(uuid="u", index=0, model="H200", tpcs=(0, 1), memory=1, whole=False, kind="simulated")
+    sizing.learn(
+        GrantRecord(grant="g", host="h", owner="ann", kernel="k", replica=0, n=1, shares=(share,), asked=2, code="c"),
+        Took(1.0, "cell", 1.0),
+    )
+    sizing.save()
+    assert not (tmp_path / "missing").exists()

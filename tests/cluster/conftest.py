@@ -18,6 +18,13 @@ from tests.system.cluster import KERNEL, Notebook
 from tests.system.containers.engine import docker, running_engine
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The first test's time is also that in which images are built and the cluster comes up."""
+    first = next((item for item in items if "_machines" in getattr(item, "fixturenames", ())), None)
+    if first is not None:
+        first.add_marker(pytest.mark.timeout(1500), append=False)
+
+
 @pytest.fixture(scope="session")
 def engine() -> Iterator[None]:
     yield from running_engine()

@@ -2,7 +2,8 @@
 
 What is checked, for one kernel: each cell that was answered `ok`, or with an error of its own, ran exactly once in the
 namespace that survived, one that NBOS answered with an error not at all (once at most when it said that the reply was
-lost); effects stand in the order in which cells were sent; the log in etcd holds exactly one execution for each
+lost). A cell whose replica was lost between its reply and the storing of its changes did not run at all, if the next
+cell says so. Effects stand in the order in which cells were sent; the log in etcd holds exactly one execution for each
 answered cell, under the number of its reply; nothing ran that nobody sent.
 """
 
@@ -75,7 +76,7 @@ class History:
 def problems(sent: list[Sent], ran: list[int], total: int, log: list[tuple[int, str]]) -> list[str]:
     """What is wrong with a history, in words. log: execution count and source of every cell that is in the log."""
     found = []
-    for one in sent:
+    for one, following in zip(sent, [*sent[1:], None], strict=True):
         times, result = ran.count(one.number), one.result
         if result is None:
             found.append(f"cell {one.number} was never answered")
@@ -84,6 +85,7 @@ def problems(sent: list[Sent], ran: list[int], total: int, log: list[tuple[int, 
         # An error of the user's own code comes after the effect, which stays; one of ours says that there was none, or
         # (its reply was lost with its host) that it may have run.
         happened = times == 1 if name == "NBOSReplyLost" else not name.startswith("NBOS")
+        happened = happened and not undone(following)
         if times != int(happened):
             found.append(f"cell {one.number} was answered {result.status} {result.error} and ran {times} times")
         if result.states != ["busy", "idle"]:
@@ -99,6 +101,14 @@ def problems(sent: list[Sent], ran: list[int], total: int, log: list[tuple[int, 
     if foreign := set(ran) - {one.number for one in sent}:
         found.append(f"nobody sent the cells {sorted(foreign)}")
     return found
+
+
+UNDONE = "before the changes of the previous cell were stored"
+
+
+def undone(following: Sent | None) -> bool:
+    """Whether the user was told, with the next cell, that nothing is left of this one."""
+    return following is not None and following.result is not None and UNDONE in following.result.stderr
 
 
 async def cells_of(client: Etcd, kernel: str) -> list[tuple[int, str]]:

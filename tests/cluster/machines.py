@@ -29,18 +29,18 @@ HOSTS = ("host-1", "host-2", "host-3")
 MEMBERS = ("etcd-1", "etcd-2", "etcd-3")
 
 FILL = """
-import errno, itertools, os, sys
-os.mkdir(sys.argv[1])
+import errno, itertools, os, sys, time
+os.makedirs(sys.argv[1], exist_ok=True)
 def until_full(step):
     try:
         while True: step()
     except OSError as err:
         if err.errno != errno.ENOSPC: raise
-file = os.open(sys.argv[1] + "/bytes", os.O_WRONLY | os.O_CREAT)
+file = os.open(sys.argv[1] + "/bytes", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 until_full(lambda: os.write(file, bytes(1 << 16)))
 until_full(lambda: os.write(file, bytes(4096)))
 names = itertools.count()
-until_full(lambda: os.mknod(sys.argv[1] + "/" + str(next(names))))
+until_full(lambda: os.mknod(f"{sys.argv[1]}/{os.getpid()}-{time.time_ns()}-{next(names)}"))
 """
 
 
@@ -155,10 +155,14 @@ class Machines:
         finally:
             await asyncio.to_thread(docker, "unpause", self.container(service))
 
+    async def fill(self, disk: str) -> None:
+        """To the last byte and name; again, what was freed meanwhile."""
+        await asyncio.to_thread(self.inside, "disks", "python3", "-c", FILL, f"/disks/{disk}/filler")
+
     @asynccontextmanager
     async def full(self, disk: str) -> AsyncIterator[None]:
         """Of a host: its run directory; `blobs`: what all share. Neither a byte nor a name more fits there."""
-        await asyncio.to_thread(self.inside, "disks", "python3", "-c", FILL, f"/disks/{disk}/filler")
+        await self.fill(disk)
         try:
             yield
         finally:

@@ -14,7 +14,7 @@ import pytest
 from tests.cluster.history import History
 from tests.cluster.machines import HOSTS, Machines
 from tests.system.channels import Cell
-from tests.system.cluster import after
+from tests.system.cluster import Notebook, after
 from tests.system.hubclient import eventually
 
 pytestmark = pytest.mark.timeout(300)
@@ -37,12 +37,14 @@ async def some_cells(history: History, count: int = 5) -> None:
         assert (await history.run()).status == "ok"
 
 
-async def test_a_cell_runs_and_holds_its_slice(history: History) -> None:
+async def test_a_cell_runs_and_holds_its_slice(machines: Machines, history: History) -> None:
     result = await history.run("import nbos_kernel", "print(nbos_kernel.grant())")
     assert result.stdout == "None\n"
     assert await history.notebook.run("%%gpu tpcs=16 mem=20G\nprint(nbos_kernel.grant().tpcs)") == "16\n"
     assert await history.notebook.run("%%gpu 1\nprint(nbos_kernel.grant().tpcs)") == "66\n"
-    assert len({replica.host for replica in await history.notebook.settled()}) == 3
+    new = await Notebook.open(machines, "ada")
+    assert len({replica.host for replica in await new.settled()}) == 3
+    await new.close()
 
 
 async def test_user_code_reaches_no_other_machine(machines: Machines, history: History) -> None:

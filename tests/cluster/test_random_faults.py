@@ -25,7 +25,7 @@ NOTEBOOKS = 3
 pytestmark = pytest.mark.timeout(120 + 40 * FAULTS)
 
 
-KEPT = "kept = len(ran); big = kept.to_bytes(4, 'big') * 75_000"
+KEPT = "kept = len(ran); big = kept.to_bytes(4, 'big') * 10_000"
 """A value that goes through the blob store, beside a small one that tells which it must be."""
 
 
@@ -77,7 +77,7 @@ async def test_faults_in_random_order(machines: Machines, capsys: pytest.Capture
 
 async def gone_by_name(history: History) -> str:
     """The large value is the latest one ('' then), or gone by name, in words: an older one never passes for it."""
-    result = await history.notebook.channels.execute("big == kept.to_bytes(4, 'big') * 75_000", 60)
+    result = await history.notebook.channels.execute("big == kept.to_bytes(4, 'big') * 10_000", 60)
     if result.value == "True":
         return ""
     assert result.error.startswith("NotReplicatedError"), f"{history.notebook.kernel}: {result.value} {result.error}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,6 +33,16 @@ def died(number: int) -> Sent:
     return sent(number, {"status": "error", "ename": "NBOSReplicaDied", "evalue": "", "execution_count": number})
 
 
+def undoing(number: int) -> Sent:
+    """It tells that the cell before is undone."""
+    one = ok(number)
+    text = "NBOS: replica 1 was lost before the changes of the previous cell were stored (…)"
+    note = Message("iopub", {"msg_type": "stream"}, {}, {}, {"name": "stderr", "text": text})
+    assert one.result is not None
+    one.result = replace(one.result, messages=(*one.result.messages, note))
+    return one
+
+
 def lost(number: int) -> Sent:
     return sent(number, {"status": "error", "ename": "NBOSReplyLost", "evalue": ""})
 
@@ -41,6 +52,7 @@ LOG = [(1, "cell 1"), (2, "cell 2"), (3, "cell 3")]
 
 def test_a_right_history_has_no_problem() -> None:
     assert problems([ok(1), own(2), died(3), ok(4)], [1, 2, 4], 7, [*LOG[:2], (4, "cell 4")]) == []
+    assert problems([ok(1), undoing(2)], [2], 2, LOG[1:]) == []
     assert problems([lost(1)], [1], 1, LOG) == problems([lost(1)], [], 0, []) == []
 
 
@@ -48,6 +60,8 @@ def test_a_right_history_has_no_problem() -> None:
     ("history", "ran", "total", "log", "said"),
     [
         ([ok(1), ok(2)], [1], 1, LOG, "cell 2 was answered ok  and ran 0 times"),
+        ([ok(1), undoing(2)], [1, 2], 3, LOG, "cell 1 was answered ok  and ran 1 times"),
+        ([undoing(1), ok(2)], [2], 2, LOG[1:], "cell 1 was answered ok  and ran 0 times"),
         ([ok(1)], [1, 1], 2, LOG, "ran 2 times"),
         ([died(1)], [1], 1, LOG, "ran 1 times"),
         ([lost(1)], [1, 1], 2, LOG, "ran 2 times"),

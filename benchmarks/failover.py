@@ -1,9 +1,10 @@
 """What a user feels when the process that holds the variables is killed (kill -9): NBOS beside plain
 Jupyter.
 
-Between cells: the next cell, sent at once, reads a variable; counted until its reply. During a cell:
-counted until the first word in that cell's output (or its error) after the kill. Plain Jupyter loses the
-variables; its column shows how long its user waits until the kernel answers again, and when anything at all
+Between cells: the next cell, sent at once, reads a variable; counted until its reply, and the same for the cell after
+that one, which waits for what another replica has to look at first. With `--namespace` the kernel holds so many bytes
+besides. During a cell: counted until the first word in that cell's output (or its error) after the kill. Plain Jupyter
+loses the variables; its column shows how long its user waits until the kernel answers again, and when anything at all
 is said.
 """
 
@@ -26,11 +27,14 @@ from tests.system.nbosenv import settled
 PID = "import os; os.getpid()"
 LONG = "import os, time\nprint('begun', os.getpid(), 'now', flush=True)\ntime.sleep(600)"
 PATIENCE = 15.0
+MAKE = "import numpy; parts = [numpy.random.default_rng(i).bytes({part}) for i in range({count})]"
+PART = 64 << 20
 
 
 @dataclass
 class Felt:
     between: list[float] = field(default_factory=list)
+    second: list[float] = field(default_factory=list)
     kept: int = 0
     during: list[float] = field(default_factory=list)
     words: set[str] = field(default_factory=set)
@@ -43,6 +47,9 @@ async def kill_between(side: Running, channels: Channels, kernel: str, number: i
     value = await next_value(channels)
     felt.between.append(time.perf_counter() - began)
     felt.kept += value == str(number)
+    began = time.perf_counter()
+    await next_value(channels)
+    felt.second.append(time.perf_counter() - began)
 
 
 async def next_value(channels: Channels) -> str:
@@ -102,11 +109,15 @@ async def _asked_until_answered(channels: Channels, code: str) -> int:
                 raise
 
 
-async def measure(side: Running, rounds: int) -> Felt:
+async def measure(side: Running, rounds: int, size: int) -> Felt:
     felt = Felt()
     server: Server = await side.server("failover")
     kernel = await side.start_kernel(server)
     channels = await server.open(kernel)
+    if size:
+        await channels.execute(MAKE.format(part=min(size, PART), count=max(1, size // PART)), 300.0)
+        if side.name == "NBOS":
+            await settled(side.hub, kernel, 300)
     for number in range(rounds):
         await kill_between(side, channels, kernel, number, felt)
     for number in range(rounds):
@@ -121,6 +132,8 @@ def report(plain: Felt, nbos: Felt) -> str:
         between = (of(plain.between), of(nbos.between))
         during = (of(plain.during), of(nbos.during))
         table.add("between cells: next reply", name, f"{between[0]:.2f}", f"{between[1]:.2f}", "≤ 1 s")
+        second = (of(plain.second), of(nbos.second))
+        table.add("the cell after that one", name, f"{second[0]:.2f}", f"{second[1]:.2f}", "")
         table.add("during a cell: user told", name, f"{during[0]:.2f}", f"{during[1]:.2f}", "≤ 2 s")
     rounds = len(nbos.between)
     table.add("variable still there", "", f"{plain.kept}/{rounds}", f"{nbos.kept}/{rounds}", f"{rounds}/{rounds}")
@@ -131,11 +144,12 @@ def report(plain: Felt, nbos: Felt) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--namespace", type=int, default=0, help="bytes that the kernel holds besides (0)")
     options = parser.parse_args()
     with nbos_hub() as hub:
-        nbos = asyncio.run(measure(hub, options.rounds))
+        nbos = asyncio.run(measure(hub, options.rounds, options.namespace))
     with stock_hub() as hub:
-        plain = asyncio.run(measure(hub, options.rounds))
+        plain = asyncio.run(measure(hub, options.rounds, options.namespace))
     print(report(plain, nbos))
 
 

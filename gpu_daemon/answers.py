@@ -244,7 +244,7 @@ class Answers:
             "executor": view.executor,
             "next": view.last + 1,
             "applied": applied,
-            "members": members_message(view),
+            "members": session.members(view),
             "hosts": await self._host_list(),
             "lost": lost,
             "queue": self._bidding.waiting_of(view.kernel),

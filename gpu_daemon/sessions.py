@@ -155,10 +155,17 @@ class Session:
         held = self.replica.held
         return n <= self.replica.applied or (held is not None and held.n == n and held.knows(token))
 
+    def members(self, view: KernelView) -> Message:
+        """Who is there; as they were, where etcd stood still just now and records ended with everybody's lease: whoever
+        lives writes them again in a moment."""
+        members = members_message(view)
+        if self._members is not None and self._site.cut_off and lost_of(members) - lost_of(self._members):
+            return self._members
+        return members
+
     def _push_members(self, view: KernelView) -> None:
         members = members_message(view)
         if self._site.cut_off and lost_of(members) - lost_of(self._members):
-            # Their records ended with everybody's lease; whoever lives writes them again in a moment.
             asyncio.get_running_loop().call_later(RECOVERY, self.news, True)
             return
         if members != self._members:

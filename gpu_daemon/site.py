@@ -207,8 +207,11 @@ class Site:
     @property
     def cut_off(self) -> bool:
         """Whether etcd stood still (or was out of reach) just now, so that leases may have ended whose owners live."""
-        unsure = self.lease is not None and not self.lease.sure
-        return unsure or self.away_since is not None or self.now() < self.back_at + RECOVERY
+        lease, back_at = self.lease, self.back_at
+        unsure = lease is not None and not lease.sure
+        if lease is not None:
+            back_at = max(back_at, lease.still_at)
+        return unsure or self.away_since is not None or self.now() < back_at + RECOVERY
 
     def away_text(self, asked: float | None = None) -> str:
         """asked: when the question that has no answer was asked; it counts where nothing is known from before."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -38,6 +39,8 @@ class Lease:
         self._etcd = etcd
         self._on_new = on_new
         self._told = lease_id != 0
+        self.still_at = -math.inf
+        """When etcd last answered so late (by the monotonic clock) that leases may have ended whose owners live."""
         self._valid_until = 0.0
         self._task: asyncio.Task[None] | None = None
 
@@ -87,6 +90,8 @@ class Lease:
         if not self.id:
             self.id = await self._etcd.lease_grant(self.ttl)
             self._told = False
+        if time.monotonic() > asked + self.ttl / 3:
+            self.still_at = time.monotonic()
         self._valid_until = asked + self.ttl
         if not self._told:
             if self._on_new is not None:

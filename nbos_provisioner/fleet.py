@@ -1,7 +1,9 @@
 """The replicas of one kernel as its router sees them: who is up, who is the current executor, whose output counts.
 
 Guarantees: output passes only from the current executor and under its current fencing token or a newer one of its own;
-what a candidate says before its lead is known is held, in order and bounded, and thrown away when another one leads.
+what a candidate says before its lead is known is held, in order and bounded, and thrown away when another one leads;
+a replica whose record has gone, as all do when etcd stands still for longer than a lease, is doubted, and not given up
+while its connection stands and it answers: what it says counts, since its token says whether it may.
 """
 
 from __future__ import annotations
@@ -13,6 +15,12 @@ from .instructions import Connect, Disconnect, Instruction, Member
 
 HOLD_MESSAGES = 2000
 """Messages held per candidate. Shell and iopub are two connections: a lead may arrive after the first outputs."""
+
+GONE = ("lost", "missing")
+"""States of a member of which no record speaks, as daemons and as the gateway say."""
+
+DOUBT = 5.0
+"""Seconds in which a record that went may come back: its daemon writes it again as soon as etcd answers."""
 
 _PREFIX = b"nbos."
 
@@ -41,6 +49,8 @@ class Fleet:
         self.banned: set[tuple[int, int]] = set()
         self.retired: set[int] = set()
         """Members no more, whose connections stand until their processes end: what they said is on its way."""
+        self.doubted: dict[int, float] = {}
+        """Connected members without a record, and until when they are believed."""
         self._held: dict[int, list[list[Any]]] = {}
         self._renewed: set[int] = set()
         self.prefix = b"nbos.-1."
@@ -78,6 +88,7 @@ class Fleet:
         """Its connection ended and is made anew, to the same address: what comes up there next is a successor, of
         which the lists of members may tell later than its own messages. A retired one has no successor."""
         self.up.discard(index)
+        self.doubted.pop(index, None)
         if index in self.retired:
             return self._part(index)
         if index in self.connected_to:
@@ -132,14 +143,15 @@ class Fleet:
         return [f"{', '.join(hosts)}: {reason}" for reason, hosts in said.items()]
 
     def update(
-        self, epoch: int, members: tuple[Member, ...], revision: int = 0
+        self, epoch: int, members: tuple[Member, ...], revision: int = 0, now: float = 0.0
     ) -> tuple[list[Instruction], list[tuple[int, str]]]:
         """Take in a membership list, unless it is older than what is known: (connections to make and end, replicas
         lost by it).
         """
         if epoch < self.epoch or (epoch == self.epoch and revision < self.revision):
             return [], []
-        if epoch > self.epoch:
+        same = epoch == self.epoch
+        if not same:
             self._renewed.clear()
         self.epoch, self.revision = epoch, revision
         old, self.members = self.members, {member.index: member for member in members}
@@ -147,6 +159,7 @@ class Fleet:
             if index in self.members and self.members[index].applied < old[index].applied:
                 self._keep_applied(index, old[index].applied)
         todo: list[Instruction] = []
+        self._doubt(now if same else None)
         lost = self._leave(todo, old)
         for member in members:
             target = (member.ip, tuple(sorted(member.ports.items())), member.pid)
@@ -155,6 +168,16 @@ class Fleet:
                 self.connected_to[member.index] = target
                 todo.append(Connect(member.index, member.ip, member.ports))
         return todo, lost
+
+    def _doubt(self, now: float | None) -> None:
+        """Which members have lost their records and are believed. now: None where the membership itself has changed."""
+        gone = {index for index, member in self.members.items() if member.state in GONE and index in self.up}
+        until = {index: self.doubted.get(index, now + DOUBT) for index in gone} if now is not None else {}
+        self.doubted = {index: at for index, at in until.items() if now is not None and now < at}
+
+    def believed(self) -> float | None:
+        """When the list of members has to be looked at again, for those that are doubted."""
+        return min(self.doubted.values(), default=None)
 
     def _keep_applied(self, index: int, applied: int) -> None:
         now = self.members[index]
@@ -167,7 +190,7 @@ class Fleet:
         lost = []
         for index, (ip, ports, pid) in list(self.connected_to.items()):
             member = self.members.get(index)
-            if member is not None and self._stands(member, ip, ports, pid):
+            if member is not None and (index in self.doubted or self._stands(member, ip, ports, pid)):
                 self.retired.discard(index)
                 continue
             if member is None and index in self.up:
@@ -208,6 +231,7 @@ class Fleet:
         self._renewed.clear()
         self.retired.clear()
         self.up.clear()
+        self.doubted.clear()
         self.members.clear()
         self._held.clear()
         self.debugged = None

@@ -26,6 +26,8 @@ RECONNECT_MAX = 500
 BEAT = 1.0
 SILENCE = 3.0
 """Seconds between heartbeats to the executor of a running cell, and of silence after which it counts as lost."""
+DOUBTED = 2.0
+"""Seconds of silence after which a replica counts as lost of which no record speaks any more."""
 
 _EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 
@@ -48,6 +50,7 @@ class ReplicaLink:
         self._beat_at = 0.0
         self._heard = 0.0
         self._watched = False
+        self._silence = SILENCE
         self._open(context, identity, keys)
 
     def _open(self, context: zmq.Context[Any], identity: bytes, keys: tuple[bytes, bytes, bytes]) -> None:
@@ -113,13 +116,14 @@ class ReplicaLink:
         if not self.up:
             connected = self._connected()
             return None if connected is None else connected + WELCOME_PATIENCE
-        return min(self._beat_at, self._heard + SILENCE) if self._watched else None
+        return min(self._beat_at, self._heard + self._silence) if self._watched else None
 
     def heard(self, now: float) -> None:
         self._heard = now
 
-    def watch(self, on: bool, now: float) -> bool:
-        """Keep the heartbeat going while `on`; False when the replica has been silent too long."""
+    def watch(self, on: bool, now: float, silence: float = SILENCE) -> bool:
+        """Keep the heartbeat going while `on`; False when the replica has been silent for longer than `silence`."""
+        self._silence = silence
         if on and not self._watched:
             self._heard = now
             self._beat_at = now
@@ -131,5 +135,5 @@ class ReplicaLink:
             try:
                 self.sockets["hb"].send_multipart([b"", b"nbos"], zmq.NOBLOCK)
             except zmq.Again:
-                return now < self._heard + SILENCE
-        return now < self._heard + SILENCE
+                return now < self._heard + silence
+        return now < self._heard + silence

@@ -44,7 +44,7 @@ from .members import members_from
 from .memory import Memory
 from .messages import BadMessage, Signer, parse
 from .notices import LINE_AFTER
-from .replica_link import ReplicaLink
+from .replica_link import DOUBTED, SILENCE, ReplicaLink
 from .router_core import RouterCore
 from .sockets import receive, send
 
@@ -138,8 +138,10 @@ class Router:
         for link in list(self.links.values()):
             if link.becomes_up(now):
                 self._event(Up(link.index), now)
-            if link.up and not link.watch(link.index == watched, now):
-                self._renew(link, "it has not answered heartbeats for 3 s", now)
+            doubted = link.index in self.core.doubted
+            silence = DOUBTED if doubted else SILENCE
+            if link.up and not link.watch(doubted or link.index == watched, now, silence):
+                self._renew(link, f"it has not answered heartbeats for {silence:.0f} s", now)
         if self.core.fleet.up:
             self._lonely_at = now + LONELY
         elif now >= self._lonely_at:

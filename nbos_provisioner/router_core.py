@@ -9,7 +9,7 @@ replicas publish is `outputs.py`'s.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from nbos_cluster.kept import Bounds
@@ -111,7 +111,7 @@ class RouterCore:
     def deadline(self) -> float | None:
         """When a Tick is due at the latest."""
         alone = self.absence.answers_at if self._about_the_kernel() else None
-        times = (self.runner.deadline(), self._sync_at, self._ask_status_at, alone)
+        times = (self.runner.deadline(), self._sync_at, self._ask_status_at, alone, self.fleet.believed())
         return min((at for at in times if at is not None), default=None)
 
     @property
@@ -119,6 +119,11 @@ class RouterCore:
         """The replica whose heartbeat matters now: the executor of a running cell."""
         active = self.runner.active
         return active.executor if active is not None and active.phase is Phase.RUNNING else None
+
+    @property
+    def doubted(self) -> Collection[int]:
+        """Those whose heartbeat matters as well, and sooner: no record speaks of them any more."""
+        return self.fleet.doubted
 
     # -- clients
 
@@ -171,6 +176,10 @@ class RouterCore:
 
     def _pump(self, now: float) -> None:
         """Move on whatever can be moved on."""
+        believed = self.fleet.believed()
+        if believed is not None and now >= believed:
+            members = tuple(self.fleet.members.values())
+            self._members(Members(self.fleet.epoch, members, self.fleet.revision), now)
         self._ask_status(now)
         self.runner.step(now)
         replica = self.fleet.current()
@@ -339,7 +348,7 @@ class RouterCore:
         self.runner.lost(event.replica, event.reason, now)
 
     def _members(self, event: Members, now: float) -> None:
-        todo, lost = self.fleet.update(event.epoch, event.members, event.revision)
+        todo, lost = self.fleet.update(event.epoch, event.members, event.revision, now)
         for index, reason in lost:
             self._lost(Lost(index, reason), now)
         self._extend(todo)

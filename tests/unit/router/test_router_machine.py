@@ -92,6 +92,11 @@ class RouterMachine(RuleBasedStateMachine):
     def no_gpu(self, index: int) -> None:
         self.world.refusing.add(index)
 
+    @rule(gone=st.sets(REPLICA))
+    def records(self, gone: set[int]) -> None:
+        """Leases end, and daemons write their records again: nobody need have died."""
+        self.world.members(dict.fromkeys(gone, "lost"))
+
     @rule()
     def bustle(self) -> None:
         """Everybody who can does one thing: without it, random orders seldom get far."""

@@ -70,6 +70,8 @@ class World:
         self.refusing: set[int] = set()
         """Hosts that cannot run any cell, ever."""
         self.refusals: set[tuple[str, int]] = set()
+        self.parted: set[int] = set()
+        """Replicas that the router has no connection to, nor makes one."""
         self.sent_at: dict[str, float] = {}
         self.shown: list[str] = []
         self.displays: defaultdict[str, list[tuple[str, str, str]]] = defaultdict(list)
@@ -115,6 +117,9 @@ class World:
                 self._publish(instruction.frames)
             elif isinstance(instruction, Connect | Disconnect):
                 self.replicas[instruction.replica].linked = False
+                self.parted.discard(instruction.replica)
+                if isinstance(instruction, Disconnect):
+                    self._leave(instruction.replica)
         active = self.core.runner.active
         if active is not None and active.led:
             self.led[active.msg_id] = active.token
@@ -171,11 +176,19 @@ class World:
         self.sent.append(msg_id)
         return msg_id
 
+    def _leave(self, index: int) -> None:
+        """The router has ended the connection: what was on its way is gone with it."""
+        self.parted.add(index)
+        replica = self.replicas[index]
+        for queue in (replica.inbox, replica.said, replica.shown):
+            queue.clear()
+        self._forget_heard(index)
+
     # -- the replicas' side
 
     def link(self, index: int) -> None:
         replica = self.replicas[index]
-        if replica.alive and not replica.linked:
+        if replica.alive and not replica.linked and index not in self.parted:
             replica.linked = True
             self.event(Up(index))
 
@@ -414,6 +427,7 @@ class World:
 
     def settle(self, rounds: int = 400) -> None:
         """Everything comes back and goes on until nothing moves any more."""
+        self.members({})
         for index in self.replicas:
             self.room(index)
         for _ in range(rounds):

@@ -218,11 +218,11 @@ class NBOSDockerSpawner(NBOSSpawnerMixin, DockerSpawner):
 
         Asked in the user's name, with a token for this alone: the hub needs no credential of its own at the gateway.
         """
-        token = self.user.new_api_token(note="where to start the server", expires_in=60, scopes=[ACCESS])
-        request = HTTPRequest(
-            f"{self.gateway_url}api/status", headers={"Authorization": f"token {token}"}, request_timeout=10
-        )
         try:
+            token = self.user.new_api_token(note="where to start the server", expires_in=60, scopes=[ACCESS])
+            request = HTTPRequest(
+                f"{self.gateway_url}api/status", headers={"Authorization": f"token {token}"}, request_timeout=10
+            )
             answer = await AsyncHTTPClient().fetch(request)
             return {str(host["name"]): host for host in json.loads(answer.body)["hosts"]}
         except (HTTPError, OSError, ValueError, KeyError) as err:

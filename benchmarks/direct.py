@@ -22,6 +22,9 @@ from tests.system.nbosenv import kernel_environment, kernelspec_name
 
 T = TypeVar("T")
 
+OWNER = "direct"
+"""Whose kernels these are."""
+
 
 @dataclass(frozen=True)
 class Kernels:
@@ -97,7 +100,7 @@ def direct_nbos(hub: Running, replicas: int = 3) -> Iterator[BlockingKernelClien
 
 
 def nbos_environment(hub: Running, replicas: int = 3) -> dict[str, str]:
-    return asyncio.run(kernel_environment(hub.hub, "direct", replicas))
+    return asyncio.run(kernel_environment(hub.hub, OWNER, replicas))
 
 
 def is_idle(message: dict[str, Any]) -> bool:

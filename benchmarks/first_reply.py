@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from direct import Kernels, changed_environment, kernels, nbos_environment
+from direct import OWNER, Kernels, changed_environment, kernels, nbos_environment
 from measure import PLAIN_KERNEL, Running, Table, nbos_hub, percentile, ratio
 
 from tests.system.nbosenv import kernelspec_name, nbos_status
@@ -108,6 +108,9 @@ def main() -> None:
         cold = stack.enter_context(nbos_hub(options=["--warm", "0", *runtime]))
         preload = ["--preload", ",".join(modules)] if modules else []
         warm = stack.enter_context(nbos_hub(options=["--warm", "1", *preload, *runtime]))
+        for hub in (cold, warm):
+            # What a server's start makes: replicas in containers have it mounted, and do not start without.
+            (hub.directory / "homes" / OWNER).mkdir(parents=True, exist_ok=True)
         cells = ["1 + 1", *(f"import {name}" for name in modules)]
         for code in cells:
             show(table, code, in_turns(cold, warm, code, options.rounds))

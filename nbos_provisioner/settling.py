@@ -121,6 +121,10 @@ class Settling:
             self._runner.unsettled = None
             if verdict is Verdict.ABANDONED:
                 self._runner.notices.later(execution, name, str(content.get("reason") or settlement.reason))
+                following = self._runner.active
+                if following is not None and following.cell:
+                    # It waits for this verdict; in the output of a later one, "the previous cell" would be another.
+                    self._runner.notices.deliver(following)
             return
         ending = _ending(verdict, content, name, settlement.reason, execution.led)
         execution.led = False

@@ -42,3 +42,22 @@ def test_a_winner_that_is_lost_unheard_is_asked_after_and_not_run_again() -> Non
     world.settle()
     assert world.runs[cell] == 1
     assert world.counts[cell, "reply"] == 1
+
+
+def test_what_became_of_a_cell_after_its_reply_is_told_in_the_next_one() -> None:
+    """In the output of one still later, "the previous cell" would be another."""
+    world = World()
+    for index in world.replicas:
+        world.link(index)
+        world.work(index)
+        world.hear(index, "said")
+    world.execute()
+    world.work(0)
+    world.hear(0, "said")
+    world.finish(0, "ok")
+    world.hear(0, "said")
+    world.hear(0, "shown")
+    following = world.execute()
+    world.kill(0, "abandoned")
+    world.settle()
+    assert any("lost before the changes of the previous cell were stored" in text for text in world.notes[following])

@@ -73,6 +73,7 @@ class World:
         self.parted: set[int] = set()
         """Replicas that the router has no connection to, nor makes one."""
         self.sent_at: dict[str, float] = {}
+        self.notes: defaultdict[str, list[str]] = defaultdict(list)
         self.shown: list[str] = []
         self.displays: defaultdict[str, list[tuple[str, str, str]]] = defaultdict(list)
         self.made = 0
@@ -153,6 +154,8 @@ class World:
             self.shown.append(text)
             display = message.content["transient"]["display_id"]
             self.displays[display].append((message.msg_type, parent["msg_id"], text))
+        elif message.msg_type == "stream":
+            self.notes[parent["msg_id"]].append(message.content["text"])
         elif message.msg_type == "made":
             made = message.content
             assert made["replica"] == self.core.fleet.executor, "output of a replica that is not the executor"

@@ -17,6 +17,7 @@ from gpu_daemon import requests
 from gpu_daemon.bidding import Bidding
 from gpu_daemon.blobs import BlobError
 from gpu_daemon.commits import Commits, free
+from gpu_daemon.pythons import other_python
 from gpu_daemon.replica import LocalReplica
 from gpu_daemon.requests import RequestError
 from gpu_daemon.sessions import Reply, Session, members_message
@@ -210,13 +211,14 @@ class Answers:
         token = requests.number(message, "token", most=1 << 62)
         session.used.add(requests.number(entry, "n"))
         await self._commits.append(session.replica, entry, token, payload)
+        session.replica.imported = requests.imported(message)
         self._progressed(session.replica)
         return {}, b""
 
     async def _applied(self, session: Session, message: Message, payload: bytes) -> Reply:
         replica = session.replica
         replica.applied, replica.lost = requests.number(message, "n", least=-1), requests.lost(message)
-        replica.lacks = tuple(requests.lacks(message))
+        replica.lacks, replica.imported = tuple(requests.lacks(message)), requests.imported(message)
         self._progressed(replica)
         return {}, b""
 
@@ -380,27 +382,6 @@ def _nbos() -> str:
         return f"nbos {version('nbos')}"
     except PackageNotFoundError:
         return "nbos from a checkout"
-
-
-def other_python(view: KernelView, index: int, python: str) -> str:
-    """Why a replica with this Python cannot be one of the kernel's, or ''."""
-    incarnation = view.epoch.incarnation if view.epoch is not None else 1
-    for other in view.replicas.values():
-        there = (other.index, other.state, other.incarnation)
-        if there[0] == index or there[1:] != ("ready", incarnation) or not _differ(python, other.python):
-            continue
-        return (
-            f"replica {index} has Python {python}, replica {other.index} on host {other.host} has Python "
-            f"{other.python}: functions do not travel between minor versions; use the same image (or the same Python) "
-            "on every host"
-        )
-    return ""
-
-
-def _differ(one: str, other: str) -> bool:
-    """Whether both are versions, of different minor numbers."""
-    a, b = (version.split(".")[:2] for version in (one, other))
-    return len(a) == len(b) == 2 and a != b
 
 
 LOST_EXECUTOR = "the host that ran it was lost"

@@ -137,9 +137,13 @@ class ProcessRuntime(ReplicaRuntime):
     def warm(self) -> tuple[WarmRecord, ...]:
         return (self._pool.record(),) if self._pool is not None else ()
 
+    def imported(self, kernel: str, owner: str, modules: tuple[str, ...]) -> None:
+        if self._pool is not None:
+            self._pool.imported(kernel, owner, modules)
+
     async def start(self, launch: Launch) -> ProcessHandle:
         env = clean_environment(os.environ, launch.env)
-        spare = await self._pool.take(env) if self._pool is not None else None
+        spare = await self._pool.take(env, launch.cwd or str(launch.folder)) if self._pool is not None else None
         try:
             if spare is not None and (handle := await _use(launch, env, spare)):
                 return handle

@@ -63,6 +63,8 @@ class LocalReplica:
     python: str = ""
     lost: dict[str, str] = field(default_factory=dict)
     lacks: tuple[str, ...] = ()
+    imported: tuple[str, ...] = ()
+    """Installed modules that its cells, or those it applied, imported, and that nobody has taken note of yet."""
     starts: int = 0
     """Processes that this daemon has started, or found, for it."""
     death_reason: str = ""

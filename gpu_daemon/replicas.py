@@ -100,6 +100,10 @@ class Replicas:
         self._handle(fleet.Hello(replica.id, self._site.now()))
 
     def progressed(self, replica: LocalReplica) -> None:
+        view = self._site.view(replica.id.kernel) if replica.imported else None
+        if view is not None and view.spec is not None:
+            self._runtime.imported(replica.id.kernel, view.spec.owner, replica.imported)
+        replica.imported = ()
         self._write_record(replica, urgent=False)
 
     def _handle(self, event: fleet.Event) -> None:

@@ -14,6 +14,8 @@ MAX_LOST = 10_000
 MAX_LACKS = 200
 MAX_LACKS_TEXT = 300
 MAX_CODE = 64
+MAX_IMPORTED = 100
+MAX_MODULE = 200
 MAX_SECONDS = 1e8
 MAX_MEMORY = 1 << 60
 MAX_DEVICES = 256
@@ -201,3 +203,12 @@ def lacks(message: Message) -> list[str]:
     """Names that can stand in the replica's record; a longer one is no name that helps anybody there."""
     raw = texts(message, "lacks", most=MAX_LACKS) if "lacks" in message else []
     return [text({"lacks": name}, "lacks") for name in raw if len(name) <= MAX_LACKS_TEXT]
+
+
+def imported(message: Message) -> tuple[str, ...]:
+    """Modules that the replica's cells imported. What cannot be a module's name is left out: nothing depends on it."""
+    raw = message.get("imported")
+    names = [name for name in raw if isinstance(name, str)] if isinstance(raw, list) else []
+    return tuple(
+        n for n in names[:MAX_IMPORTED] if len(n) <= MAX_MODULE and all(p.isidentifier() for p in n.split("."))
+    )

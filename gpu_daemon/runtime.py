@@ -148,6 +148,9 @@ class ReplicaRuntime(ABC):
     def expect(self, wanted: Sequence[tuple[str, str]]) -> None:  # noqa: B027  doing nothing is fine
         """Of exactly these owners, and images ('': the host's own), first kernels may be asked for soon."""
 
+    def imported(self, kernel: str, owner: str, modules: tuple[str, ...]) -> None:  # noqa: B027  doing nothing is fine
+        """Cells of the kernel imported these installed modules, as a replica of it says. Called with what is new."""
+
     async def open(self) -> None:  # noqa: B027  doing nothing is fine
         """Called once, before anything else. Raises RuntimeFailed when no replica can be run here."""
 

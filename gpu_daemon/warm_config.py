@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from traitlets import Enum, Float, Integer, List, TraitError, Unicode, validate
+from traitlets import Bool, Enum, Float, Integer, List, TraitError, Unicode, validate
 from traitlets.config import Configurable
 
+from gpu_daemon import preloading
 from gpu_daemon.sizes import parse_bytes
 from gpu_daemon.warm_pool import WarmOptions
 from gpu_daemon.warming import Policy
@@ -33,6 +34,17 @@ class Warm(Configurable):
         help="Replicas in Docker: images of which containers are always kept; empty: Docker.image. Where containers "
         "depend on their owner, an owner's are kept when a kernel of theirs may be asked for.",
     ).tag(config=True)
+    learn = Bool(
+        True,
+        help="Whether modules that many of the host's kernels import are imported ahead as well: installed ones only, "
+        "that passed a trial (docs/warm.md, docs/security.md).",
+    ).tag(config=True)
+    learn_most = Integer(24, min=1, help="How many modules are imported ahead because kernels import them.").tag(
+        config=True
+    )
+    learn_memory = Unicode("512M", help="Memory that those may take together, in the parent of all replicas.").tag(
+        config=True
+    )
     confidence = Float(0.95, help="How surely (0 to 1) a start finds a waiting replica, by demand.").tag(config=True)
     window = Float(600.0, min=1.0, help="Seconds over which starts are counted, by demand.").tag(config=True)
     calm = Float(
@@ -53,7 +65,7 @@ class Warm(Configurable):
             raise TraitError(f"Warm.confidence is {proposal['value']}; it must lie between 0 and 1, for example 0.95")
         return float(proposal["value"])
 
-    @validate("reserve")
+    @validate("reserve", "learn_memory")
     def _valid_size(self, proposal: Any) -> Any:
         try:
             parse_bytes(proposal["value"])
@@ -69,4 +81,10 @@ class Warm(Configurable):
         numbers = {name: getattr(self, name) for name in names}
         kind: Any = self.policy
         policy = Policy(kind=kind, reserve=parse_bytes(self.reserve), **numbers)
-        return WarmOptions(policy, tuple(self.modules), tuple(self.images))
+        preload = preloading.Policy(
+            learn=self.learn,
+            most=self.learn_most,
+            memory=parse_bytes(self.learn_memory),
+            reserve=parse_bytes(self.reserve),
+        )
+        return WarmOptions(policy, tuple(self.modules), tuple(self.images), preload)

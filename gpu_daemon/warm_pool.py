@@ -3,6 +3,10 @@
 Spares are forked from one warm parent; where the imports left something that a fork would break, each is a process
 that imported by itself, and the reason is told. A spare is handed out at most once. Without one, and without a parent
 to fork one at once, replicas start afresh as they would without this.
+
+What is imported ahead is learnt from what kernels import (`warm_learning`): a second parent is made with it, in the
+background, and takes the place of the first when it is ready. A parent that nobody is forked from any more stays until
+the replicas that it forked have ended, since it tells how they did.
 """
 
 from __future__ import annotations
@@ -11,13 +15,16 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gpu_daemon import memory, warming
+from gpu_daemon import memory, preloading, warming
+from gpu_daemon.preloading import Preloading
 from gpu_daemon.site import log
-from gpu_daemon.warm_process import NotWarm, Ready, Spare, WarmParent, environment_reads, start_alone
+from gpu_daemon.warm_fit import why_afresh
+from gpu_daemon.warm_learning import Learning, environment
+from gpu_daemon.warm_process import NotWarm, Ready, Spare, WarmParent, start_alone
 from gpu_daemon.warming import Warming
 from nbos_cluster.records import WarmRecord
 
@@ -25,6 +32,8 @@ IMAGE = ""
 """Processes all have the environment of their daemon."""
 LOOK_EVERY = 5.0
 """Seconds between two looks at the host's memory and the demand."""
+MOST_RETIRED = 4
+"""Parents that are kept only to tell how their replicas end."""
 
 
 @dataclass(frozen=True)
@@ -34,25 +43,35 @@ class WarmOptions:
     policy: warming.Policy
     modules: tuple[str, ...] = ()
     images: tuple[str, ...] = ()
+    preload: preloading.Policy = field(default_factory=preloading.Policy)
 
 
 class WarmPool:
-    """env: of every spare. folder: for its log and the warm parent's. changed: called when `record` may differ."""
+    """env: of every spare. folder: for its log and the warm parent's, and what was learnt. changed: called when
+    `record` may differ."""
 
     def __init__(self, options: WarmOptions, env: Mapping[str, str], folder: Path) -> None:
         self._options, self._env, self._folder = options, dict(env), folder
         self._warming = Warming(options.policy)
         self._spares: list[Spare] = []
         self._parent: WarmParent | None = None
+        self._retired: list[WarmParent] = []
+        self._builds = 0
+        self._environment = environment()
+        """As it was when the parent's imports began."""
+        machine = Preloading(options.preload, frozenset(options.modules))
+        kept = folder / "imported.json"
+        self._learning = Learning(machine, self._env, folder, kept, self._with, self._spawn, _now)
         self._starting = asyncio.Lock()
         self._ready = Ready()
         self._note = ""
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._refused: set[tuple[str, ...]] = set()
+        self._refused: set[str] = set()
         self._closing = False
         self.changed: Callable[[], None] = lambda: None
 
     async def open(self) -> None:
+        await asyncio.to_thread(self._learning.load)
         self._spawn(self._look())
 
     async def close(self) -> None:
@@ -65,18 +84,32 @@ class WarmPool:
         for spare in spares:
             self._unwatch(spare)
             await spare.discard()
-        if self._parent is not None:
-            await self._parent.close()
+        for parent in (self._parent, *self._retired):
+            if parent is not None:
+                await parent.close()
+
+    def imported(self, kernel: str, owner: str, modules: tuple[str, ...]) -> None:
+        """Cells of this kernel imported these, as a replica of it says."""
+        if not self._closing:
+            self._learning.imported(kernel, owner, modules)
 
     def record(self) -> WarmRecord:
         ready = self._warming.ready(IMAGE)
-        return WarmRecord(image=IMAGE, ready=ready, wanted=self._warming.wanted(IMAGE, _now()), note=self._said())
+        learning = self._learning
+        return WarmRecord(
+            image=IMAGE,
+            ready=ready,
+            wanted=self._warming.wanted(IMAGE, _now()),
+            note=self._said(),
+            modules=(*self._options.modules, *learning.modules()),
+            refused=learning.refused(),
+        )
 
-    async def take(self, env: Mapping[str, str]) -> Spare | None:
-        """A spare for a replica with this environment; it is the caller's. None: start the replica afresh."""
+    async def take(self, env: Mapping[str, str], cwd: str) -> Spare | None:
+        """A spare for a replica with this environment and folder; it is the caller's. None: start it afresh."""
         self._handle(warming.Arrived(IMAGE, _now()))
-        if reads := environment_reads(self._ready, self._env, env):
-            self._refuse(tuple(reads))
+        if reason := await why_afresh(self._ready, self._env, env, cwd, self._environment):
+            self._refuse(reason)
             return None
         while self._spares:
             spare = self._spares.pop(0)
@@ -91,10 +124,10 @@ class WarmPool:
                 return await self._parent.fork()
         return None
 
-    def _refuse(self, reads: tuple[str, ...]) -> None:
-        if reads not in self._refused:
-            self._refused.add(reads)
-            log.info("replicas with their own %s start afresh: warm ones have read that already", ", ".join(reads))
+    def _refuse(self, reason: str) -> None:
+        if reason not in self._refused and len(self._refused) < 1000:
+            self._refused.add(reason)
+            log.info("%s", reason)
 
     def _said(self) -> str:
         return "memory is short" if self._warming.short else self._note
@@ -130,21 +163,62 @@ class WarmPool:
         took = time.monotonic() - began
         size = await asyncio.to_thread(memory.private, spare.pid)
         self._spares.append(spare)
-        asyncio.get_running_loop().add_reader(spare.socket, self._ended, spare)
+        self._wait_for(spare)
         self._handle(warming.Made(IMAGE, took, size, _now()))
 
     async def _have_parent(self) -> None:
+        """At first, and when one has died, without what was learnt: that is there sooner."""
         async with self._starting:
             if self._parent is not None and self._parent.alive:
                 return
-            parent = WarmParent(self._options.modules, self._env, self._folder)
+            if self._parent is not None:
+                self._learning.parent_gone()
+            before, parent = environment(), WarmParent(self._options.modules, self._env, self._folder)
             await parent.start()
             self._ready = parent.ready
             if self._ready.unsafe:
                 log.warning("replicas are not forked from a warm parent: %s; each is warmed alone", self._ready.unsafe)
             else:
-                self._parent = parent
+                self._parent, self._environment = parent, before
                 log.info("warm parent of replicas started as process %d", parent.pid)
+
+    async def _with(self, modules: tuple[str, ...]) -> Ready:
+        """Let replicas be forked from a parent that has imported these as well. Raises NotWarm."""
+        self._builds += 1
+        everything, folder = (*self._options.modules, *modules), self._folder / f"parent-{self._builds % 2}"
+        before, parent = environment(), WarmParent(everything, self._env, folder, gently=True)
+        await parent.start()
+        if parent.ready.unsafe:
+            return parent.ready
+        async with self._starting:
+            old, self._parent, self._ready = self._parent, parent, parent.ready
+            self._environment = before
+            if old is not None:
+                self._retired.append(old)
+        log.info("warm parent of replicas started as process %d, with %s", parent.pid, ", ".join(modules) or "no more")
+        with contextlib.suppress(NotWarm):  # it died just now, which the next that is made finds out
+            await self._renew_spares(parent)
+        await self._end_retired()
+        return parent.ready
+
+    async def _renew_spares(self, parent: WarmParent) -> None:
+        """Those that wait are the old parent's: for each one of the new, so that never fewer wait."""
+        for spare in list(self._spares):
+            new = await parent.fork()
+            if spare not in self._spares:
+                await new.discard()
+                continue
+            self._unwatch(spare)
+            self._spares[self._spares.index(spare)] = new
+            self._wait_for(new)
+            await spare.discard()
+        self.changed()
+
+    async def _end_retired(self) -> None:
+        for parent in list(self._retired):
+            if parent.idle or not parent.alive or len(self._retired) > MOST_RETIRED:
+                self._retired.remove(parent)
+                await parent.close()
 
     async def _new(self) -> Spare:
         if self._ready.unsafe:
@@ -156,7 +230,10 @@ class WarmPool:
     async def _alone(self) -> tuple[Spare, Ready]:
         spare, ready = await start_alone(self._options.modules, self._env, self._folder / "alone")
         # It need not be found unsafe again (a module that starts its threads now and then): once is enough.
-        return spare, Ready(self._ready.reads | ready.reads, ready.failed, self._ready.unsafe, ready.resident)
+        return spare, replace(ready, reads=self._ready.reads | ready.reads, unsafe=self._ready.unsafe)
+
+    def _wait_for(self, spare: Spare) -> None:
+        asyncio.get_running_loop().add_reader(spare.socket, self._ended, spare)
 
     def _ended(self, spare: Spare) -> None:
         """A waiting spare says nothing: its socket can be read when it is gone."""
@@ -172,7 +249,11 @@ class WarmPool:
 
     async def _look(self) -> None:
         while True:
-            self._handle(warming.Memory(memory.host.available(), _now()))
+            available = memory.host.available()
+            self._handle(warming.Memory(available, _now()))
+            if self._parent is not None and not self._ready.unsafe:
+                self._learning.look(available)
+                await self._end_retired()
             await asyncio.sleep(LOOK_EVERY)
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:

@@ -36,12 +36,16 @@ class NotWarm(RuntimeError):
 
 @dataclass(frozen=True)
 class Ready:
-    """What a process said when its imports were done; see `nbos_kernel.warm.imports.Imported`."""
+    """What a process said when its imports were done; see `nbos_kernel.warm.imports.Imported`. below: beginnings of
+    names in the environment that the interpreter, the loader or native libraries read when they are loaded."""
 
     reads: frozenset[str] = frozenset()
+    below: tuple[str, ...] = ()
     failed: Mapping[str, str] = field(default_factory=dict)
     unsafe: str = ""
+    culprit: str = ""
     resident: int = 0
+    tops: frozenset[str] = frozenset()
     private: int = 0
     """Bytes that it shares with nobody; told by spares in containers."""
 
@@ -98,21 +102,15 @@ def environment_reads(ready: Ready, base: Mapping[str, str], wanted: Mapping[str
     """Names whose values a fresh process would have read while it started, and that differ from those of the process
     that was warmed: such a replica must be started afresh."""
     differ = {name for name in {*base, *wanted} if base.get(name) != wanted.get(name)}
-    return sorted(name for name in differ if name in ready.reads or name.startswith(READ_BELOW_PYTHON))
-
-
-READ_BELOW_PYTHON = (
-    "PYTHON", "LD_", "LC_", "LANG", "MALLOC_", "GLIBC_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "GOTO_",
-    "BLIS_", "NUMEXPR_", "NPY_", "CUDA_", "NCCL_", "NVIDIA_", "TORCH", "PYTORCH", "C10_", "ATEN_", "XLA_", "TF_",
-)  # fmt: skip
-"""Beginnings of names that the interpreter, the loader or native libraries read by getenv when they are loaded."""
+    return sorted(name for name in differ if name in ready.reads or name.startswith(ready.below))
 
 
 class WarmParent:
-    """One `python -m nbos_kernel.warm`. log_file: where its own output goes. Not started until `start`."""
+    """One `python -m nbos_kernel.warm`. folder: where its own output goes. gently: it leaves half of its core to
+    others while it imports. Not started until `start`."""
 
-    def __init__(self, modules: Sequence[str], env: Mapping[str, str], folder: Path) -> None:
-        self._modules, self._env, self._folder = tuple(modules), env, folder
+    def __init__(self, modules: Sequence[str], env: Mapping[str, str], folder: Path, gently: bool = False) -> None:
+        self._modules, self._env, self._folder, self._gently = tuple(modules), env, folder, gently
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._listener: asyncio.Task[None] | None = None
@@ -129,12 +127,18 @@ class WarmParent:
     def pid(self) -> int:
         return self._process.pid if self._process is not None else 0
 
+    @property
+    def idle(self) -> bool:
+        """Whether it has no children, spares or replicas."""
+        return not self._children
+
     async def start(self) -> None:
         """Until it can fork, or has said that it must not (`ready.unsafe`; it has ended then). Raises NotWarm."""
-        self._process, control = await asyncio.to_thread(_launch, [], self._modules, self._env, self._folder)
+        way = ["--gently"] if self._gently else []
+        self._process, control = await asyncio.to_thread(launch, way, self._modules, self._env, self._folder)
         self._control = control
         try:
-            self.ready = await _said_ready(control, self._folder)
+            self.ready = await _said_ready(control, self._folder, READY_WITHIN * (1 + 2 * self._gently))
         except BaseException:
             self.kill()
             await self.close()
@@ -181,7 +185,7 @@ class WarmParent:
         if self._listener is not None:
             await asyncio.wait({self._listener})
         elif self._process is not None:
-            await _reap(self._process)
+            await reap(self._process)
         if self._control is not None:
             self._control.close()
             self._control = None
@@ -199,7 +203,7 @@ class WarmParent:
         for asked in self._asked.values():
             if not asked.done():
                 asked.set_exception(ConnectionResetError("it ended"))
-        await _reap(self._process)
+        await reap(self._process)
 
     def _heard(self, message: dict[str, Any]) -> None:
         match message:
@@ -214,20 +218,20 @@ class WarmParent:
 
 async def start_alone(modules: Sequence[str], env: Mapping[str, str], folder: Path) -> tuple[Spare, Ready]:
     """A spare that no parent forked: it imported by itself. Raises NotWarm."""
-    process, own = await asyncio.to_thread(_launch, ["--spare"], modules, env, folder)
+    process, own = await asyncio.to_thread(launch, ["--spare"], modules, env, folder)
     try:
-        ready = await _said_ready(own, folder)
+        ready = await _said_ready(own, folder, READY_WITHIN)
     except BaseException:
         own.close()
         process.kill()
-        await _reap(process)
+        await reap(process)
         raise
     # From now on it is reaped through its pidfd, like a replica.
     process.returncode = 0
     return Spare(process.pid, own, ready.resident), ready
 
 
-def _launch(
+def launch(
     options: Sequence[str], modules: Sequence[str], env: Mapping[str, str], folder: Path
 ) -> tuple[subprocess.Popen[bytes], socket.socket]:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -256,13 +260,13 @@ def _launch(
     return process, own
 
 
-async def _said_ready(own: socket.socket, folder: Path) -> Ready:
+async def _said_ready(own: socket.socket, folder: Path, within: float) -> Ready:
     own.setblocking(False)
     try:
-        async with asyncio.timeout(READY_WITHIN):
+        async with asyncio.timeout(within):
             data = await asyncio.get_running_loop().sock_recv(own, LONGEST)
     except TimeoutError as err:
-        raise NotWarm(f"its imports took more than {READY_WITHIN:g} s; see {folder / 'log'}") from err
+        raise NotWarm(f"its imports took more than {within:g} s; see {folder / 'log'}") from err
     except ConnectionError:
         data = b""
     if not data:
@@ -273,14 +277,21 @@ async def _said_ready(own: socket.socket, folder: Path) -> Ready:
 def read_ready(data: bytes) -> Ready:
     told = json.loads(data)
     ready = Ready(
-        frozenset(told["reads"]), told["failed"], told["unsafe"], told["resident"], int(told.get("private", 0))
+        reads=frozenset(told["reads"]),
+        below=tuple(told.get("below", ("",))),
+        failed=told["failed"],
+        unsafe=told["unsafe"],
+        culprit=told.get("culprit", ""),
+        resident=told["resident"],
+        tops=frozenset(told.get("tops", ())),
+        private=int(told.get("private", 0)),
     )
     for name, reason in ready.failed.items():
         log.warning("module %s cannot be imported ahead: %s", name, reason)
     return ready
 
 
-async def _reap(process: subprocess.Popen[bytes]) -> None:
+async def reap(process: subprocess.Popen[bytes]) -> None:
     try:
         await asyncio.to_thread(process.wait, 5.0)
     except subprocess.TimeoutExpired:

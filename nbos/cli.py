@@ -125,6 +125,12 @@ def _up_arguments(up: argparse.ArgumentParser) -> None:
         help="how many replicas each host has started before they are asked for, at least (1); 0: none, ever",
     )
     up.add_argument(
+        "--no-learning",
+        action="store_false",
+        dest="learn",
+        help="do not import ahead what kernels turn out to import (docs/warm.md)",
+    )
+    up.add_argument(
         "--preload",
         type=_modules,
         default=(),

@@ -39,6 +39,7 @@ class UpOptions:
     image: str = "nbos/kernel"
     """Of kernels whose users chose none; runtime docker only."""
     warm: int = 1
+    learn: bool = True
     """Replicas that each host has started ahead, at least; 0: none. Runtime process only, as what follows."""
     preload: tuple[str, ...] = ()
     """Modules that they have imported."""
@@ -147,7 +148,12 @@ class Layout:
         count = self.options.warm
         if not count:
             return {"policy": "off"}
-        return {"keep": count, "most": max(4, 2 * count), "modules": list(self.options.preload)}
+        return {
+            "keep": count,
+            "most": max(4, 2 * count),
+            "modules": list(self.options.preload),
+            "learn": self.options.learn,
+        }
 
     def docker_config(self, app: dict[str, Any]) -> dict[str, Any]:
         """With replicas in Docker, what stands besides; `app` is told as well. The notebooks' folders are mounted

@@ -137,7 +137,9 @@ def _device(device: dict[str, Any]) -> list[str]:
 def _warm(host: str, warm: dict[str, Any]) -> str:
     note = f": {warm['note']}" if warm["note"] else ""
     image = f" of {warm['image']}" if warm["image"] else ""
-    return f"kept warm on {host}: {warm['ready']} of {warm['wanted']} replicas{image}{note}"
+    ahead = f"; imported ahead: {', '.join(warm['modules'])}" if warm["modules"] else ""
+    refused = "".join(f"\n  not imported ahead there: {name}: {why}" for name, why in warm["refused"].items())
+    return f"kept warm on {host}: {warm['ready']} of {warm['wanted']} replicas{image}{note}{ahead}{refused}"
 
 
 def _grant(grant: dict[str, Any]) -> str:

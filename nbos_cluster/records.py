@@ -95,12 +95,15 @@ class Reading(Record, frozen=True):
 
 class WarmRecord(Record, frozen=True):
     """Replicas of an image that a host has started ahead; '' is the host's own environment. note: why there are fewer
-    than wanted, or how they differ."""
+    than wanted, or how they differ. modules: what they have imported; refused: what enough kernels import and they have
+    not, with the reason."""
 
     image: str = ""
     ready: int = 0
     wanted: int = 0
     note: str = ""
+    modules: tuple[str, ...] = ()
+    refused: dict[str, str] = {}
 
 
 class HostRecord(Record, frozen=True, tag="host"):

@@ -14,6 +14,7 @@ from traitlets import Dict, Type
 
 from .iopub import FencedIOPubThread
 from .kernel import NBOSKernel
+from .warm import ahead
 
 IOPUB_QUEUE = 100_000
 """Messages that may wait for a slow router before ZeroMQ drops any; ipykernel's 1000 loses output of long loops."""
@@ -33,6 +34,7 @@ class NBOSKernelApp(IPKernelApp):
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         self.parent_handle = 1  # not ours to watch; and no word on a terminal that nobody reads
         super().initialize(argv)
+        ahead.begun()
 
     def init_sockets(self) -> None:
         if self.config.NBOSKernel.get("nbos_socket") and self.transport == "tcp" and not self.curve_secretkey:

@@ -88,7 +88,11 @@ class Appender:
         self._reported = (self._link.away_since, lost)
         lacks = self._replica.lacking.here(lost)
         more = {"lacks": lacks} if lacks else {}
-        self._link.tell({"type": "applied", "n": n, "lost": oversize.summary(lost), **more})
+        self._link.tell({"type": "applied", "n": n, "lost": oversize.summary(lost), **more, **self._imported()})
+
+    def _imported(self) -> Message:
+        news = self._replica.imports.news()
+        return {"imported": news} if news else {}
 
     def start(self, entry: Entry, running: Any, finished: Callable[[Any], None]) -> None:
         """Put the blobs, safe from later changes, and append behind."""
@@ -146,7 +150,8 @@ class Appender:
             "effects": entry.effects,
         }
         message, payload = bulk.pack(message, payload)
-        return self._link.request({"type": "append", "entry": message, "token": running.token}, payload)
+        append = {"type": "append", "entry": message, "token": running.token, **self._imported()}
+        return self._link.request(append, payload)
 
     async def _finish(
         self,

@@ -161,6 +161,14 @@ def _started() -> None:
         print(notice, file=sys.stderr)
 
 
+def torch_is_there() -> None:
+    """torch.cuda came into this process without being looked for: it had been imported ahead (nbos_kernel.warm)."""
+    if isinstance(_watched, _CudaFinder):
+        if _watched in sys.meta_path:
+            sys.meta_path.remove(_watched)
+        _watch()
+
+
 class _CudaFinder(importlib.abc.MetaPathFinder):
     """Finds torch.cuda as everybody does, and watches it as soon as it is imported."""
 

@@ -28,6 +28,7 @@ from .capture.unloaded import OFF, Unloaded
 from .entries import Memory, Read, frames_of
 from .gpu import uses
 from .history import History
+from .imported import Imports
 from .lacking import Lacking
 from .lazy import shell as lazyshell
 from .lazy.loading import BlobMissing, Lazy
@@ -71,6 +72,7 @@ class Replica:
         self.lazy = Lazy(shell, self.roots, self.capture, self.history, read_now or read)
         self.ledger = Ledger()
         self.uses = uses.Uses()
+        self.imports = Imports()
         self.lacking = Lacking(self.ledger.entry_of)
         self.records = Records(self._of_user, shell.transform_cell)
         self.rerun = Rerun(shell, self.records, self.capture, self.lazy, self._guarded, self.hidden, self.watcher)
@@ -106,6 +108,7 @@ class Replica:
         marked = self.records.ended(source, succeeded, asked, self.history.last())
         capture.forget(marked.changed & self._shell.user_ns.keys())  # so that it is said again what happens to them
         capture.note_source(source)
+        self.imports.ran(source)
         self.lazy.reconcile()
         found = self.changes()
         notices = oversize.fit(found, capture.lost)
@@ -199,6 +202,7 @@ class Replica:
         self.lazy.adopt([*digests, *gone, *lost_names], whole, kept)
         self.records.adopt(records, gone, whole)
         self._guard()
+        self.imports.ran(str(entry.get("source") or ""))
         self.history.record(entry, whole)
 
     async def _load(

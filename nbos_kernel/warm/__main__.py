@@ -1,5 +1,5 @@
-"""`python -m nbos_kernel.warm [--spare] FD [MODULE…]`, and in a container `--contained SOCKET [MODULE…]`: what a
-gpu_daemon starts ahead of replicas."""
+"""`python -m nbos_kernel.warm [--spare|--gently|--judge] FD [MODULE…]`, and in a container `--contained SOCKET
+[MODULE…]`: what a gpu_daemon starts ahead of replicas."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import os
 import socket
 import sys
-from dataclasses import asdict
 from typing import NoReturn
 
 from .parent import serve
@@ -21,15 +20,21 @@ def main() -> None:
         _begin(_contained())
     # No collection before the fork: it would write to, and so unshare, every page (docs of gc.freeze).
     gc.disable()
-    alone = "--spare" in sys.argv[1:2]
-    number, *modules = (word for word in sys.argv[1 + alone :] if word != ROOM)
-    retitle([sys.executable, "-m", "nbos_kernel.warm", *(["--spare"] if alone else []), *modules])
+    way = sys.argv[1] if sys.argv[1].startswith("--") else ""
+    number, *modules = (word for word in sys.argv[1 + bool(way) :] if word != ROOM)
+    retitle([sys.executable, "-m", "nbos_kernel.warm", *([way] if way else []), *modules])
     own: socket.socket | None = socket.socket(fileno=int(number))
     assert own is not None
-    from .imports import import_all
+    if way == "--judge":
+        from .judging import judge_all
 
-    found = import_all(modules, allowed=(0, 1, 2, own.fileno()))
-    own.send(json.dumps({"type": "ready", **asdict(found), "reads": sorted(found.reads)}).encode())
+        judge_all(modules, own)
+        _end()
+    from .imports import import_all, ready
+
+    alone = way == "--spare"
+    found = import_all(modules, allowed=(0, 1, 2, own.fileno()), gently=way == "--gently")
+    own.send(json.dumps(ready(found)).encode())
     if alone:
         gc.enable()
     elif found.unsafe:

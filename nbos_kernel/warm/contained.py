@@ -12,10 +12,10 @@ import json
 import os
 import socket
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
-from .imports import import_all
+from .imports import import_all, ready
 from .spare import Assignment, Told, wait
 
 COMES_BACK_WITHIN = 60.0
@@ -30,7 +30,7 @@ MARK = "NBOS: "
 def serve(path: str, modules: list[str]) -> Assignment | None:
     """What to be; None: the daemon is gone, or wants this spare no more."""
     found = import_all(modules, allowed=(0, 1, 2))
-    said = {"type": "ready", **asdict(found), "reads": sorted(found.reads), "private": _private()}
+    said = {**ready(found), "private": _private()}
     while (own := _connect(path)) is not None:
         with own, contextlib.suppress(ConnectionError):
             own.send(json.dumps(said).encode())

@@ -12,8 +12,13 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+from . import ahead, renewal
+from .ahead import Ahead
+from .tracing import Trace
 
 OURS = "nbos_kernel.app"
 STARTING = (
@@ -39,46 +44,98 @@ SETTLE = 0.5
 @dataclass
 class Imported:
     """What came of it. failed: of the chosen modules, with the reason. reads: names that were looked up in the
-    environment. unsafe: why this process must not be forked, empty when it may. resident: bytes of resident memory that
-    the chosen modules take: nobody's limit should count them."""
+    environment. unsafe: why this process must not be forked, empty when it may; culprit: the chosen module that made it
+    so. resident: bytes of resident memory that the chosen modules take: nobody's limit should count them. tops: the
+    packages, and modules outside of one, that were imported ahead, and are out of sight now."""
 
     failed: dict[str, str] = field(default_factory=dict)
     reads: set[str] = field(default_factory=set)
     unsafe: str = ""
+    culprit: str = ""
     resident: int = 0
+    tops: list[str] = field(default_factory=list)
 
 
-def import_all(chosen: Iterable[str], allowed: Iterable[int]) -> Imported:
-    """Import what replicas start with, and the modules that the site chose. allowed: descriptors that may be open.
+def import_all(chosen: Iterable[str], allowed: Iterable[int], gently: bool = False) -> Imported:
+    """Import what replicas start with, and the chosen modules, which are out of sight afterwards. allowed: descriptors
+    that may be open. gently: resting in between.
 
     Raises ImportError when a replica cannot run here at all.
     """
     found = Imported()
-    with _noting_reads(found.reads):
-        importlib.import_module(OURS)
-        for name in STARTING:
-            with contextlib.suppress(ImportError):
-                importlib.import_module(name)
+    with noting_reads(found.reads):
+        import_needed()
         _look(found, "what every replica needs", allowed)
         before = _resident()
-        for name in chosen:
-            try:
-                importlib.import_module(name)
-            except Exception as err:  # noqa: BLE001 - a module may raise anything; the replica can do without it
-                found.failed[name] = f"{type(err).__name__}: {err}"[:300]
-            _look(found, name, allowed)
+        trace = Trace(gently)
+        with trace.watching():
+            for name in chosen:
+                _import(name, found)
+                _look(found, name, allowed)
         found.resident = max(0, _resident() - before)
+    _hide(trace, found)
     return found
+
+
+def ready(found: Imported) -> dict[str, Any]:
+    """The message to the daemon."""
+    return {"type": "ready", **asdict(found), "reads": sorted(found.reads), "below": READ_BELOW_PYTHON}
+
+
+def import_needed() -> None:
+    """What a replica imports until its first cell. Raises ImportError when it cannot run here at all."""
+    importlib.import_module(OURS)
+    for name in STARTING:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+
+
+def _import(name: str, found: Imported) -> None:
+    try:
+        importlib.import_module(name)
+    except Exception as err:  # noqa: BLE001 - a module may raise anything; the replica can do without it
+        found.failed[name] = f"{type(err).__name__}: {err}"[:300]
+
+
+def _hide(trace: Trace, found: Imported) -> None:
+    def reads(name: str) -> bool:
+        if name in renewal.RENEWED:
+            return False
+        return name in found.reads or name.startswith(READ_BELOW_PYTHON)
+
+    hidden = Ahead(trace, reads)
+    if not hidden.names:
+        return
+    hidden.given = renewal.given
+    found.tops = ahead.tops(hidden.names)
+    ahead.current = hidden
+    renewal.prepare()
+    hidden.hide(trace.first)
 
 
 def _look(found: Imported, name: str, allowed: Iterable[int]) -> None:
     if found.unsafe:
         return
+    found.unsafe = why_not_forked(name, allowed)
+    if found.unsafe:
+        found.culprit = name
+
+
+READ_BELOW_PYTHON = (
+    "PYTHON", "LD_", "LC_", "LANG", "MALLOC_", "GLIBC_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "GOTO_",
+    "BLIS_", "NUMEXPR_", "NPY_", "CUDA_", "NCCL_", "NVIDIA_", "TORCH", "PYTORCH", "C10_", "ATEN_", "XLA_", "TF_",
+)  # fmt: skip
+"""Beginnings of names that the interpreter, the loader or native libraries read by getenv when they are loaded."""
+
+
+def why_not_forked(name: str, allowed: Iterable[int]) -> str:
+    """What the import of `name` left in this process that a fork would break; '' where nothing."""
     if staying := _threads_that_stay():
-        found.unsafe = f"importing {name} starts {staying} thread(s) that a fork would leave behind"
-    elif opened := _descriptors() - set(allowed):
+        return f"importing {name} starts {staying} thread(s) that a fork would leave behind"
+    if opened := _descriptors() - set(allowed):
         kinds = ", ".join(sorted(_link(number) for number in opened))
-        found.unsafe = f"importing {name} opens what forks would share or lose ({kinds})"
+        return f"importing {name} opens what forks would share or lose ({kinds})"
+    return ""
 
 
 def _threads_that_stay() -> int:
@@ -101,8 +158,19 @@ def _settled(count: Callable[[], int]) -> int:
     return count()
 
 
+MADE_FOR_FORKS = frozenset({b"jemalloc_bg_thd\n"})
+"""Threads that may be left behind: jemalloc (pyarrow has one) goes on without in the child, by its own handlers."""
+
+
 def _threads() -> int:
-    return len(os.listdir("/proc/self/task"))
+    return sum(_name(task) not in MADE_FOR_FORKS for task in Path("/proc/self/task").iterdir())
+
+
+def _name(task: Path) -> bytes:
+    try:
+        return (task / "comm").read_bytes()
+    except OSError:
+        return b""  # it ends just now
 
 
 def _resident() -> int:
@@ -122,7 +190,7 @@ def _link(number: int) -> str:
 
 
 @contextlib.contextmanager
-def _noting_reads(names: set[str]) -> Iterator[None]:
+def noting_reads(names: set[str]) -> Iterator[None]:
     """Note every name that Python code looks up in os.environ (C code's getenv is not seen)."""
     kind = type(os.environ)
     plain = kind.__getitem__

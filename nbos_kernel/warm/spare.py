@@ -13,6 +13,7 @@ from pathlib import Path
 
 import nbos_kernel
 
+from . import renewal
 from .title import retitle
 
 
@@ -69,20 +70,5 @@ def become(assignment: Assignment) -> None:
     sys.argv = [str(Path(nbos_kernel.__file__).with_name("__main__.py")), *assignment.argv[3:]]
     sys.orig_argv[:] = assignment.argv
     importlib.invalidate_caches()
-    renew()
+    renewal.renew()
     retitle(assignment.argv)
-
-
-def renew() -> None:
-    """What must be another in each process, made anew where the imports made it.
-
-    Python's `random` is seeded by fork itself. numpy's global generator is not, and would give the same numbers in
-    every replica; nor is multiprocessing's key, with which one user could enter another's managers. torch starts
-    every process with the same seed, so here as well.
-    """
-    numbers = sys.modules.get("numpy.random")
-    if numbers is not None:
-        numbers.seed()
-    processes = sys.modules.get("multiprocessing.process")
-    if processes is not None:
-        processes.current_process().authkey = os.urandom(32)

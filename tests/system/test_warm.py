@@ -32,7 +32,7 @@ def host(tmp_path: Path, etcd: EtcdServer) -> Iterator[MakeHost]:
     hosts: list[Host] = []
 
     def make(**warm: Any) -> Host:
-        options = {"policy": "fixed", "keep": 1, "reserve": "1M", **warm}
+        options = {"policy": "fixed", "keep": 1, "reserve": "1M", "learn": False, **warm}
         hosts.append(Host(tmp_path, "a", etcd.endpoint, replica_command=[], warm=options))
         return hosts[-1].start()
 
@@ -54,11 +54,11 @@ async def warm(client: Etcd) -> WarmRecord:
     return record.warm[0] if record is not None and record.warm else WarmRecord()
 
 
-async def waits(client: Etcd, count: int = 1) -> None:
+async def waits(client: Etcd, count: int = 1, seconds: float = 20.0) -> None:
     async def there() -> bool:
         return (await warm(client)).ready == count
 
-    await eventually(there, f"{count} replicas wait")
+    await eventually(there, f"{count} replicas wait", seconds)
 
 
 async def start(client: Etcd, host: Host, kernel: str = "k", **fields: Any) -> Client:
@@ -101,7 +101,7 @@ async def test_a_new_kernel_is_the_spare_that_waited(client: Etcd, host: MakeHos
     told += "'DAEMON_SECRET' in os.environ, 'numpy' in sys.modules)"
     assert await run(kernel.run, told, 1)
     facts = "(os.getsid(0) == os.getpid(), os.getcwd(), '/tmp' in sys.path[:2], 'numpy' in sys.modules)"
-    assert await run(kernel.value, facts, 2) == "(True, '/tmp', True, True)"
+    assert await run(kernel.value, facts, 2) == "(True, '/tmp', True, False)"
     seen = "(os.environ['JPY_SESSION_NAME'], 'DAEMON_SECRET' in os.environ, os.environ.get('HOME') != '')"
     assert await run(kernel.value, seen, 3) == "('here.ipynb', False, True)"
     assert psutil.Process(spare.pid).cmdline()[1:4] == ["-m", "nbos_kernel", "--nbos-socket"]
@@ -145,7 +145,7 @@ async def test_forks_share_no_random_numbers_and_no_keys(client: Etcd, host: Mak
 async def test_arrays_multiply_on_several_threads_in_a_fork(client: Etcd, host: MakeHost) -> None:
     """OpenBLAS and torch had their pools when the parent forked, or make them now."""
     one = host(modules=["numpy", "torch"])
-    await waits(client)
+    await waits(client, seconds=60.0)
     kernel = await start(client, one)
     code = "import numpy, torch, threading\na = numpy.ones((600, 600)); b = torch.ones(600, 600, requires_grad=True)\n"
     code += "total = float((a @ a).sum()), float((b @ b).sum()); (b @ b).sum().backward()\n"

@@ -14,7 +14,6 @@ from traitlets import TraitError
 from traitlets.config import Config
 
 from gpu_daemon import container_check, walls
-from gpu_daemon.answers import other_python
 from gpu_daemon.app import GPUDaemon
 from gpu_daemon.container_end import failed_start, memory_end, plain_end, told_end
 from gpu_daemon.container_spec import (
@@ -32,6 +31,7 @@ from gpu_daemon.container_spec import (
 )
 from gpu_daemon.docker_config import Docker
 from gpu_daemon.pulling import PullProgress
+from gpu_daemon.pythons import other_python
 from gpu_daemon.runtime import Exit, Launch, RuntimeFailed
 from gpu_daemon.simulated import simulated
 from nbos_cluster.kernelview import KernelView

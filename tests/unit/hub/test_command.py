@@ -221,9 +221,10 @@ def test_warm_replicas_of_the_command_line_reach_the_daemons(
         plan = replace(layout(tmp_path), options=up_options(parser().parse_args(["up", *words])))
         return dict(plan.daemon_config("host-1")["Warm"])
 
-    assert told() == {"keep": 1, "most": 4, "modules": []}
+    assert told() == {"keep": 1, "most": 4, "modules": [], "learn": True}
+    assert told("--no-learning")["learn"] is False
     assert told("--warm", "3", "--preload", "numpy,torch.nn") == {
-        "keep": 3, "most": 6, "modules": ["numpy", "torch.nn"]
+        "keep": 3, "most": 6, "modules": ["numpy", "torch.nn"], "learn": True
     }  # fmt: skip
     assert told("--warm", "0") == {"policy": "off"}
     with pytest.raises(SystemExit):
@@ -239,9 +240,11 @@ def test_status_of_nothing_says_how_to_start(tmp_path: Path, capsys: pytest.Capt
 def test_the_table_names_hosts_kernels_and_replicas() -> None:
     found = status_model(filled(spec("k1", "ada", "a", "b")), Caller("root", "user", admin=True))
     found["hosts"][0]["warm"] = [{"image": "", "ready": 0, "wanted": 2, "note": "memory is short"}]
+    found["hosts"][0]["warm"][0] |= {"modules": ["numpy", "pandas"], "refused": {"loud": "it prints something"}}
     text = "\n".join(status.table({"hub_url": "http://h/", **found}))
     for words in (
-        "kept warm on a: 0 of 2 replicas: memory is short",
+        "kept warm on a: 0 of 2 replicas: memory is short; imported ahead: numpy, pandas",
+        "not imported ahead there: loud: it prints something",
         "H100",
         "kernel k1  owner ada  epoch 1  last committed 0",
         "missing",

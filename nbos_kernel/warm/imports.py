@@ -62,18 +62,19 @@ def import_all(chosen: Iterable[str], allowed: Iterable[int], gently: bool = Fal
 
     Raises ImportError when a replica cannot run here at all.
     """
-    found = Imported()
+    found, by_chosen = Imported(), set[str]()
     with noting_reads(found.reads):
         import_needed()
-        _look(found, "what every replica needs", allowed)
-        before = _resident()
-        trace = Trace(gently)
-        with trace.watching():
-            for name in chosen:
-                _import(name, found)
-                _look(found, name, allowed)
-        found.resident = max(0, _resident() - before)
-    _hide(trace, found)
+    _look(found, "what every replica needs", allowed)
+    before = _resident()
+    trace = Trace(gently)
+    with noting_reads(by_chosen), trace.watching():
+        for name in chosen:
+            _import(name, found)
+            _look(found, name, allowed)
+    found.resident = max(0, _resident() - before)
+    found.reads |= by_chosen
+    _hide(trace, found, by_chosen)
     return found
 
 
@@ -97,11 +98,11 @@ def _import(name: str, found: Imported) -> None:
         found.failed[name] = f"{type(err).__name__}: {err}"[:300]
 
 
-def _hide(trace: Trace, found: Imported) -> None:
+def _hide(trace: Trace, found: Imported, by_chosen: set[str]) -> None:
     def reads(name: str) -> bool:
-        if name in renewal.RENEWED:
+        if name in renewal.RENEWED or name.startswith(SET_BY_US):
             return False
-        return name in found.reads or name.startswith(READ_BELOW_PYTHON)
+        return name in by_chosen or name.startswith(READ_BY_LIBRARIES)
 
     hidden = Ahead(trace, reads)
     if not hidden.names:
@@ -121,11 +122,14 @@ def _look(found: Imported, name: str, allowed: Iterable[int]) -> None:
         found.culprit = name
 
 
+READ_BY_LIBRARIES = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "GOTO_", "BLIS_", "NUMEXPR_", "NPY_")
+"""Beginnings of names that native libraries read by getenv when they are loaded."""
 READ_BELOW_PYTHON = (
-    "PYTHON", "LD_", "LC_", "LANG", "MALLOC_", "GLIBC_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "GOTO_",
-    "BLIS_", "NUMEXPR_", "NPY_", "CUDA_", "NCCL_", "NVIDIA_", "TORCH", "PYTORCH", "C10_", "ATEN_", "XLA_", "TF_",
+    "PYTHON", "LD_", "LC_", "LANG", "MALLOC_", "GLIBC_", *READ_BY_LIBRARIES,
+    "CUDA_", "NCCL_", "NVIDIA_", "TORCH", "PYTORCH", "C10_", "ATEN_", "XLA_", "TF_",
 )  # fmt: skip
-"""Beginnings of names that the interpreter, the loader or native libraries read by getenv when they are loaded."""
+"""These, those that the interpreter and the loader read at the start, and those read when a GPU is first used."""
+SET_BY_US = ("CUDA_VISIBLE_DEVICES", "CUDA_MPS_", "NBOS_")
 
 
 def why_not_forked(name: str, allowed: Iterable[int]) -> str:

@@ -108,7 +108,7 @@ def test_what_was_uninstalled_is_not_found_and_what_was_replaced_is_said(folder:
 
 
 def test_a_variable_that_the_import_read_and_the_user_sets_later_is_said(folder: Path) -> None:
-    code = "import os, warnings\nos.environ.update(READ_BY_IT='1', OMP_NUM_THREADS='1', ELSE='1')\n"
+    code = "import os, warnings\nos.environ.update(READ_BY_IT='1', OMP_NUM_THREADS='1', PATH='/', ELSE='1')\n"
     code += "with warnings.catch_warnings(record=True) as w:\n    import reads\nsaid = str(w[0].message)"
     warm, _ = side(folder, ["reads"], code)
     assert "NBOS: OMP_NUM_THREADS, READ_BY_IT was set after" in warm["said"]

@@ -38,8 +38,6 @@ QUIET = 8.0
 """Seconds without a change of the environment before anything is tried in it: an installation takes a while."""
 IDLE = 0.5
 """Cores that nobody uses, from which on modules are tried and parents built: cells go first."""
-PATIENCE = 300.0
-"""Seconds after which that is done on a busy host as well."""
 EASED = 60.0
 """Seconds after memory was short before anything is built that takes some."""
 
@@ -48,7 +46,8 @@ EASED = 60.0
 class Policy:
     """learn: whether anything is. most, memory: modules, and bytes, of what is learnt at most; reserve: bytes that the
     host must have left besides; calm: seconds from one build to the next at least; settle: seconds after something
-    new before it is tried, since the next cells may import more."""
+    new before it is tried, since the next cells may import more; patience: seconds after which things are tried and
+    built on a busy host as well."""
 
     learn: bool = True
     most: int = 24
@@ -56,6 +55,7 @@ class Policy:
     reserve: int = 1 << 30
     calm: float = 20.0
     settle: float = 5.0
+    patience: float = 300.0
 
 
 @dataclass(frozen=True)
@@ -310,7 +310,7 @@ class Preloading:
         """Whether work may begin now: the host has time for it, or it has waited for long."""
         if self._idle < IDLE and self._put_off is None:
             self._put_off = now
-        if self._idle < IDLE and self._put_off is not None and now < self._put_off + PATIENCE:
+        if self._idle < IDLE and self._put_off is not None and now < self._put_off + self.policy.patience:
             return False
         self._put_off = None
         return True

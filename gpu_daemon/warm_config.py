@@ -45,6 +45,9 @@ class Warm(Configurable):
     learn_memory = Unicode("512M", help="Memory that those may take together, in the parent of all replicas.").tag(
         config=True
     )
+    learn_patience = Float(
+        300.0, min=0.0, help="Seconds that trying and importing them waits for half a core of the host to be idle."
+    ).tag(config=True)  # fmt: skip
     confidence = Float(0.95, help="How surely (0 to 1) a start finds a waiting replica, by demand.").tag(config=True)
     window = Float(600.0, min=1.0, help="Seconds over which starts are counted, by demand.").tag(config=True)
     calm = Float(
@@ -83,6 +86,7 @@ class Warm(Configurable):
         policy = Policy(kind=kind, reserve=parse_bytes(self.reserve), **numbers)
         preload = preloading.Policy(
             learn=self.learn,
+            patience=self.learn_patience,
             most=self.learn_most,
             memory=parse_bytes(self.learn_memory),
             reserve=parse_bytes(self.reserve),

@@ -22,13 +22,13 @@ async def learnt(client: Etcd, *modules: str) -> None:
     async def there() -> bool:
         return (await warm(client)).modules == modules
 
-    await eventually(there, f"{modules} are imported ahead", 60.0)
+    await eventually(there, f"{modules} are imported ahead", 180.0)
 
 
 async def test_what_one_kernel_imports_is_there_for_the_next_and_out_of_sight(
     client: Etcd, host: MakeHost, tmp_path: Path
 ) -> None:
-    one = host(learn=True)
+    one = host(learn=True, learn_patience=0.0)
     await waits(client)
     first = await start(client, one, "k1")
     await run(first.run, "import sys, numpy as np, this, os", 1)
@@ -62,7 +62,7 @@ async def test_what_one_kernel_imports_is_there_for_the_next_and_out_of_sight(
 async def test_what_was_learnt_is_there_after_a_restart_and_goes_when_it_is_not_to_be(
     client: Etcd, host: MakeHost
 ) -> None:
-    one = host(learn=True)
+    one = host(learn=True, learn_patience=0.0)
     await waits(client)
     kernel = await start(client, one)
     await run(kernel.run, "import numpy", 1)
@@ -78,7 +78,7 @@ async def test_what_was_learnt_is_there_after_a_restart_and_goes_when_it_is_not_
 
 
 async def test_a_module_that_does_not_pass_is_said_with_its_reason(client: Etcd, host: MakeHost) -> None:
-    one = host(learn=True)
+    one = host(learn=True, learn_patience=0.0)
     await waits(client)
     kernel = await start(client, one)
     await run(kernel.run, "import ipywidgets", 1)
@@ -86,6 +86,6 @@ async def test_a_module_that_does_not_pass_is_said_with_its_reason(client: Etcd,
     async def refused() -> bool:
         return "whether it runs in a notebook" in (await warm(client)).refused.get("ipywidgets", "")
 
-    await eventually(refused, "its reason is told", 60.0)
+    await eventually(refused, "its reason is told", 180.0)
     assert (await warm(client)).modules == ()
     kernel.close()

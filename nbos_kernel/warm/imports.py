@@ -66,13 +66,13 @@ def import_all(chosen: Iterable[str], allowed: Iterable[int], gently: bool = Fal
     with noting_reads(found.reads):
         import_needed()
     _look(found, "what every replica needs", allowed)
-    before = _resident()
+    before = anonymous()
     trace = Trace(gently)
     with noting_reads(by_chosen), trace.watching():
         for name in chosen:
             _import(name, found)
             _look(found, name, allowed)
-    found.resident = max(0, _resident() - before)
+    found.resident = max(0, anonymous() - before)
     found.reads |= by_chosen
     _hide(trace, found, by_chosen)
     return found
@@ -177,8 +177,13 @@ def _name(task: Path) -> bytes:
         return b""  # it ends just now
 
 
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def anonymous() -> int:
+    """Bytes of resident memory of its own: what a fork has from its start. Pages of files that are mapped it has
+    only as it uses them."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) << 10
+    return 0
 
 
 def _descriptors() -> set[int]:

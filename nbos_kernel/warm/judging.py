@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .imports import import_needed, why_not_forked
+from .imports import anonymous, import_needed, why_not_forked
 
 DOES = {
     "socket.connect": "opens network connections", "socket.bind": "opens network connections",
@@ -59,10 +59,10 @@ def judge_all(modules: list[str], own: socket.socket) -> None:
     import_needed()
     judge = Judge(allowed=(0, 1, 2, own.fileno()))
     for name in modules:
-        began, before = time.process_time(), _anonymous()
+        began, before = time.process_time(), anonymous()
         reason = judge.reason(name)
         told = {"module": name, "reason": reason[:300], "seconds": time.process_time() - began}
-        own.send(json.dumps({"type": "judged", **told, "size": max(0, _anonymous() - before)}).encode())
+        own.send(json.dumps({"type": "judged", **told, "size": max(0, anonymous() - before)}).encode())
         if reason:
             return
 
@@ -229,11 +229,3 @@ def _printed() -> list[int]:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     return [os.fstat(number).st_size for number in (1, 2)]
-
-
-def _anonymous() -> int:
-    """Bytes of memory of its own: not those of files that are mapped, which every process shares."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) << 10
-    return 0

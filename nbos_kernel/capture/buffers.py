@@ -8,9 +8,10 @@ Both release the interpreter for large inputs, so chunks are hashed by several t
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ LONG = 1024 * 1024 * 1024
 """Frames beyond this many bytes have chunks of wire.BLOB_CHUNK, so that the log entry's list of hashes stays short."""
 
 ALONE = 2 * CHUNK
-"""Frames up to this many bytes are hashed by the calling thread."""
+"""Up to so many bytes of a component are hashed by the calling thread."""
 
 _Job = tuple[memoryview, tuple[bytes, str], "Known"]
 _Marked = tuple[bytes, str, bool]
@@ -89,16 +90,35 @@ def known(before: Iterable[Marks]) -> Known:
 def frame(data: bytes | memoryview, before: Marks | None = None, elsewhere: Known | None = None) -> FrameData:
     """Mark `data`; chunks that have the quick mark they had `before`, at the same place, keep their address, and so do
     those that were `elsewhere`."""
-    view = memoryview(data).cast("B")
+    return frames([data], [before], elsewhere)[0]
+
+
+def frames(
+    parts: Sequence[bytes | memoryview], before: Sequence[Marks | None], elsewhere: Known | None = None
+) -> tuple[FrameData, ...]:
+    """`frame` for each of them, all at the same time: a table has a hundred buffers, each of them too small to share
+    out between threads."""
+    views = [memoryview(data).cast("B") for data in parts]
+    jobs: list[_Job] = []
+    counts = []
+    for view, old in zip(views, before, strict=True):
+        step = chunk_size(view.nbytes)
+        chunks = [view[at : at + step] for at in range(0, view.nbytes, step)]
+        there = list(zip(old.quick, old.hashes, strict=True)) if old is not None and old.size == view.nbytes else []
+        there += [(b"", "")] * (len(chunks) - len(there))
+        jobs += [(chunk, mark, elsewhere or {}) for chunk, mark in zip(chunks, there, strict=True)]
+        counts.append(len(chunks))
+    done = iter(_each(_mark, jobs, sum(view.nbytes for view in views)))
+    return tuple(
+        _framed(data, view, list(itertools.islice(done, count)))
+        for data, view, count in zip(parts, views, counts, strict=True)
+    )
+
+
+def _framed(data: bytes | memoryview, view: memoryview, marked: list[_Marked]) -> FrameData:
     step = chunk_size(view.nbytes)
-    parts = [view[at : at + step] for at in range(0, view.nbytes, step)]
-    old = before if before is not None and before.size == view.nbytes else None
-    there = list(zip(old.quick, old.hashes, strict=True)) if old else []
-    there += [(b"", "")] * (len(parts) - len(there))
-    jobs = [(part, mark, elsewhere or {}) for part, mark in zip(parts, there, strict=True)]
-    done = list(_each(_mark, jobs, view.nbytes))
-    fresh = sum(len(part) for part, (_, _, new) in zip(parts, done, strict=True) if new)
-    return FrameData(data, Marks(view.nbytes, tuple(q for q, _, _ in done), tuple(h for _, h, _ in done)), fresh)
+    fresh = sum(min(step, view.nbytes - step * number) for number, (_, _, new) in enumerate(marked) if new)
+    return FrameData(data, Marks(view.nbytes, tuple(q for q, _, _ in marked), tuple(h for _, h, _ in marked)), fresh)
 
 
 def _mark(job: _Job) -> _Marked:
@@ -118,7 +138,21 @@ def _mark(job: _Job) -> _Marked:
 def _each(call: Callable[[_Job], _Marked], jobs: list[_Job], total: int) -> Iterable[_Marked]:
     if total <= ALONE:
         return map(call, jobs)
-    return _threads().map(call, jobs)
+    batches = _batches(jobs)
+    return itertools.chain.from_iterable(_threads().map(lambda batch: [call(job) for job in batch], batches))
+
+
+def _batches(jobs: Iterable[_Job]) -> list[list[_Job]]:
+    """In order, together at least CHUNK bytes each: handing work over costs as much as hashing half a megabyte."""
+    batches: list[list[_Job]] = []
+    room = 0
+    for job in jobs:
+        if room <= 0:
+            batches.append([])
+            room = CHUNK
+        batches[-1].append(job)
+        room -= job[0].nbytes
+    return batches
 
 
 def _threads() -> ThreadPoolExecutor:

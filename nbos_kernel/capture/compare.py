@@ -9,6 +9,7 @@ that turn out to share an object are put together (`groups.py`).
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,9 @@ not name them all, so they are put together, always the same names."""
 
 LONG = 64 * 1024
 """Bytes of a pickle stream from which it is worth looking whether another variable is part of it."""
+
+MOST_ITEMS = 256
+"""Items of a container that are looked at for this."""
 
 
 class Comparison:
@@ -241,10 +245,7 @@ class Comparison:
     def _emit(self, unit: Unit, pickled: Pickled, before: tuple[Marks, ...]) -> None:
         parts: list[bytes | memoryview] = [pickled.stream, *pickled.buffers]
         known = buffers.known(before) if len(before) != len(parts) else {}
-        frames = tuple(
-            buffers.frame(data, before[number] if not known and before else None, known)
-            for number, data in enumerate(parts)
-        )
+        frames = buffers.frames(parts, before if before and not known else [None] * len(parts), known)
         digest = hashlib.blake2b(repr(unit.names).encode(), digest_size=16)
         for frame in frames:
             digest.update("".join(frame.hashes).encode())
@@ -261,13 +262,37 @@ def identity_of(name: str, value: Any) -> int:
 
 
 def _part_of(unit: Unit, objects: Mapping[str, Any], examined: Mapping[str, tuple[Unit, Pickled]]) -> str:
-    """Under which name a long pickle was made that the only variable of `unit` is a part of; most often none was."""
+    """Under which name a long pickle was made that the only variable of `unit` is a part of, or holds nothing but parts
+    of; most often none was."""
     if len(unit.names) == 1 and not hidden.is_pseudo(unit.names[0]):
-        identity = id(objects[unit.names[0]])
+        value = objects[unit.names[0]]
         for first, (_, pickled) in examined.items():
-            if len(pickled.stream) > LONG and identity in pickled.memo and pickled.shares(identity):
+            if len(pickled.stream) > LONG and (_shared(value, pickled) or _consists_of_parts(value, pickled)):
                 return first
     return ""
+
+
+def _shared(value: Any, pickled: Pickled) -> bool:
+    return id(value) in pickled.memo and pickled.shares(id(value))
+
+
+def _consists_of_parts(value: Any, pickled: Pickled) -> bool:
+    """`fig, axes = plt.subplots(1, 3)`: a plain container that is small, and whose items all are parts or plain values,
+    so that it can be pickled where they could, and belongs to them."""
+    items = _items(value)
+    return any(_shared(item, pickled) for item in items) and all(
+        names.is_atom(item) or _shared(item, pickled) for item in items
+    )
+
+
+def _items(value: Any) -> list[Any]:
+    """What a list, tuple or array of objects holds; nothing of any other value, or of a large one."""
+    if type(value) in (list, tuple):
+        return list(value) if len(value) <= MOST_ITEMS else []
+    numpy: Any = sys.modules.get("numpy")
+    if type(value) is getattr(numpy, "ndarray", None) and value.base is None and value.dtype == object:
+        return list(value.flat) if value.size <= MOST_ITEMS else []
+    return []
 
 
 def _grew(value: Any, roots: Roots) -> bool:

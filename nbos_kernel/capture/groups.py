@@ -33,12 +33,12 @@ def groups(reached: Sequence[Reaching]) -> list[list[int]]:
     if len(reached) > 1:
         owner: dict[int, int] = {}
         for number, pickled in enumerate(reached):
-            memo = pickled.memo
-            for identity in memo.keys() & owner.keys() if len(memo) < len(owner) else owner.keys() & memo.keys():
+            reaches = pickled.memo.keys()
+            common = reaches & owner.keys()
+            for identity in common:
                 if root(owner[identity]) != root(number) and pickled.shares(identity):
                     parent[root(number)] = root(owner[identity])
-            for identity in memo:
-                owner.setdefault(identity, number)
+            owner.update(dict.fromkeys(reaches - common if common else reaches, number))
     members: dict[int, list[int]] = {}
     for number in range(len(reached)):
         members.setdefault(root(number), []).append(number)

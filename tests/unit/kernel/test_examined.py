@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from nbos_kernel.capture import buffers
+from nbos_kernel.capture import buffers, compare, pickling
 from nbos_kernel.entries import Memory
 from tests.unit.kernel.pair import Pair, Side
 
@@ -101,6 +103,54 @@ def test_parts_of_a_larger_object_are_replicated_with_it() -> None:
     pair.cell("part.append(1)")
     pair.cell("other.append(2)")
     assert pair.on_standby("part is whole[7] and other is whole[8] and part == [7, 1] and other == [8, 2]")
+
+
+WHOLE = "import numpy as np\nwhole = {n: [n] for n in range(30_000)}\n"
+
+
+def alone(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """Grows by the names of each pickle that is made."""
+    made: list[tuple[str, ...]] = []
+
+    def dump(values: dict[str, Any], *more: Any) -> Any:
+        made.append(tuple(values))
+        return pickling.dump(values, *more)
+
+    monkeypatch.setattr(compare, "dump", dump)
+    return made
+
+
+@pytest.mark.parametrize("kept", ["[whole[7], 5, whole[8]]", "(whole[7], 5)", "np.array([[whole[7], 5]], object)"])
+def test_a_container_of_nothing_but_parts_is_pickled_with_them_only(kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, pair = alone(monkeypatch), Pair()
+    pair.cell(f"{WHOLE}held = {kept}")
+    assert [names for names in made if "held" in names] == [("held", "whole")]
+    pair.cell("whole[7].append('more')")
+    first = "held[0]" if not kept.startswith("np") else "held[0, 0]"
+    assert pair.on_standby(f"{first} is whole[7] and {first} == [7, 'more']")
+
+
+def test_a_container_of_a_part_and_of_what_cannot_be_pickled_is_lost_alone() -> None:
+    pair = Pair()
+    entry = pair.cell(f"{WHOLE}held = [whole[7], (n for n in ())]")
+    assert list(entry["lost"]) == ["held"]
+    assert pair.on_standby("whole[7] == [7] and len(whole) == 30_000")
+
+
+@given(sizes=st.lists(st.integers(0, 600), max_size=12), changed=st.lists(st.integers(0, 11)))
+def test_buffers_marked_together_are_marked_as_one_by_one(sizes: list[int], changed: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(buffers, "CHUNK", 64)
+        patched.setattr(buffers, "ALONE", 128)
+        parts = [np.random.default_rng(number).bytes(size) for number, size in enumerate(sizes)]
+        before = [each.marks for each in buffers.frames(parts, [None] * len(parts))]
+        assert before == [buffers.frame(part).marks for part in parts]
+        for number in changed:
+            if number < len(parts) and parts[number]:
+                parts[number] = bytes([parts[number][0] ^ 1]) + parts[number][1:]
+        one_by_one = tuple(buffers.frame(part, marks) for part, marks in zip(parts, before, strict=True))
+        assert buffers.frames(parts, before) == one_by_one
+        assert sum(each.fresh for each in one_by_one) <= 64 * len(set(changed))
 
 
 def frames(*sizes: int) -> list[tuple[tuple[str, ...], Any]]:

@@ -26,6 +26,7 @@ from nbos_cluster import wire
 from . import binding, oversize, resources, sizing
 from .append import Appender, Entry
 from .blobchannel import BlobChannel
+from .departure import Departure
 from .gpu import leftovers
 from .link import DaemonAway, Link
 from .looking import Looking
@@ -58,6 +59,9 @@ class Channel(Protocol):
     async def run_again(self, code: str) -> BaseException | None: ...
 
     def die(self, reason: str) -> None: ...
+
+    @property
+    def departure(self) -> Departure: ...
 
 
 @dataclass
@@ -138,8 +142,7 @@ class Execution:
         finally:
             self.ended()
         if not running.committed:
-            # The reply has to pass another thread: give it the interpreter before the capture takes it.
-            time.sleep(0.0003)  # noqa: ASYNC251
+            self._channel.departure.gone()  # before the capture takes the interpreter
             await self._commit(running)
 
     async def sync(self, ident: Any, parent: Message) -> None:
@@ -193,6 +196,7 @@ class Execution:
             running.reply_follows = True
             await self._commit(running)
             await self._appender.settled()
+        self._channel.departure.ready()
 
     def used(self, msg_id: str) -> Message:
         """For the reply to a cell: what it used of the GPUs; {} where it was granted none."""

@@ -28,6 +28,7 @@ from nbos_cluster.wire import FORMAT
 from . import __version__, binding, lost, magics, oversize
 from .blobchannel import BlobChannel, BlobFailed, Target
 from .capture import names
+from .departure import Departure
 from .entries import has_blobs
 from .execution import Execution
 from .gpu import budget
@@ -99,6 +100,7 @@ class NBOSKernel(LoadingKernel):
         self._answering: set[asyncio.Task[None]] = set()
         self._applying: asyncio.Task[None] | None = None
         self._gathering = False
+        self.departure = Departure()
         self.link = Link(self.nbos_socket, self._hello, self._greeted, self._pushed, self.log)
         self.blobs = BlobChannel(self.link, self.nbos_socket, self.log)
         self.replica = Replica(self.shell, self._read, self.log, self.read_now)
@@ -116,6 +118,7 @@ class NBOSKernel(LoadingKernel):
 
     def start(self) -> None:
         super().start()
+        self.departure.watch(self.shell_channel_thread.shell_stream)
         self._main_loop = self.io_loop.asyncio_loop
         # Has asyncio watch for signals: without it an interrupt of `await asyncio.sleep(60)` sets a future in a loop
         # that goes on sleeping (ipykernel's handler calls tornado's add_callback, which does not wake its own thread).

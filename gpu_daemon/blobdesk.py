@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -32,11 +33,19 @@ SEEN = 400_000
 AT_ONCE = 4096
 """Addresses that are looked up, or named as missing, together."""
 
+TOGETHER = 32 * 1024 * 1024
+"""Bytes that are settled together when there are as many: what a disk takes in about the time of one settling."""
+GATHER = 0.02
+"""Seconds that written blobs wait for others of their owner that are being written, at most."""
+
 
 @dataclass(eq=False)
 class _Batch:
     written: list[tuple[str, Draft | None]] = field(default_factory=list)
     failed: dict[str, BlobError] = field(default_factory=dict)
+    size: int = 0
+    full: asyncio.Event = field(default_factory=asyncio.Event)
+    """Nothing more of this owner is being written, or it is large enough."""
     task: asyncio.Task[None] | None = None
 
 
@@ -54,6 +63,7 @@ class BlobDesk:
         """Blobs known to be in the store, with the revision of the fence under which that was seen."""
         self._next: dict[str, _Batch] = {}
         self._last: dict[str, _Batch] = {}
+        self._writing: Counter[str] = Counter()
 
     # -- blobs --------------------------------------------------------------------------------------------------------
 
@@ -61,8 +71,11 @@ class BlobDesk:
         """Store it safely. Raises BlobError."""
         fence = self._fences.get(folder_of(owner))
         with self._counting("put") as moved:
-            draft = await self._call("a blob could not be stored", self.store.write, owner, digest, data)
-            await self._settled(owner, digest, draft)
+            batch = await self._write(owner, digest, data)
+            assert batch.task is not None
+            await asyncio.shield(batch.task)
+            if digest in batch.failed:
+                raise batch.failed[digest]
             moved(len(data))
         if fence is not None and not fence.locked:
             self._saw(owner, [digest], fence)
@@ -162,22 +175,38 @@ class BlobDesk:
             self._seen.pop((folder_of(owner), digest), None)
             raise
 
-    async def _settled(self, owner: str, digest: str, draft: Draft | None) -> None:
-        """One settling of an owner's blobs at a time; what comes meanwhile is settled together by the next."""
+    async def _write(self, owner: str, digest: str, data: bytes | memoryview) -> _Batch:
+        """Write it down, to be settled with what this returns. One settling of an owner's blobs at a time; what comes
+        meanwhile is settled together by the next."""
+        self._writing[owner] += 1
+        try:
+            draft = await self._call("a blob could not be stored", self.store.write, owner, digest, data)
+            batch = self._next.get(owner)
+            if batch is None:
+                batch = self._next[owner] = _Batch()
+                batch.task = asyncio.create_task(self._settle(owner, batch))
+            batch.written.append((digest, draft))
+            batch.size += len(data)
+        finally:
+            self._writing[owner] -= 1
+            self._consider(owner)
+        return batch
+
+    def _consider(self, owner: str) -> None:
+        """Each settling commits the file system's journal: half a dozen blobs that come together are worth one, not
+        one for the first and another for the rest."""
         batch = self._next.get(owner)
-        if batch is None:
-            batch = self._next[owner] = _Batch()
-            batch.task = asyncio.create_task(self._settle(owner, batch))
-        batch.written.append((digest, draft))
-        assert batch.task is not None
-        await asyncio.shield(batch.task)
-        if digest in batch.failed:
-            raise batch.failed[digest]
+        if not self._writing[owner]:
+            del self._writing[owner]
+        if batch is not None and (owner not in self._writing or batch.size >= TOGETHER):
+            batch.full.set()
 
     async def _settle(self, owner: str, batch: _Batch) -> None:
         before, self._last[owner] = self._last.get(owner), batch
         if before is not None and before.task is not None:
             await asyncio.wait({before.task})
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(batch.full.wait(), GATHER)
         del self._next[owner]
         try:
             batch.failed = await self._call("blobs could not be made safe", self.store.settle, owner, batch.written)

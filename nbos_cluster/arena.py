@@ -22,8 +22,9 @@ from collections.abc import Callable
 
 from . import wire
 
-SIZE = 64 * 1024 * 1024
-"""Bytes of one replica's arena: what is on its way to or from the store at one time, at most."""
+SIZE = 128 * 1024 * 1024
+"""Bytes of one replica's arena: what is on its way to or from the store at one time, at most. The daemon makes 32 MiB
+safe at a time: there is room for what is being written, on its way to the disk, and being made safe."""
 
 PAGE = 4096
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL

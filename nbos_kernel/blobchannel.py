@@ -24,8 +24,9 @@ from .link import Link, Request
 
 IDLE = 20.0
 """Seconds after which shared memory that is not used is given back to the system."""
-AHEAD = SIZE // 2
-"""Bytes of blobs that are asked for before the first has come: the arena has room for a `put` beside them."""
+AHEAD = SIZE // 4
+"""Bytes of blobs that are asked for before the first has come: enough to keep the daemon busy, and little enough to
+stay in the processor's cache on their way; the arena has room for `put`s beside them."""
 
 AWAY = 10.0
 """Seconds that a blocking read waits for a daemon that is not connected; a restarted one is there within three."""

@@ -62,6 +62,15 @@ class Accounting:
         self._note(Change(begun=record, at=now))
         self._wake.set()
 
+    def change(self, record: GrantRecord) -> None:
+        """An open grant holds other TPCs from now on. All are settled first: what a device draws is shared anew."""
+        self._settle()
+        now = self._wall()
+        if self._accounts.holds(record.grant):
+            lines = self._accounts.change(record, now)
+            self._note(Change(lines, begun=record, at=now))
+            self._unpublished |= {line.hour for line in lines}
+
     def end(self, grant: str, used: bool) -> None:
         lines = self._accounts.end(grant, self._wall(), used)
         if lines:
@@ -89,7 +98,7 @@ class Accounting:
 
     def resume(self) -> None:
         """When the replicas of before were found again, with their grants."""
-        held = self._site.ledger.grants
+        held = self._site.queue.grants
         for grant, record in held.items():
             at = self._left[grant][1] if grant in self._left else record.since or self._wall()
             self._accounts.begin(record, at)

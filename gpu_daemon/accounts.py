@@ -53,6 +53,10 @@ class Accounts:
     def __len__(self) -> int:
         return len(self._open)
 
+    def holds(self, grant: str) -> bool:
+        """Whether the grant is open."""
+        return grant in self._open
+
     def begin(self, record: GrantRecord, now: float) -> None:
         """The grant was handed out, or (after a restart) is accounted until `now`."""
         tpcs = sum(len(s.tpcs) for s in record.shares)
@@ -60,6 +64,16 @@ class Accounts:
         memory = sum(s.memory for s in record.shares)
         self._open[record.grant] = _Open(record, now, devices, tpcs, memory)
         self._count(record, 1)
+
+    def change(self, record: GrantRecord, now: float) -> list[UseLine]:
+        """The open grant holds other TPCs from now on: what it used until now."""
+        lines: dict[Key, Amounts] = {}
+        one = self._open.pop(record.grant, None)
+        if one is not None:
+            _deal_out(one, now, self._draws(one), lines)
+            self._count(one.record, -1)
+            self.begin(record, one.at)
+        return _lines(lines)
 
     def end(self, grant: str, now: float, used: bool = True) -> list[UseLine]:
         """What is left of it. used: a cell ran on it (false: its claim was lost; the device was held nevertheless)."""

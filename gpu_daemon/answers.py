@@ -62,6 +62,7 @@ class Answers:
             "applied": self._applied,
             "release": self._release,
             "gave_back": self._gave_back,
+            "sliced": self._sliced,
             "status": self._status,
             "outcome": self._outcome,
         }
@@ -96,6 +97,7 @@ class Answers:
         if left is not None and replica.held is None:
             self._bidding.giving.told(replica, left)
             self._bidding.room_changed()
+        self._bidding.lender.connected(replica)
         self._heard(replica)
         view = self._view(replica)
         return {
@@ -232,6 +234,13 @@ class Answers:
 
     async def _gave_back(self, session: Session, message: Message, payload: bytes) -> Reply:
         self._bidding.gave_back(session.replica, requests.gave_back(message))
+        return {}, b""
+
+    async def _sliced(self, session: Session, message: Message, payload: bytes) -> Reply:
+        """The cell is on its slice of that version, and nothing of it runs beside it any more."""
+        version, held = requests.number(message, "version"), session.replica.held
+        if held is not None and held.n == requests.number(message, "n") and held.grant is not None:
+            self._bidding.gave(held.grant.grant, version)
         return {}, b""
 
     async def _status(self, session: Session, message: Message, payload: bytes) -> Reply:

@@ -23,6 +23,7 @@ from gpu_daemon.docker_config import Docker
 from gpu_daemon.giving_config import GivingBack
 from gpu_daemon.health import Watched
 from gpu_daemon.health_config import Health
+from gpu_daemon.lending_config import Lending
 from gpu_daemon.metrics.config import Metrics
 from gpu_daemon.order import Policy
 from gpu_daemon.process_runtime import ProcessRuntime, clean_environment
@@ -150,7 +151,7 @@ class GPUDaemon(Application):
         config=True
     )
 
-    classes: Any = [Docker, GivingBack, Health, Metrics, Slicing, Warm, Watchdog]  # noqa: RUF012  as traitlets wants it
+    classes: Any = [Docker, GivingBack, Health, Lending, Metrics, Slicing, Warm, Watchdog]  # noqa: RUF012  as traitlets wants it
     aliases: Any = {  # noqa: RUF012  as traitlets wants it
         **Application.aliases,
         "config": "GPUDaemon.config_file",
@@ -256,17 +257,20 @@ class GPUDaemon(Application):
         )
         devices, blobs = self.find_devices(), open_store(self.blob_store, self.blob_store_options)
         runtime = self.make_runtime(host, devices, endpoints)
+        lending = Lending(parent=self)
         policy = Policy(
             shares=read_shares(self.shares),
             reservations=read_reservations(self.reservations),
             overdue_after=self.overdue_after,
             unknown_run=self.unknown_run,
             window=self.fair_window * 3600,
+            lend=lending.enabled,
+            give_back=lending.patience,
         )
         etcd, offers = Etcd(endpoints, tls), self.make_offers(devices)
         watched = Watched(Health(parent=self).options(), _nvml_for(devices), self._driver)
         watch = self.make_watch(devices)
-        return Daemon(settings, etcd, devices, blobs, runtime, watched, offers, policy, watch)
+        return Daemon(settings, etcd, devices, blobs, runtime, watched, offers, policy, watch, lending.terms())
 
     def make_watch(self, devices: tuple[Device, ...]) -> GPUWatch | None:
         """Who looks after what processes do on real devices; nobody does on simulated ones."""

@@ -11,7 +11,8 @@ import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from msgspec.structs import replace
@@ -20,7 +21,9 @@ from gpu_daemon import ledger, queue
 from gpu_daemon.accounting import Accounting
 from gpu_daemon.fleet import ReplicaId
 from gpu_daemon.giving import Giving
+from gpu_daemon.lender import Lender, Terms
 from gpu_daemon.limits import over_limit
+from gpu_daemon.loans import Late, Reslice
 from gpu_daemon.openbid import OpenBid, Yielded
 from gpu_daemon.publishing import Publisher
 from gpu_daemon.replica import Held, LocalReplica
@@ -42,19 +45,25 @@ NEWS_EACH = 0.002
 """And longer by so many for each who waits: telling a long queue takes milliseconds, which bids would wait for."""
 
 ETCD_PAUSE = 0.3
+AGAIN = 1.0
 EPOCH_TRIES = 5
 
 
 class Bidding:
-    def __init__(self, site: Site, publisher: Publisher, accounting: Accounting) -> None:
+    def __init__(self, site: Site, publisher: Publisher, accounting: Accounting, terms: Terms | None = None) -> None:
         self._site, self._publisher, self._accounting = site, publisher, accounting
         self.giving = Giving(site)
+        terms = terms or Terms()
         self._open: dict[ReplicaId, OpenBid] = {}
         self._queued: dict[str, OpenBid] = {}
         self._names, self._numbers = uuid.uuid4().hex[:12], itertools.count()
         """Names of grants: random for this daemon's life, then counted, since every random number is a system call."""
         self._repeater: asyncio.Task[None] | None = None
         self._news: asyncio.TimerHandle | None = None
+        self._steps: deque[queue.Instruction] = deque()
+        self._carrying = False
+        self._tick: asyncio.TimerHandle | None = None
+        self.lender = Lender(site, accounting, terms, self._pending, self._pending_changed, self.gave)
         self.told: dict[str, tuple[OpenBid, queue.Tell, float]] = {}
         """What each waiting bid was told last, by the name of its future grant, and since when it waits (Unix time)."""
 
@@ -138,7 +147,7 @@ class Bidding:
             spec = self._check(bid)
             if bid.request.resources.wants_gpu:
                 grant = await self._reserve(bid, spec)
-            held = await self._claim(bid, grant)
+            held = await self._claim(bid)
             if grant is not None:
                 held.waited = bid.waited
                 self._site.meters.granted(grant, bid.waited)
@@ -148,6 +157,7 @@ class Bidding:
         except EtcdError as err:
             return Yielded("unavailable", f"etcd refused the claim: {err}").answer
         finally:
+            bid.grant = None
             if self._open.get(bid.replica.id) is bid:
                 del self._open[bid.replica.id]
             if grant is not None and held is None:
@@ -198,6 +208,7 @@ class Bidding:
             sized.resources,
             groups=spec.groups,
             away=request.away,
+            borrow=request.borrow,
         )
         granted: asyncio.Future[GrantRecord] = asyncio.get_running_loop().create_future()
         bid.granted = granted
@@ -209,9 +220,14 @@ class Bidding:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if bid.over and not granted.done():
                 bid.ended.result()
-            grant, site = granted.result(), self._site
+            site = self._site
+            # What is lent to it may have changed since it was admitted.
+            grant = site.queue.grants.get(bid.grant_name) or granted.result()
             shares = site.offers.held(grant.shares, site.ledger.devices)
-            return sized.signed(replace(grant, since=time.time(), shares=shares))
+            loan = site.offers.no_loans(grant.shares) if request.borrow and not grant.wants else ""
+            bid.grant = sized.signed(replace(grant, since=time.time(), shares=shares, loan=loan))
+            self._nothing_runs(bid.grant)
+            return bid.grant
         finally:
             bid.granted, bid.waited = None, self._site.now() - now
             self._queued.pop(bid.grant_name, None)
@@ -220,9 +236,9 @@ class Bidding:
             if not granted.done():
                 self._carry_out(self._site.queue.handle(queue.Leave(bid.grant_name, self._site.now())))
 
-    async def _claim(self, bid: OpenBid, grant: GrantRecord | None) -> Held:
+    async def _claim(self, bid: OpenBid) -> Held:
         """The election. Raises Yielded."""
-        replica, request, site = bid.replica, bid.request, self._site
+        replica, request, site, grant = bid.replica, bid.request, self._site, bid.grant
         record = ClaimRecord(
             n=request.n,
             replica=replica.id.index,
@@ -235,13 +251,14 @@ class Bidding:
             self._note_grant(replica, grant)
         handle = replica.handle
         token = await self._claim_txn(bid, record, grant)
-        held = Held(request.n, token, record, grant)
+        held = Held(request.n, token, record, bid.grant)  # what is lent to it may have changed meanwhile
         if bid.over or replica.handle is not handle:
             # Its process ended while etcd answered: nothing ran, so n is free again for another replica.
             site.spawn(self._withdraw(replica.id.kernel, held), f"withdrawing the claim of {replica.name}")
             bid.ended.result()
             raise Yielded("cancelled", "the replica's process ended")
         replica.held = held
+        self.lender.begun(record=held.grant, claimed=grant)
         return held
 
     def _note_grant(self, replica: LocalReplica, grant: GrantRecord) -> None:
@@ -311,6 +328,7 @@ class Bidding:
     def grant_ended(self, name: str, used: bool = True) -> None:
         """A grant is given back; whoever waits for the room gets it."""
         self._accounting.end(name, used)
+        self.lender.ended(name)
         self._carry_out(self._site.queue.handle(queue.Ended(name, self._site.now(), used)))
 
     def gave_back(self, replica: LocalReplica, said: GaveBack) -> None:
@@ -326,21 +344,79 @@ class Bidding:
         self._site.queue.wall = time.time() - self._site.now()
         self._carry_out(self._site.queue.handle(queue.Room(self._site.now())))
 
+    def gave(self, grant: str, version: int) -> None:
+        """A borrower is on its slice of that version, and nowhere else."""
+        self._carry_out(self._site.queue.handle(queue.Gave(grant, version, self._site.now())))
+
+    def lend_on(self, uuids: Iterable[str]) -> None:
+        """The devices whose slices can change while a cell runs."""
+        self._carry_out(self._site.queue.lend_on(uuids, self._site.now()))
+
+    def _pending(self, id: ReplicaId) -> GrantRecord | None:
+        bid = self._open.get(id)
+        return bid.grant if bid is not None else None
+
+    def _pending_changed(self, id: ReplicaId, grant: GrantRecord) -> None:
+        self._open[id].grant = grant
+
+    def _nothing_runs(self, grant: GrantRecord) -> None:
+        """What is recalled of a grant whose cell has not begun is given back at once."""
+        stays = self._site.queue.loans.stays(grant.grant)
+        if stays is not None and len(stays) < len(grant.shares[0].tpcs):
+            self.gave(grant.grant, grant.version)
+
     def _carry_out(self, instructions: list[queue.Instruction]) -> None:
-        for step in instructions:
-            name = step.grant.grant if isinstance(step, queue.Admit) else step.grant
-            if isinstance(step, queue.Admit):
-                self._accounting.begin(step.grant)
-            bid = self._queued.get(name)
-            granted = bid.granted if bid is not None else None
-            if granted is None or granted.done():
-                if isinstance(step, queue.Admit):
-                    self.grant_ended(name, used=False)
-            elif isinstance(step, queue.Admit):
-                granted.set_result(step.grant)
-            else:
-                granted.set_exception(Yielded(step.code, step.reason))
+        """In the order of the decisions, also of those that are made meanwhile."""
+        self._steps.extend(instructions)
+        if self._carrying:
+            return
+        self._carrying = True
+        try:
+            while self._steps:
+                step = self._steps.popleft()
+                self._step(step)
+        except OSError as err:
+            # What follows may give others what this record still names.
+            self._steps.appendleft(step)
+            log.error("what is lent cannot be noted, and stays as it is: %s; it is tried again", err)
+            asyncio.get_running_loop().call_later(AGAIN, self._carry_out, [])
+        finally:
+            self._carrying = False
+        self._look_later()
+
+    def _step(self, step: queue.Instruction) -> None:
+        match step:
+            case Reslice():
+                self.lender.reslice(step)
+            case Late():
+                self.lender.late(step.grant)
+            case queue.Admit(grant):
+                self._accounting.begin(grant)
+                granted = self._asked(grant.grant)
+                if granted is None:
+                    self.grant_ended(grant.grant, used=False)
+                else:
+                    granted.set_result(grant)
+            case queue.Refuse(name, code, reason):
+                granted = self._asked(name)
+                if granted is not None:
+                    granted.set_exception(Yielded(code, reason))
+
+    def _asked(self, name: str) -> asyncio.Future[GrantRecord] | None:
+        """Who waits for the grant of that name, if anybody still does."""
+        bid = self._queued.get(name)
+        return bid.granted if bid is not None and bid.granted is not None and not bid.granted.done() else None
+
+    def _look_later(self) -> None:
+        """Tell those who wait, ask for what they lack, and look again when a borrower is late."""
         self.giving.look()
+        if self._tick is not None:
+            self._tick.cancel()
+            self._tick = None
+        due = self._site.queue.loans.next_at()
+        if due < float("inf"):
+            delay = max(0.01, due - self._site.now())
+            self._tick = asyncio.get_running_loop().call_later(delay, self.room_changed)
         if self._site.queue.stale and self._news is None:
             self._news = asyncio.get_running_loop().call_later(
                 NEWS_AFTER + NEWS_EACH * len(self._site.queue), self._tell_news

@@ -18,16 +18,18 @@ Holder = tuple[str, int]
 
 
 class Book:
-    """free: a bit for each free TPC. holders: the TPCs (bits), bytes and replica of each grant. left: bytes that
-    replicas' processes have here. free_memory is below 0 when they took what they were not granted."""
+    """free: a bit for each TPC that nobody keeps. lent: those that somebody is on nevertheless, on loan. holders: the
+    TPCs (bits), bytes and replica of each grant. left: bytes that replicas' processes have here. free_memory is below 0
+    when they took what they were not granted."""
 
-    __slots__ = ("device", "free", "free_memory", "free_tpcs", "holders", "left", "uuid")
+    __slots__ = ("device", "free", "free_memory", "free_tpcs", "holders", "left", "lent", "uuid")
 
     def __init__(self, device: Device) -> None:
         self.device, self.uuid = device, device.uuid
         self.free = (1 << device.tpcs) - 1
         self.free_tpcs = device.tpcs
         self.free_memory = device.memory
+        self.lent = 0
         self.holders: dict[str, tuple[int, int, Holder]] = {}
         self.left: dict[Holder, int] = {}
 
@@ -42,7 +44,7 @@ class Book:
     def copy(self) -> Book:
         twin = Book(self.device)
         twin.free, twin.free_tpcs, twin.free_memory = self.free, self.free_tpcs, self.free_memory
-        twin.holders, twin.left = dict(self.holders), dict(self.left)
+        twin.holders, twin.left, twin.lent = dict(self.holders), dict(self.left), self.lent
         return twin
 
     def room(self, holder: Holder) -> int:
@@ -98,8 +100,12 @@ class Book:
 
     def choose(self, count: int) -> tuple[int, ...]:
         """The lowest free run of neighbours, since TPCs of one GPC share paths; scattered ones where there is no
-        run. The caller knows that so many are free."""
-        starts, left = self.free, count - 1
+        run. Those that nobody is on go first. The caller knows that so many are free."""
+        idle = self.free & ~self.lent
+        return self._choose(idle if self.lent and idle.bit_count() >= count else self.free, count)
+
+    def _choose(self, free: int, count: int) -> tuple[int, ...]:
+        starts, left = free, count - 1
         step = 1
         while left and starts:  # a bit stays where a run begins; each turn asks for a run up to twice as long
             take = min(step, left)
@@ -109,7 +115,7 @@ class Book:
         if starts:
             first = (starts & -starts).bit_length() - 1
             return tuple(range(first, first + count))
-        return tuple(t for t in range(self.device.tpcs) if self.free >> t & 1)[:count]
+        return tuple(t for t in range(self.device.tpcs) if free >> t & 1)[:count]
 
 
 def bits_of(tpcs: Sequence[int]) -> int:

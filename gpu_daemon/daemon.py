@@ -21,6 +21,7 @@ from gpu_daemon.expecting import follow_expected
 from gpu_daemon.fleet import ReplicaId
 from gpu_daemon.health import HealthWatch, Watched
 from gpu_daemon.ledger import Ledger
+from gpu_daemon.lender import Terms
 from gpu_daemon.metrics.exposition import Exposition
 from gpu_daemon.metrics.meters import Meters
 from gpu_daemon.order import Policy
@@ -48,7 +49,7 @@ class Daemon:
 
     watched: how real devices are looked after. offers: what holds slices of them; None where there are no real ones.
     policy: who is owed what; raises SharesError or ReservationError where that is more than the devices have.
-    watch: looks after what processes do on the devices; None: nobody does.
+    watch: looks after what processes do on the devices; None: nobody does. terms: of loans.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Daemon:
         offers: Offers | None = None,
         policy: Policy | None = None,
         watch: GPUWatch | None = None,
+        terms: Terms | None = None,
     ) -> None:
         policy = policy or Policy()
         ledger = Ledger(settings.host, devices)
@@ -77,7 +79,7 @@ class Daemon:
         self._devices = devices
         self._publisher = Publisher(self._site)
         self._accounting = Accounting(self._site, settings.accounts_days)
-        self._bidding = Bidding(self._site, self._publisher, self._accounting)
+        self._bidding = Bidding(self._site, self._publisher, self._accounting, terms)
         self._commits = Commits(self._site, self._bidding)
         self._runtime = runtime
         runtime.changed = self._warm_changed
@@ -114,6 +116,7 @@ class Daemon:
         log.info("host %s: %s", site.host, ", ".join(f"{d.model} ({d.kind})" for d in self._devices) or "no GPU")
         try:
             await self._accounting.open()
+            self._bidding.lend_on(site.offers.lendable(self._devices))
             await self._replicas.find_again()
             self._accounting.resume()
             work = site.spawn(self._work(), "the daemon's start")
@@ -138,7 +141,7 @@ class Daemon:
         self._site.spawn(self._health.run(), "watching the GPUs' health")
         if self._watch is not None:
             self._site.spawn(self._watch.run(self._site), "watching what processes do on the GPUs")
-        self._site.spawn(self._site.offers.watch(self._publish_host), "looking at what holds slices")
+        self._site.spawn(self._site.offers.watch(self._offers_changed), "looking at what holds slices")
 
     async def _end(self) -> None:
         site = self._site
@@ -191,6 +194,10 @@ class Daemon:
         self._accounting.readings(self._health.readings)
         self._publish_host()
         self._bidding.room_changed()
+
+    def _offers_changed(self) -> None:
+        self._bidding.lend_on(self._site.offers.lendable(self._devices))
+        self._publish_host()
 
     def _looked(self) -> None:
         self._accounting.readings(self._health.readings)

@@ -61,6 +61,8 @@ class Request:
     n: int
     resources: Resources
     groups: tuple[str, ...] = ()
+    borrow: int | None = None
+    """TPCs beyond `resources` that the cell could use on loan; None: it keeps all that it gets until it ends."""
     away: int = 0
 
     @property
@@ -324,8 +326,16 @@ class Ledger:
         if request.grant in self._grants:
             raise self._error(f"grant {request.grant} is held already")
         fit = self.fit(request.resources, closed, kept, request.holder, request.away)
-        if not isinstance(fit, Fit):
-            return fit
+        return self._granted(request, fit.shares) if isinstance(fit, Fit) else fit
+
+    def reserve_on(self, request: Request, book: Book, tpcs: int, memory: int) -> GrantRecord:
+        """Take that much of one device: what a borrower keeps until its cell ends, which may be its memory alone."""
+        if request.grant in self._grants or tpcs > book.free_tpcs or memory > book.room(request.holder):
+            raise self._error(f"{tpcs} TPCs and {memory} bytes of {book.uuid} are not there for {request}")
+        chosen = book.choose(tpcs) if tpcs else ()
+        return self._granted(request, (_share(book.device, chosen, memory, whole=False),))
+
+    def _granted(self, request: Request, shares: tuple[DeviceShare, ...]) -> GrantRecord:
         record = GrantRecord(
             grant=request.grant,
             host=self.host,
@@ -333,11 +343,19 @@ class Ledger:
             kernel=request.kernel,
             replica=request.replica,
             n=request.n,
-            shares=fit.shares,
+            shares=shares,
             groups=request.groups,
         )
         self._enter(record, request.away)
         return record
+
+    def suitable(self, resources: Resources) -> list[Book]:
+        """The devices that are well and have room for the request when nothing runs on them."""
+        found = self._suitable(resources)
+        return [] if isinstance(found, Impossible) else [b for b in found if b.uuid not in self._ill]
+
+    def book(self, uuid: str) -> Book:
+        return self._books[uuid]
 
     def restore(self, record: GrantRecord) -> Busy | None:
         """Enter a grant that was made before this daemon started. Refused when something else holds a part of it."""
@@ -552,4 +570,5 @@ def _share(device: Device, tpcs: tuple[int, ...], memory: int, whole: bool) -> D
         memory=memory,
         whole=whole,
         kind=device.kind,
+        of=device.tpcs,
     )

@@ -10,9 +10,10 @@ use. Guarantees, spelt out in `validate_state`:
 - Back within a bound: a borrower may finish its step, for `bound` seconds; then it is paused, and what it had launched
   until then is all that is still waited for.
 
-Events come in (`Ask`, `End`, `Gave`, `Tick`), instructions go out (`Hold`, `Recall`, `Pause`, `Resume`). The caller
-comes back with a `Tick` at `next_at()`. The accounts of who owns what are the ledger's; this decides between its
-grants. Times are seconds of one clock.
+Events come in (`Ask`, `End`, `Gave`, `Tick`, `SetAside`), instructions go out (`Hold`, `Recall`, `Pause`, `Resume`).
+The caller comes back with a `Tick` at `next_at()`. The accounts of who owns what are the ledger's; this decides between
+its grants. In the daemon each grant is an owner of its own (`own`, `disown`): what it keeps until its cell ends is its
+quota (`loans`). Times are seconds of one clock.
 """
 
 from __future__ import annotations
@@ -67,7 +68,19 @@ class Tick:
     now: float
 
 
-Event = Ask | End | Gave | Tick
+@dataclass(frozen=True)
+class SetAside:
+    """These TPCs, of no owner here, go to nobody, and come back from whoever has them: an owner that has cells running
+    elsewhere may ask for them at any moment."""
+
+    tpcs: frozenset[int]
+    now: float
+
+
+Event = Ask | End | Gave | Tick | SetAside
+
+ASIDE = "\0aside"
+"""Whose those are."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +128,8 @@ class _Cell:
     recalled: dict[int, float] = field(default_factory=dict)
     """TPCs that it is to leave, and by when."""
     paused: bool = False
+    had: set[int] = field(default_factory=set)
+    """TPCs that it gave back: where it has a choice it gets the same again."""
 
     @property
     def stays(self) -> set[int]:
@@ -134,18 +149,46 @@ class Lending:
         self._owners = {owner.name: owner for owner in owners}
         self._home: dict[int, Owner] = {}
         for owner in self._owners.values():
-            for tpc in owner.tpcs:
-                if tpc in self._home or not 0 <= tpc < tpcs:
-                    raise ValueError(
-                        f"TPC {tpc} of {owner.name}'s quota is {self._home[tpc].name}'s, too"
-                        if tpc in self._home
-                        else f"TPC {tpc} of {owner.name}'s quota is not on a device of {tpcs}"
-                    )
-                self._home[tpc] = owner
+            self._settle(owner)
+        self._aside: frozenset[int] = frozenset()
         self._cells: dict[str, _Cell] = {}
         self._free = set(range(tpcs))
         self._count = 0
         self._story: deque[Event] = deque(maxlen=50)
+
+    # -- owners that come and go --------------------------------------------------------------------------------------
+
+    def own(self, owner: Owner) -> None:
+        """One more owner; its TPCs may be on loan until its cell asks."""
+        if owner.name in self._owners:
+            raise ValueError(f"{owner.name} owns TPCs already; latest events: {list(self._story)}")
+        self._settle(owner)
+        self._owners[owner.name] = owner
+        self._aside -= owner.tpcs
+
+    def disown(self, name: str) -> None:
+        """The owner is gone, after its cells: what it owned is everybody's to borrow."""
+        owner = self._owners.pop(name)
+        for tpc in owner.tpcs:
+            del self._home[tpc]
+
+    def place(self, cell: str, owner: str, wants: int, tpcs: frozenset[int]) -> None:
+        """A cell that is on these TPCs already (the daemon was started again). Raises ValueError where one is taken."""
+        if not tpcs <= self._free:
+            raise ValueError(f"{sorted(tpcs - self._free)} of {cell} are not free; latest: {list(self._story)}")
+        self._ask(Ask(cell, owner, max(wants, len(tpcs), 1), 0.0))
+        self._cells[cell].held = set(tpcs)
+        self._free -= tpcs
+
+    def _settle(self, owner: Owner) -> None:
+        for tpc in owner.tpcs:
+            if tpc in self._home or not 0 <= tpc < self.tpcs:
+                raise ValueError(
+                    f"TPC {tpc} of {owner.name}'s quota is {self._home[tpc].name}'s, too"
+                    if tpc in self._home
+                    else f"TPC {tpc} of {owner.name}'s quota is not on a device of {self.tpcs}"
+                )
+        self._home.update(dict.fromkeys(owner.tpcs, owner))
 
     # -- questions ----------------------------------------------------------------------------------------------------
 
@@ -158,6 +201,35 @@ class Lending:
         """Of what the cell holds, what is not its owner's."""
         return frozenset(self._cells[cell].held - self._cells[cell].owner.tpcs)
 
+    def stays(self, cell: str) -> frozenset[int]:
+        """TPCs that the cell has and is not asked to leave."""
+        return frozenset(self._cells[cell].stays)
+
+    def owned(self, cell: str) -> frozenset[int]:
+        return self._cells[cell].owner.tpcs
+
+    @property
+    def ownerless(self) -> frozenset[int]:
+        return frozenset(range(self.tpcs)) - self._home.keys()
+
+    @property
+    def free(self) -> frozenset[int]:
+        return frozenset(self._free)
+
+    @property
+    def aside(self) -> frozenset[int]:
+        return self._aside
+
+    @property
+    def lends(self) -> bool:
+        """Whether anything is on loan, wanted on loan, or on its way back."""
+        return any(c.wants > len(c.owner.tpcs) or c.recalled or c.held - c.owner.tpcs for c in self._cells.values())
+
+    def obtainable(self, priority: int) -> int:
+        """TPCs of no owner that a borrower of this priority could have: what is free, and loans of lower ones."""
+        kept = {t for c in self._cells.values() if c.owner.priority >= priority for t in c.held - c.owner.tpcs}
+        return len(self.ownerless - self._aside - kept)
+
     def next_at(self) -> float:
         """When a deadline passes; infinite where none is set."""
         return min(
@@ -168,6 +240,10 @@ class Lending:
 
     def handle(self, event: Event) -> list[Instruction]:
         """One step. Raises ValueError for a cell that is not (or already) known, or an owner without an entry."""
+        return self.note(event) + self.deal(event.now)
+
+    def note(self, event: Event) -> list[Instruction]:
+        """The step without what it means for others: `deal` comes when more such events have been told."""
         self._story.append(event)
         out: list[Instruction] = []
         match event:
@@ -180,7 +256,11 @@ class Lending:
                 out += self._gave(event)
             case Tick():
                 out += self._late(event.now)
-        return out + self._deal(event.now)
+            case SetAside():
+                if not event.tpcs <= self.ownerless:
+                    raise ValueError(f"{event} names an owner's TPCs; latest events: {list(self._story)}")
+                self._aside = event.tpcs
+        return out
 
     def _ask(self, event: Ask) -> None:
         if event.cell in self._cells or event.owner not in self._owners or event.wants < 1:
@@ -194,6 +274,7 @@ class Lending:
             raise ValueError(f"{event}, but it was asked for {sorted(cell.recalled)}; latest: {list(self._story)}")
         for tpc in event.tpcs:
             del cell.recalled[tpc]
+        cell.had |= event.tpcs
         cell.held -= event.tpcs
         self._free |= event.tpcs
         if cell.recalled or not cell.paused:
@@ -209,7 +290,7 @@ class Lending:
 
     # -- decisions ----------------------------------------------------------------------------------------------------
 
-    def _deal(self, now: float) -> list[Instruction]:
+    def deal(self, now: float) -> list[Instruction]:
         """Give out what is free, call back what is owed."""
         order = self._order()
         active = {cell.owner.name for cell in order}
@@ -232,7 +313,7 @@ class Lending:
 
     def _give(self, cell: _Cell, tpcs: set[int], most: int, grown: dict[str, None]) -> None:
         """A paused cell is given nothing: it is to get off what it has first."""
-        new = sorted(tpcs)[:most] if not cell.paused else []
+        new = sorted(tpcs, key=lambda t: (t not in cell.had, t))[:most] if not cell.paused else []
         if new:
             cell.held.update(new)
             self._free.difference_update(new)
@@ -242,7 +323,7 @@ class Lending:
         """Whether this free TPC, which is not the cell's owner's, may go to the cell."""
         home = self._home.get(tpc)
         if home is None:
-            return True
+            return tpc not in self._aside
         return home.name not in active and not (self.strict and home.priority > cell.owner.priority)
 
     def _recall_for(
@@ -262,8 +343,8 @@ class Lending:
 
         A paused cell lacks nothing: it is to get off what it has first.
         """
-        coming = [self._home[t].name if t in self._home else "" for cell in order for t in cell.recalled]
-        anybodys = sum(name not in active for name in coming) if promised else 0
+        coming = [self._whose(t) for cell in order for t in cell.recalled]
+        anybodys = sum(name not in active and name != ASIDE for name in coming) if promised else 0
         own = {name: coming.count(name) for name in active}
         short = []
         for cell in order:
@@ -282,7 +363,12 @@ class Lending:
 
     def _active(self, tpc: int, active: set[str]) -> bool:
         """Whether the TPC's owner has a running cell."""
-        return tpc in self._home and self._home[tpc].name in active
+        return tpc in self._aside or (tpc in self._home and self._home[tpc].name in active)
+
+    def _whose(self, tpc: int) -> str:
+        """The TPC's owner, '' for nobody."""
+        home = self._home.get(tpc)
+        return home.name if home is not None else ASIDE if tpc in self._aside else ""
 
     def _known(self, name: str) -> _Cell:
         if name not in self._cells:

@@ -27,6 +27,8 @@ class OpenBid:
     request: BidRequest
     grant_name: str
     task: asyncio.Task[Message] | None = None
+    grant: GrantRecord | None = None
+    """Set once it is there, while the claim is being made."""
     granted: asyncio.Future[GrantRecord] | None = None
     """Set while it stands in the queue."""
     waited: float = 0.0

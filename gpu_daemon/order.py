@@ -43,6 +43,10 @@ class Policy:
     overdue_after: float = 3600.0
     unknown_run: float = 3600.0
     window: float = DAY
+    lend: bool = False
+    """Idle quota is given to others on loan only, where slices can change while a cell runs."""
+    give_back: float = 2.0
+    """Seconds that a borrower has to give back what is recalled, before it is late."""
 
     @property
     def turn_every(self) -> float:
@@ -76,6 +80,10 @@ class Order:
         if record.grant == self._turn:
             self._turn, self._turn_given, self._owed = "", now, None
 
+    def resized(self, owner: str, by: float, now: float) -> None:
+        """A grant holds so much more of the devices, or less."""
+        self.use(owner, now).change_rate(by, now)
+
     def ended(self, record: GrantRecord, weight: float, now: float) -> None:
         self.use(record.owner, now).change_rate(-weight, now)
         if len(self._use) > 1000:
@@ -93,7 +101,7 @@ class Order:
 
     def guarantee(self, waiting: Waiting, wall: float) -> Principal | Reservation | None:
         """Whose quota, or which course's seat, the request would stay within."""
-        request, quotas = waiting.request, self._standing(waiting.request).quotas
+        request, quotas = waiting.request, self.standing(waiting.request).quotas
         within = self._holdings.within(quotas, request.resources, waiting.memory) if quotas else None
         if not self._policy.reservations:
             return within
@@ -109,13 +117,18 @@ class Order:
             return (GUARANTEED, 0, first, 0, since, waiting.number)
         if self.overdue(waiting, now):
             return (OVERDUE, 0, first, 0, since, waiting.number)
-        standing = self._standing(request)
+        standing = self.standing(request)
         use = self._use.get(request.owner)
         share = (use.value(now) + use.rate * IN_HAND) / standing.weight if use is not None else 0.0
         return (FAIR, -standing.priority, first, int(share // STEP), since, waiting.number)
 
-    def _standing(self, request: Request) -> Standing:
-        key = (request.owner, request.groups, request.kernel)
+    def standing(self, request: Request) -> Standing:
+        return self._standing((request.owner, request.groups, request.kernel))
+
+    def standing_of(self, record: GrantRecord) -> Standing:
+        return self._standing((record.owner, record.groups, record.kernel))
+
+    def _standing(self, key: tuple[str, tuple[str, ...], str]) -> Standing:
         found = self._standings.get(key)
         if found is None:
             if len(self._standings) > 10_000:

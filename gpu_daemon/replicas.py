@@ -317,11 +317,9 @@ class Replicas:
             self._commits.found(replica)
             grant = self._site.rundir.load_grant(id)
             if grant is not None:
-                refused = self._site.ledger.restore(grant)
-                if refused is not None:
-                    log.error("%s: %s", replica.name, refused.reason)
-                else:
-                    self._site.queue.restored(grant, self._site.now())
+                refused = self._site.queue.restore(grant, self._site.now())
+                if refused:
+                    log.error("%s: %s", replica.name, refused)
             log.info("%s found again as process %d", replica.name, handle.pid)
             await self._open_for_sure(replica)
             self._run(replica, handle)

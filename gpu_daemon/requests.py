@@ -54,6 +54,9 @@ class BidRequest:
     """Fingerprint of what the cell does; '' where it must get exactly what it asks for."""
     away: int = 0
     """Bytes that come from host memory to the device before its first line."""
+    borrow: int | None = None
+    """TPCs beyond `resources` that it could use on loan; -1: nothing is to be lent to it; None: the replica does not
+    know how to give back."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ def bid(message: Message) -> BidRequest:
         applied=number(message, "applied", least=-1),
         code=text(message, "code", "")[:MAX_CODE],
         away=number(message, "away", default=0, most=MAX_MEMORY),
+        borrow=number(message, "borrow", least=-1) if message.get("borrow") is not None else None,
     )
 
 

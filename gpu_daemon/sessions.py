@@ -33,7 +33,7 @@ BLOBS_AT_ONCE = 256
 """As many that move blobs through the arena: they hold none of our memory, and the store may be slow."""
 HELLO_WITHIN = 30.0
 
-TOLD = frozenset({"applied", "release"})
+TOLD = frozenset({"applied", "release", "sliced"})
 """Requests whose answer nobody waits for. It travels with the next message, so that a running cell is not disturbed:
 each message of ours wakes a thread of the replica, and costs this side a tenth of a millisecond."""
 TOLD_WITHIN = 0.2

@@ -168,7 +168,7 @@ class Held:
 
 
 class Holdings:
-    """What every user, group and kernel holds on this host, counted along."""
+    """What every user, group and kernel holds on this host, counted along; what is on loan is not theirs."""
 
     def __init__(self) -> None:
         self._held: dict[Principal, Held] = {}
@@ -180,7 +180,7 @@ class Holdings:
         tpcs = devices = memory = 0
         for share in record.shares:
             devices += share.whole
-            tpcs += 0 if share.whole else len(share.tpcs)
+            tpcs += 0 if share.whole else len(share.tpcs) - len(share.lent)
             memory += share.memory
         for principal in principals(record.owner, record.groups, record.kernel):
             held = self._held.setdefault(principal, Held())

@@ -37,3 +37,14 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{max(seconds, 1):.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def coming_back(host: str, within: float) -> str:
+    return f"its room on host {host} is on loan to other cells, which are giving it back (within {duration(within)})"
+
+
+def owed_to_others(host: str, borrow: int | None) -> str:
+    owed = f"the free room on host {host} is owed to others' quotas and only lent, TPCs without memory"
+    if borrow is not None and borrow < 0:
+        return f"{owed}; this cell does not borrow: leave out borrow=no, or ask for less"
+    return f"{owed}; there are not as many TPCs, or not as much memory that is owed to nobody: ask for less"

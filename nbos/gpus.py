@@ -61,6 +61,7 @@ def _grant(grant: Mapping[str, Any], share: Mapping[str, Any]) -> Report:
         "replica": grant["replica"],
         "cell": grant["n"],
         "tpcs": list(share["tpcs"]),
+        "lent": list(share.get("lent", ())),
         "memory": share["memory"],
         "whole": share["whole"],
         "mechanism": share.get("mechanism", ""),
@@ -143,7 +144,8 @@ def _notes(gpu: Report) -> list[str]:
 
 
 def _held_row(host: str, gpu: Report, grant: Report, now: float) -> list[str]:
-    tpcs = f"{len(grant['tpcs'])}" + (" (whole)" if grant["whole"] else f" ({spans(grant['tpcs'])})")
+    tpcs = f"{len(grant['tpcs'])}" + (" (whole)" if grant["whole"] else f" ({spans(grant['tpcs']) or 'stands still'})")
+    tpcs += f", {len(grant['lent'])} on loan" if grant["lent"] else ""
     held = grant["mechanism"] or NOT_TOLD
     where = [host, str(gpu["index"]), tpcs, show_size(grant["memory"]), held]
     return [grant["user"], grant["kernel"][:NAME], str(grant["cell"]), *where, lasted(now - grant["since"])]

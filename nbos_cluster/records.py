@@ -145,6 +145,8 @@ class DeviceShare(Record, frozen=True):
     """TPCs of the whole device."""
     mps: str = ""
     """Pipe folder of the MPS daemon to use, '' for none."""
+    lent: tuple[int, ...] = ()
+    """Those of `tpcs` that are on loan: they go back during the cell when somebody is to have them."""
 
 
 class GrantRecord(Record, frozen=True, tag="grant"):
@@ -163,6 +165,9 @@ class GrantRecord(Record, frozen=True, tag="grant"):
     asked: int = 0
     why: str = ""
     code: str = ""
+    wants: int = 0
+    version: int = 0
+    loan: str = ""
 
 
 class Move(Record, frozen=True):

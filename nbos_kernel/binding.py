@@ -13,14 +13,14 @@ import importlib.abc
 import importlib.machinery
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import ModuleType
 from typing import Any
 
 from .capture import parked
 from .gpu import budget, leftovers, offload
 from .gpu.confine import Confinement, Held
-from .gpu.grants import COOPERATIVE, Grant, Share, from_wire
+from .gpu.grants import COOPERATIVE, Grant, Share, from_wire, resliced
 
 __all__ = ["Grant", "Share", "bind", "bring_parked", "from_wire", "grant", "held", "release", "unbind"]
 
@@ -51,7 +51,7 @@ def bind(granted: Grant | None) -> str:
     global _current, _held
     _current, _held = granted, ()
     real = _real(granted)
-    torch = _running_torch()
+    torch = running_torch()
     if torch is None:
         _watch()
         os.environ[VISIBLE] = ",".join(share.uuid for share in real)
@@ -69,12 +69,12 @@ def bind(granted: Grant | None) -> str:
 
 def left() -> leftovers.Told:
     """What this process has on its devices now."""
-    return leftovers.tell(_running_torch())
+    return leftovers.tell(running_torch())
 
 
 def give_back() -> dict[str, Any]:
     """The daemon asks for the room, and no cell runs. What came of it, for the daemon."""
-    return leftovers.give_back(_running_torch())
+    return leftovers.give_back(running_torch())
 
 
 def _start_cuda() -> None:
@@ -82,6 +82,30 @@ def _start_cuda() -> None:
     start = getattr(getattr(sys.modules.get("torch"), "cuda", None), "init", None)
     if start is not None:
         start()
+
+
+def on() -> frozenset[int]:
+    """The TPCs that the running cell's work is launched on; of a grant on one device."""
+    assert _current is not None
+    (share,) = _current.shares
+    return frozenset(share.tpcs) if share.simulated or running_torch() is None else _confinement.on(share)
+
+
+def move(tpcs: Collection[int], lent: int) -> None:
+    """The running cell's slice is another one from now on. What it had launched before is over."""
+    global _current, _held
+    assert _current is not None
+    _current = resliced(_current, tpcs, lent)
+    torch, (share,) = running_torch(), _current.shares
+    if torch is not None and _bound and not share.simulated:
+        _held = (_confinement.move(torch, _bound[0], share),)
+
+
+def settle() -> None:
+    """Wait for what was launched on the running cell's devices. Raises what failed there."""
+    torch = running_torch()
+    for number in _bound if torch is not None else ():
+        torch.cuda.synchronize(number)
 
 
 def bring_parked() -> None:
@@ -92,7 +116,7 @@ def bring_parked() -> None:
 
 def peak() -> int:
     """Bytes that torch had on the running cell's devices at most, until now."""
-    torch = _running_torch()
+    torch = running_torch()
     return 0 if torch is None else sum(budget.peak(torch, number) for number in _bound)
 
 
@@ -101,7 +125,7 @@ def unbind() -> str:
     room. Returns what the user must know, or an empty string."""
     global _current, _held
     _current, _held = None, ()
-    torch, bound = _running_torch(), list(_bound)
+    torch, bound = running_torch(), list(_bound)
     _bound.clear()
     if torch is None:
         return ""
@@ -120,7 +144,7 @@ def unbind() -> str:
 
 def release() -> str:
     """Give back what this process has on its devices, between cells that hold one. What came of it, for the user."""
-    torch = _running_torch()
+    torch = running_torch()
     if _real(_current):
         return "This cell holds a GPU: what it has there stays. Run this in a cell without one (%%cpu)."
     if torch is None:
@@ -190,7 +214,7 @@ class _CudaFinder(importlib.abc.MetaPathFinder):
         return spec
 
 
-def _running_torch() -> Any:
+def running_torch() -> Any:
     """torch, when it is imported and has started CUDA; it is never imported for this."""
     torch = sys.modules.get("torch")
     cuda = getattr(torch, "cuda", None)

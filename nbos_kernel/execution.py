@@ -26,6 +26,7 @@ from nbos_cluster import wire
 from . import binding, oversize, resources, sizing
 from .append import Appender, Entry
 from .blobchannel import BlobChannel
+from .borrowed import Loans
 from .departure import Departure
 from .gpu import leftovers
 from .link import DaemonAway, Link
@@ -100,6 +101,7 @@ class Execution:
         self._looking = Looking(replica.capture, self._loop)
         self._appender = Appender(link, replica, channel, blobs, reporter)
         self._reporter = reporter
+        self.loans = Loans(lambda n, version: link.tell({"type": "sliced", "n": n, "version": version}))
 
     # Called from other threads ---------------------------------------------------------------------------------
 
@@ -128,6 +130,8 @@ class Execution:
         asked = parent["metadata"]["nbos_execution"]
         try:
             needs = self._resources(parent)
+            if needs.get("tpcs"):
+                self._borrow(parent)
         except resources.BadResources as err:
             # Every replica would say so, and the router answers the cell with it.
             content = {**_yield("impossible", str(err)), "n": asked["n"], "next": None, "everywhere": True}
@@ -175,12 +179,16 @@ class Execution:
         running = self.running
         if running is not None and running.granted:
             running.granted = False
+            borrower = self.loans.borrower
+            borrower.end()
             peak, notice = binding.peak(), binding.unbind()
-            told = binding.left()
-            self._replica.uses.end(time.monotonic(), peak, self._replica.history.last())
+            self._replica.uses.end(time.monotonic(), peak, self._replica.history.last(), borrower)
             if notice:
                 self._appender.tell_user(notice)
+            told = binding.left()
             took = pace.took(running.status == "ok")
+            # On TPCs that changed the cell was neither as fast as on the ones nor as on the others.
+            took = None if borrower.changed else took
             self._link.tell({"type": "release", "n": running.n, "took": took, "left": told.left, "peak": told.peak})
 
     async def replied(self, status: str) -> None:
@@ -203,7 +211,8 @@ class Execution:
         running = self.running
         if running is None or running.parent["header"]["msg_id"] != msg_id:
             return {}
-        return self._replica.uses.of(running.n, time.monotonic(), binding.peak() if running.granted else 0)
+        peak = binding.peak() if running.granted else 0
+        return self._replica.uses.of(running.n, time.monotonic(), peak, self.loans.borrower)
 
     async def settled(self) -> None:
         """Wait for the append that is under way."""
@@ -255,6 +264,8 @@ class Execution:
             bid["away"] = away
         if kind == "cell":
             bid["code"] = self._code(parent, needs)
+            if needs.get("tpcs"):
+                bid["borrow"] = self._borrow(parent)
         self._left.clear()
         with _interrupts(lambda: self.cancel(n)):
             self._bidding = (n, parent, ident)
@@ -270,6 +281,9 @@ class Execution:
             self._channel.reply("nbos_yield", {**content, "next": answer.get("next")}, parent, ident)
             return None
         return self._lead(n, kind, answer, ident, parent)
+
+    def _borrow(self, parent: Message) -> int:
+        return resources.borrow(str(parent["content"].get("code", "")), parent["metadata"])
 
     def _code(self, parent: Message, needs: Message) -> str:
         code = str(parent["content"].get("code", ""))
@@ -306,6 +320,7 @@ class Execution:
         self._replica.uses.begin(granted, n, float(answer.get("waited") or 0.0), time.monotonic())
         try:
             notice = binding.bind(granted)
+            self.loans.begin(granted)
         except Exception as err:  # noqa: BLE001 - a library's complaint about a device must not leave n without an end
             notice = f"NBOS: the grant could not be bound in this process: {err}"
         if notice:

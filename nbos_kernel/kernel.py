@@ -167,6 +167,8 @@ class NBOSKernel(LoadingKernel):
             self.execution.renewed(message["n"], message["token"])  # at once: a cell may hold the main thread
         elif kind == "give_back":
             self._soon(self._give_back, message)
+        elif kind == "slice":
+            self.execution.loans.borrower.told(message)
         elif kind == "gpu_misuse":
             self._misuse(str(message.get("stage", "")), str(message.get("text", "")))
         elif kind == "exit":
@@ -397,8 +399,9 @@ class NBOSKernel(LoadingKernel):
     def _gpu(self) -> str:
         """For `%nbos gpu`, within a cell."""
         now, uses = time.monotonic(), self.replica.uses
-        running = uses.running(now, binding.peak())
-        return gpuview.text(self._status(), uses.rows, running, binding.grant(), binding.held())
+        borrower = self.execution.loans.borrower
+        running = uses.running(now, binding.peak(), borrower)
+        return gpuview.text(self._status(), uses.rows, running, binding.grant(), binding.held(), borrower.moves)
 
     def _survey(self) -> Message:
         """For `%nbos state`; within a cell, or in a subshell while a replication is under way."""

@@ -75,8 +75,8 @@ class NBOSMagics(Magics):
 
     @cell_magic
     def gpu(self, line: str, cell: str) -> None:
-        """%%gpu [number] [tpcs=N] [mem=SIZE] [model=NAME] [exact]: run this cell with GPUs. Must be the
-        cell's first line."""
+        """%%gpu [number] [tpcs=N] [mem=SIZE] [model=NAME] [exact] [borrow=N|max|no]: run this cell with GPUs. Must be
+        the cell's first line."""
         self._explain("gpu", line)
 
     @cell_magic

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -29,6 +30,8 @@ class Pace:
         self._stride = 1
         self._steps = 0
         self._hooked = False
+        self.boundary: Callable[[], None] | None = None
+        """Called at the end of each step."""
 
     def begin(self) -> None:
         self._hook()
@@ -36,6 +39,8 @@ class Pace:
         self._began, self._ended = time.perf_counter(), 0.0
 
     def step(self) -> None:
+        if self.boundary is not None:
+            self.boundary()
         if not self._began or self._ended:
             return
         self._steps += 1

@@ -5,6 +5,8 @@ default.
     %%gpu 1 model=H100          a device of a model
     %%gpu tpcs=16 mem=20G       a slice of one device
     %%gpu tpcs=16 exact         never fewer TPCs, whatever was learnt (right-sizing)
+    %%gpu tpcs=16 borrow=max    and all that is idle beside them, on loan; borrow=8: at most 8; borrow=no: nothing on
+    loan
 
 Pure functions. Errors name the argument and what is allowed.
 """
@@ -18,8 +20,11 @@ from typing import Any
 Resources = dict[str, Any]
 
 NONE: Resources = {"gpus": 0, "tpcs": 0, "memory": 0, "model": ""}
-USAGE = "%%gpu [number of devices] [tpcs=N] [mem=SIZE, such as 20G] [model=NAME] [exact]"
+USAGE = "%%gpu [number of devices] [tpcs=N] [mem=SIZE, such as 20G] [model=NAME] [exact] [borrow=N|max|no]"
 EXACT = "exact"
+BORROW = "borrow"
+NOTHING = -1
+"""TPCs to borrow: not even those of what the cell asks for that are others' idle quota."""
 MAX_GPUS = 64
 MAX_TPCS = 512
 
@@ -79,6 +84,29 @@ def exact(code: str, metadata: Mapping[str, Any]) -> bool:
     return isinstance(ours, Mapping) and ours.get(EXACT) is True
 
 
+def borrow(code: str, metadata: Mapping[str, Any]) -> int:
+    """How many TPCs beyond what it asks for the cell can use on loan; NOTHING: it keeps what it gets until it ends.
+    Raises BadResources."""
+    line = _FIRST.match(code)
+    if line is not None:
+        said = [word.partition("=")[2] for word in (line[2] or "").split() if word.partition("=")[0] == BORROW]
+        return _borrow(said[-1]) if said else 0
+    ours = metadata.get("nbos")
+    asked = ours.get(BORROW, 0) if isinstance(ours, Mapping) else 0
+    return _borrow(asked)
+
+
+def _borrow(value: object) -> int:
+    if value in ("max", True):
+        return MAX_TPCS
+    if value == "no" or value is False:
+        return NOTHING
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if not isinstance(number, int) or not 0 <= number <= MAX_TPCS:
+        raise BadResources(f"borrow must be max, no, or a number of TPCs from 0 to {MAX_TPCS}, got {value!r:.60}")
+    return number
+
+
 def blank_first_line(code: str) -> str:
     """The cell with a valid `%%gpu`/`%%cpu` line emptied, so that line numbers in tracebacks stay right."""
     line = _FIRST.match(code)
@@ -99,8 +127,13 @@ def parse(magic: str, arguments: str) -> Resources:
             raise BadResources(f"%%cpu takes no arguments, got {arguments.strip()!r}")
         return dict(NONE)
     asked: dict[str, Any] = {}
+    borrows = False
     for word in words:
         if word == EXACT:
+            continue
+        if word.startswith(f"{BORROW}="):
+            _borrow(word.partition("=")[2])
+            borrows = True
             continue
         key, equals, value = word.partition("=")
         if not equals:
@@ -115,6 +148,8 @@ def parse(magic: str, arguments: str) -> Resources:
         if "gpus" in asked or "tpcs" in asked:
             raise BadResources(f"%%gpu asks for nothing; use %%cpu for a cell without GPUs, or {USAGE}")
         asked["gpus"] = 1
+    if borrows and not asked.get("tpcs"):
+        raise BadResources(f"%%gpu: only a slice borrows; ask for one with tpcs=N, or leave out borrow; usage: {USAGE}")
     try:
         return checked(asked)
     except BadResources as err:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,9 +44,11 @@ class NoSimulatedGrant(RuntimeError):
 class _Played:
     """The slice of the grant that runs now, as a device of its own: slices do not feel each other in the model."""
 
-    grant: binding.Grant
+    grant: str
     device: Device
     began: float
+    touched: bool = False
+    """The device is being changed: who looks between two lines must not."""
 
     @property
     def now(self) -> float:
@@ -136,16 +139,18 @@ def run(work: float, serial: float = 0.0, width: int = 0) -> float:
     """
     played = _current()
     kernel = Kernel(work, serial, width)
-    played.device.advance(max(played.now, played.device.now))
-    played.device.launch(_ME, kernel, tag := object())
+    with _touching(played):
+        played.device.advance(max(played.now, played.device.now))
+        played.device.launch(_ME, kernel, tag := object())
     return _wait(played, tag)
 
 
 def copy(size: int | str) -> float:
     """Move `size` bytes (or `"4G"`) between host and device. Returns the seconds by the model."""
-    played = _current()
-    played.device.advance(max(played.now, played.device.now))
-    played.device.copy(_ME, _bytes(size), tag := object())
+    played, count = _current(), _bytes(size)
+    with _touching(played):
+        played.device.advance(max(played.now, played.device.now))
+        played.device.copy(_ME, count, tag := object())
     return _wait(played, tag)
 
 
@@ -160,8 +165,10 @@ def steps(count: int, work: float, serial: float = 0.0, width: int = 0) -> Itera
 def allocate(size: int | str) -> Allocation:
     """Raises OutOfMemory beyond what the grant has left."""
     played, wanted = _current(), _bytes(size)
+    held = binding.grant()
+    assert held is not None
     played.device.allocate(_ME, wanted)
-    return _known(Allocation(wanted, played.grant.devices[0], played.device))
+    return _known(Allocation(wanted, held.devices[0], played.device))
 
 
 def fault(reason: str) -> None:
@@ -177,15 +184,48 @@ def _current() -> _Played:
         raise NoSimulatedGrant("this cell holds no GPU; begin it with `%%gpu tpcs=16`, or another number of TPCs")
     if not held.simulated:
         raise NoSimulatedGrant(f"this cell holds a real GPU ({', '.join(held.devices)}); use it as you always do")
-    if _played is None or _played.grant is not held:
+    if _played is None or _played.grant != held.id:
         here = [one for one in _living() if one.where in held.devices]
         size = sum(one.size for one in here)
-        device = Device(max(held.tpcs, 1), max(held.memory, 1))
-        device.open(_ME, used=size)
+        # One device as large as the granted ones together; of a slice, as large as what it is of.
+        total = max(held.tpcs, *(share.of for share in held.shares), *(t + 1 for t in held.shares[0].tpcs))
+        device = Device(total, max(held.memory, 1))
+        device.open(_ME, frozenset(held.shares[0].tpcs) if len(held.shares) == 1 else None, used=size)
         for one in here:
             one._device = device
-        _played = _Played(held, device, time.monotonic())
+        _played = _Played(held.id, device, time.monotonic())
     return _played
+
+
+# -- while what is lent to the cell comes and goes (`borrowed`) -------------------------------------------------------
+
+
+@contextmanager
+def _touching(played: _Played) -> Iterator[None]:
+    played.touched = True
+    try:
+        yield
+    finally:
+        played.touched = False
+
+
+def busy() -> bool:
+    """Whether this line is in the middle of a change of the device."""
+    return _played is not None and _played.touched
+
+
+def settle() -> None:
+    """Wait until what was launched is over. Its outcome is left to who launched it."""
+    played, held = _played, binding.grant()
+    if played is not None and held is not None and played.grant == held.id and played.device.pending(_ME):
+        time.sleep(max(0.0, played.device.next_at() - played.now))
+
+
+def moved() -> None:
+    """The cell's slice is another one: what is launched from now on runs there."""
+    held = binding.grant()
+    if _played is not None and held is not None and _played.grant == held.id:
+        _played.device.confine(_ME, frozenset(held.shares[0].tpcs))
 
 
 def _wait(played: _Played, tag: object) -> float:
@@ -195,7 +235,9 @@ def _wait(played: _Played, tag: object) -> float:
     while True:
         end = device.next_at()
         time.sleep(max(0.0, end - played.now))
-        for outcome in device.advance(end):
+        with _touching(played):
+            outcomes = device.advance(end)
+        for outcome in outcomes:
             if isinstance(outcome, Failed):
                 raise DeviceFault(f"simulated device: {outcome.reason}")
             if outcome.tag is tag:

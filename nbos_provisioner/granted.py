@@ -33,7 +33,10 @@ def used(told: Any) -> str:
         return ""
     held, tpcs, peak = (number(told, name) for name in ("held", "tpcs", "peak"))
     memory = f", at most {peak / GIB:.2f} GiB of its memory used by torch" if peak else ""
-    return f"held it for {held:.1f} s, {held * tpcs:.0f} TPC·s{memory}"
+    used = number(told, "tpc_seconds") or held * tpcs
+    lent = number(told, "lent")
+    loans = f", up to {lent:.0f} TPCs of it on loan" if lent else ""
+    return f"held it for {held:.1f} s, {used:.0f} TPC·s{loans}{memory}"
 
 
 def number(told: Mapping[str, Any], name: str) -> float:

@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 
 from gpu_daemon.ledger import Busy, Ledger
 from gpu_daemon.site import Site
-from nbos_cluster.records import Resources
+from nbos_cluster.records import GrantRecord, Resources
 
 DEVICE = ("device", "index", "model")
 
@@ -39,6 +39,7 @@ GAUGES = (
     Gauge("nbos_device_healthy", "1 while cells may be granted parts of the device.", DEVICE),
     Gauge("nbos_device_tpcs", "TPCs of the device (1 TPC = 2 SMs).", DEVICE),
     Gauge("nbos_device_tpcs_granted", "Those of them that cells hold.", DEVICE),
+    Gauge("nbos_device_tpcs_lent", "Those of them that are on loan.", DEVICE),
     Gauge("nbos_device_memory_bytes", "Memory of the device.", DEVICE),
     Gauge("nbos_device_memory_granted_bytes", "The part of it that cells hold.", DEVICE),
     Gauge("nbos_device_grants", "Cells that hold a part of the device.", DEVICE),
@@ -92,7 +93,7 @@ class Exposition:
         site = self._site
         states = Counter(replica.state for replica in site.replicas.values())
         return {
-            **_devices(site.ledger),
+            **_devices(site.ledger, site.queue.grants.values()),
             "nbos_host_info": [((site.host, _version()), 1)],
             "nbos_host_draining": [((), site.draining)],
             "nbos_waiting_cells": self._waiting(),
@@ -118,14 +119,16 @@ def reason_of(ledger: Ledger, resources: Resources) -> str:
     return "busy" if isinstance(ledger.fit(resources), Busy) else "kept"
 
 
-def _devices(ledger: Ledger) -> Rows:
+def _devices(ledger: Ledger, held: Iterable[GrantRecord]) -> Rows:
     rows: Rows = {gauge.name: [] for gauge in GAUGES if gauge.labels == DEVICE}
     tpcs: Counter[str] = Counter()
     memory: Counter[str] = Counter()
     grants: Counter[str] = Counter()
-    for grant in ledger.grants.values():
+    lent: Counter[str] = Counter()
+    for grant in held:
         for share in grant.shares:
             tpcs[share.uuid] += len(share.tpcs)
+            lent[share.uuid] += len(share.lent)
             memory[share.uuid] += share.memory
             grants[share.uuid] += 1
     for device in ledger.devices:
@@ -134,6 +137,7 @@ def _devices(ledger: Ledger) -> Rows:
             "nbos_device_healthy": device.healthy,
             "nbos_device_tpcs": device.tpcs,
             "nbos_device_tpcs_granted": tpcs[device.uuid],
+            "nbos_device_tpcs_lent": lent[device.uuid],
             "nbos_device_memory_bytes": device.memory,
             "nbos_device_memory_granted_bytes": memory[device.uuid],
             "nbos_device_grants": grants[device.uuid],

@@ -54,6 +54,11 @@ class Meters:
             "gave_back_bytes", "Bytes of GPU memory that idle cells' processes gave back for others, by tier.", ["tier"]
         )
         self._back_time = self._histogram("gave_back_seconds", "How long one of them took for it.", STORING, ["tier"])
+        self._recalls = self._counter("recalls", "Times that a borrower was asked to give TPCs back.")
+        self._recalled = self._counter("recalled_tpcs", "TPCs that were asked back.")
+        self._give_back = self._histogram(
+            "give_back_seconds", "From such a request until the borrower was off those TPCs.", STORING
+        )
         self._refusals = self._counter("refusals", "Requests of replicas that were refused, by code.", ["code"])
         self._appends = self._histogram("append_seconds", "From an entry's arrival until it is in the log.", STORING)
         self._abandoned = self._counter("abandoned", "Executions that ended without an entry of their own.")
@@ -103,6 +108,13 @@ class Meters:
         """What a cell had left on a device was moved away for somebody else."""
         self._back[(tier,)].inc(size)
         self._back_time[(tier,)].observe(seconds)
+
+    def recalled(self, tpcs: int) -> None:
+        self._recalls.inc()
+        self._recalled.inc(tpcs)
+
+    def returned(self, seconds: float) -> None:
+        self._give_back.observe(seconds)
 
     # -- the log, blobs -----------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 from gpu_daemon.aside import aside
 from gpu_daemon.slicing import mps
-from gpu_daemon.slicing.mechanism import Choice, Facts, Mechanism, choose, held, published
+from gpu_daemon.slicing.mechanism import Choice, Facts, Mechanism, choose, held, is_mig, published
 from nbos_cluster.records import Device, DeviceShare
 
 log = logging.getLogger("gpu_daemon")
@@ -37,6 +37,25 @@ class Offers:
         """The shares of a new grant, each with what holds it."""
         known = {device.uuid: device for device in devices}
         return tuple(held(share, known.get(share.uuid), self._choices(known.get(share.uuid))) for share in shares)
+
+    def lendable(self, devices: Iterable[Device]) -> list[str]:
+        """The devices (UUIDs) whose slices can change while a cell runs."""
+        return [device.uuid for device in devices if not self._fixed(device.uuid, device.kind)]
+
+    def no_loans(self, shares: Iterable[DeviceShare]) -> str:
+        """Why nothing is lent on the device of a slice, '' where it is."""
+        return next((why for share in shares if not share.whole and (why := self._fixed(share.uuid, share.kind))), "")
+
+    def _fixed(self, uuid: str, kind: str) -> str:
+        if kind != "nvml":
+            return ""
+        if is_mig(uuid):
+            return "nothing is lent on an instance of MIG: it cannot change while a cell runs"
+        if self._choice is None:
+            return "nothing is lent yet: what holds slices here is not known"
+        if self._choice.mechanism == "percentage":
+            return "nothing is lent: the MPS limit that holds slices here is fixed when CUDA starts in a process"
+        return ""
 
     def _choices(self, device: Device | None) -> dict[str, Choice]:
         if self._choice is None or device is None or device.kind != "nvml":

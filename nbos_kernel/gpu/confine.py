@@ -55,6 +55,9 @@ class Confinement:
         """The MPS limit and pipe folder of CUDA's start in this process."""
         self._entered: tuple[Any, Any] | None = None
         """The slice's stream and the one that was current before."""
+        self._on: frozenset[int] = frozenset()
+        self._left: list[Any] = []
+        """Streams of slices that this cell was on before: a `with torch.cuda.stream(…)` may put one back."""
 
     def prepare(self, environ: MutableMapping[str, str], shares: Sequence[Share]) -> None:
         """CUDA has not started in this process: set what it reads then."""
@@ -90,18 +93,39 @@ class Confinement:
         # What comms or threads began between the cells is done before the cell's first kernel.
         stream.wait_stream(before)
         torch.cuda.set_stream(stream)
-        self._entered = (stream, before)
+        self._entered, self._on = (stream, before), slice.tpcs
         short = len(share.tpcs) - len(slice.tpcs)
         reason = f"{len(share.tpcs)} TPCs were granted; the driver's groups leave {short} of them out" if short else ""
         return Held(GREEN, len(slice.tpcs), reason)
+
+    def move(self, torch: Any, number: int, share: Share) -> Held:
+        """The share's TPCs are others from now on. Everything that was launched before is over.
+
+        A stream that the user chose stays the current one: it leaves the slice, as ever.
+        """
+        if self._entered is None:
+            return self.enter(torch, number, share)
+        (stream, before), self._entered = self._entered, None
+        self._left.append(stream)
+        current = torch.cuda.current_stream(number)
+        torch.cuda.set_stream(before)
+        held = self.enter(torch, number, share)
+        if current not in self._left:
+            torch.cuda.set_stream(current)
+        return held
+
+    def on(self, share: Share) -> frozenset[int]:
+        """The TPCs of the share that work is launched on."""
+        return frozenset(share.tpcs) if self._entered is None else self._on
 
     def leave(self, torch: Any) -> None:
         """The cell is over, and everything it launched on its device: put the stream of before back."""
         if self._entered is None:
             return
         (stream, before), self._entered = self._entered, None
+        ours, self._left = [stream, *self._left], []
         # A stream that the user chose for good stays; it is theirs.
-        if torch.cuda.current_stream(stream.device_index) == stream:
+        if torch.cuda.current_stream(stream.device_index) in ours:
             torch.cuda.set_stream(before)
 
     def _capped(self, share: Share) -> Held:

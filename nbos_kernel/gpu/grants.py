@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 COOPERATIVE = "cooperative"
@@ -32,6 +32,8 @@ class Share:
     why: str = ""
     of: int = 0
     mps: str = ""
+    lent: tuple[int, ...] = ()
+    """Those of `tpcs` that are on loan: they may go back while the cell runs, and others come (docs/rightsizing.md)."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,10 @@ class Grant:
     """TPCs that the cell asked for, where right-sizing had a word in what it got; else 0."""
     why: str = ""
     """Why it got as many as it got."""
+    version: int = 0
+    """Counts the changes of its TPCs."""
+    loan: str = ""
+    """Why nothing is lent to it, though it asked."""
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -89,8 +95,17 @@ def from_wire(raw: Mapping[str, Any] | None) -> Grant | None:
             why=share.get("why", ""),
             of=share.get("of", 0),
             mps=share.get("mps", ""),
+            lent=tuple(share.get("lent", ())),
         )
         for share in raw.get("shares", ())
     )
-    asked, why = raw.get("asked", 0), raw.get("why", "")
-    return Grant(raw.get("grant", ""), raw.get("host", ""), raw.get("n", 0), shares, asked, why)
+    asked, why, version, loan = raw.get("asked", 0), raw.get("why", ""), raw.get("version", 0), raw.get("loan", "")
+    return Grant(raw.get("grant", ""), raw.get("host", ""), raw.get("n", 0), shares, asked, why, version, loan)
+
+
+def resliced(grant: Grant, tpcs: Collection[int], lent: int) -> Grant:
+    """The grant of one slice, on these TPCs, so many of them on loan."""
+    (share,) = grant.shares
+    loans = [t for t in sorted(tpcs) if t in share.lent or t not in share.tpcs]
+    share = replace(share, tpcs=tuple(sorted(tpcs)), lent=tuple(loans[len(loans) - lent :]))
+    return replace(grant, shares=(share,))

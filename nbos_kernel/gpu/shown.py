@@ -24,11 +24,13 @@ def lines(grant: Grant | None, held: Sequence[Held]) -> list[str]:
     shares = grant.shares if grant is not None else ()
     known = [*held, *[None] * (len(shares) - len(held))]
     sized = [f"right-sizing: {grant.why}"] if grant is not None and grant.why else []
-    return [*(_line(share, one) for share, one in zip(shares, known, strict=True)), *sized]
+    refused = [f"on loan: {grant.loan}"] if grant is not None and grant.loan else []
+    return [*(_line(share, one) for share, one in zip(shares, known, strict=True)), *sized, *refused]
 
 
 def _line(share: Share, held: Held | None) -> str:
     tpcs = f"{len(share.tpcs)} TPCs" + (f" of {share.of}" if share.of else "")
+    tpcs += f" ({len(share.lent)} of them on loan: others' idle quota)" if share.lent else ""
     what = f"{tpcs}, {share.memory / GIB:.1f} GiB on {share.model} {share.uuid}".replace("  ", " ")
     if share.simulated:
         return f"{what}; simulated: for real code it is the CPU, nbos_kernel.simgpu plays it"

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
+from .borrowing import Moved
 from .grants import Grant
 
 NAME = "%gpu"
@@ -23,7 +24,7 @@ KEPT = 10
 @dataclass(frozen=True)
 class Use:
     """One cell's (input `count`). tpcs, memory: granted, over all devices; waited: in its host's queue; peak: bytes
-    that torch had on them at most, 0 where torch did not use them."""
+    that torch had on them at most, 0 where torch did not use them; lent: the most TPCs that it had on loan."""
 
     n: int
     host: str
@@ -36,6 +37,24 @@ class Use:
     held: float = 0.0
     peak: int = 0
     count: int = 0
+    tpc_seconds: float = 0.0
+    lent: int = 0
+
+
+class Loaned(Protocol):
+    """What became of the TPCs of the running cell: `borrowing.Borrower`."""
+
+    moves: list[Moved]
+    most_lent: int
+
+
+def _tpc_seconds(tpcs: int, held: float, moves: Sequence[Moved]) -> float:
+    """With the TPCs that the cell was on. (What it held, in the daemon's accounts, includes those it was leaving.)"""
+    total, at = 0.0, 0.0
+    for move in moves:
+        total += tpcs * (move.seconds - at)
+        tpcs, at = move.after, move.seconds
+    return total + tpcs * max(0.0, held - at)
 
 
 class Uses:
@@ -67,22 +86,26 @@ class Uses:
             waited=waited,
         )
 
-    def running(self, now: float, peak: int = 0) -> Use | None:
+    def running(self, now: float, peak: int = 0, loans: Loaned | None = None) -> Use | None:
         """What the running cell has used until now; None without a grant."""
-        held = round(now - self._began, 3)
-        return None if self._open is None else replace(self._open, held=held, peak=max(peak, self._open.peak))
+        if self._open is None:
+            return None
+        held, lent = now - self._began, loans.most_lent if loans is not None else 0
+        used = _tpc_seconds(self._open.tpcs, held, loans.moves if loans is not None else ())
+        known = replace(self._open, held=round(held, 3), peak=max(peak, self._open.peak))
+        return replace(known, tpc_seconds=round(used, 3), lent=lent)
 
-    def end(self, now: float, peak: int, count: int) -> None:
+    def end(self, now: float, peak: int, count: int, loans: Loaned | None = None) -> None:
         """The cell gives its grant back. count: its `In` number."""
-        use = self.running(now, peak)
+        use = self.running(now, peak, loans)
         if use is not None:
             self._open = None
             self._rows.append(replace(use, count=count))
             self._text = json.dumps([astuple(row) for row in self._rows])
 
-    def of(self, n: int, now: float, peak: int) -> dict[str, Any]:
+    def of(self, n: int, now: float, peak: int, loans: Loaned | None = None) -> dict[str, Any]:
         """For the reply to execution n, whether its grant was given back or not: {} without one."""
-        use = self.running(now, peak) or next((row for row in reversed(self._rows) if row.n == n), None)
+        use = self.running(now, peak, loans) or next((row for row in reversed(self._rows) if row.n == n), None)
         return asdict(use) if use is not None and use.n == n else {}
 
     # -- among the variables of an entry ------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..gpu import shown
+from ..gpu.borrowing import Moved
 from ..gpu.confine import Held
 from ..gpu.grants import Grant
 from ..gpu.uses import Use
@@ -17,9 +18,15 @@ GIB = 1 << 30
 
 
 def text(
-    status: Mapping[str, Any], rows: Sequence[Use], running: Use | None, grant: Grant | None, held: Sequence[Held]
+    status: Mapping[str, Any],
+    rows: Sequence[Use],
+    running: Use | None,
+    grant: Grant | None,
+    held: Sequence[Held],
+    moves: Sequence[Moved] = (),
 ) -> str:
-    """status: the daemon's, as `%nbos status` has it. rows: of the latest cells, oldest first. running: this cell's."""
+    """status: the daemon's, as `%nbos status` has it. rows: of the latest cells, oldest first. running: this cell's;
+    moves: what became of its loans."""
     gpu = status.get("gpu") or {}
     lines = _may(gpu)
     if running is None:
@@ -29,6 +36,7 @@ def text(
         lines.append(
             f"  for {seconds(running.held)} so far, after {seconds(running.waited)} of waiting{_peak(running)}"
         )
+        lines += [f"  {line}" for line in _moves(moves)]
     lines += [f"on {status.get('host') or 'this host'}: {line}" for line in map(_room, gpu.get("devices") or ())]
     if rows:
         lines += ["the latest cells with a GPU:", *(f"  {_row(row)}" for row in rows)]
@@ -36,6 +44,23 @@ def text(
     if status.get("error"):
         lines.append(f"the host's daemon cannot be asked: {status['error']}")
     return "\n".join(lines)
+
+
+SHOWN = 6
+
+
+def _moves(moves: Sequence[Moved]) -> list[str]:
+    """The latest ones."""
+    more = [f"({len(moves) - SHOWN} changes before)"] if len(moves) > SHOWN else []
+    return [*more, *map(_move, moves[-SHOWN:])]
+
+
+def _move(move: Moved) -> str:
+    by, when = move.after - move.before, f"after {seconds(move.seconds)}"
+    if by >= 0:
+        return f"{when}: {by} more TPCs lent by others, {move.after} in all"
+    stopped = "it stood still with none" if not move.after else f"{move.after} left"
+    return f"{when}: {-by} TPCs given back, within {move.took:.2f} s, {stopped}"
 
 
 def seconds(value: float) -> str:
@@ -77,7 +102,8 @@ def _room(device: Mapping[str, Any]) -> str:
 def _row(use: Use) -> str:
     what = f"{use.devices} GPU{'s' if use.devices > 1 else ''}" if use.whole else f"{use.tpcs} TPCs"
     got = f"{what}, {use.memory / GIB:.1f} GiB of {use.model} on {use.host}"
-    times = f"waited {seconds(use.waited)}, held {seconds(use.held)}, {use.tpcs * use.held:.0f} TPC·s"
+    times = f"waited {seconds(use.waited)}, held {seconds(use.held)}, {use.tpc_seconds:.0f} TPC·s"
+    times += f", up to {use.lent} TPCs of it on loan" if use.lent else ""
     return f"[{use.count}]: {got}; {times}{_peak(use)}"
 
 

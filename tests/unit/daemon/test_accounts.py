@@ -57,6 +57,19 @@ def test_a_grant_is_accounted_in_all_its_dimensions() -> None:
     assert accounts.end("a", 120.0) == [], "twice is no mistake, and counts once"
 
 
+def test_a_grant_whose_tpcs_change_is_accounted_with_those_that_it_had_then() -> None:
+    accounts = Accounts(DEVICES)
+    accounts.begin(grant("a", tpcs=6), 0.0)
+    accounts.begin(grant("b", tpcs=2, owner="bob"), 0.0)
+    lines = accounts.settle(5.0) + accounts.change(grant("a", tpcs=2), 10.0)
+    assert accounts.change(grant("gone"), 10.0) == []
+    lines += accounts.settle(12.0) + accounts.change(grant("a", tpcs=4), 20.0) + accounts.end("a", 30.0)
+    mine = [line for line in lines if line.owner == "ann"]
+    assert sum(line.tpc_seconds for line in mine) == 6 * 10 + 2 * 10 + 4 * 10
+    assert (sum(line.seconds for line in mine), sum(line.cells for line in mine)) == (30.0, 1)
+    assert len(accounts) == 1
+
+
 @pytest.mark.parametrize("step", [3600.0, -3600.0])
 def test_a_clock_that_is_set_makes_nobodys_use_longer_or_shorter(step: float) -> None:
     accounts, wall, steady = Accounts(DEVICES), 10_000.0, 5.0

@@ -151,8 +151,7 @@ class World:
         ledger = Ledger("h", DEVICES)
         self.queue = FairQueue(ledger, self.policy)
         for record, _ in self.running.values():
-            assert ledger.restore(record) is None
-            self.queue.restored(record, self.now)
+            assert self.queue.restore(record, self.now) == ""
         self.waiting.clear()
 
     def no_tpc_or_byte_twice(self) -> None:

@@ -8,6 +8,7 @@ import socket
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -159,3 +160,20 @@ def test_containers_are_told_apart() -> None:
 def test_a_relative_pipe_folder_is_refused() -> None:
     with pytest.raises(TraitError, match=r"Slicing\.mps_pipe must be an absolute path"):
         Slicing(mps_pipe="mps")
+
+
+@pytest.mark.parametrize(
+    ("facts", "uuid", "refused"),
+    [
+        (ALL, "GPU-a", ""),
+        (replace(ALL, one_domain=False), "GPU-a", ""),
+        (replace(ALL, driver=12030), "GPU-a", "the MPS limit that holds slices here is fixed"),
+        (ALL, "MIG-a", "an instance of MIG: it cannot change while a cell runs"),
+    ],
+)
+async def test_nothing_is_lent_where_slices_cannot_change(facts: Facts, uuid: str, refused: str) -> None:
+    found = await offered(facts)
+    device = msgspec.structs.replace(DEVICE, uuid=uuid)
+    assert found.lendable([device]) == ([] if refused else [uuid])
+    assert refused in found.no_loans([share(uuid)])
+    assert Offers().lendable([device]) == [], "not known yet"

@@ -88,3 +88,29 @@ def test_what_a_cell_holds_covers_what_another_asked_for(
     held: dict[str, object], asked: dict[str, object], enough: bool
 ) -> None:
     assert resources.covers({**resources.NONE, **held}, {**resources.NONE, **asked}) is enough
+
+
+@pytest.mark.parametrize(
+    ("line", "borrows"),
+    [("tpcs=4", 0), ("tpcs=4 borrow=max", 512), ("borrow=3 tpcs=4", 3), ("tpcs=4 borrow=no", resources.NOTHING)],
+)
+def test_a_slice_says_what_it_could_borrow(line: str, borrows: int) -> None:
+    code = f"%%gpu {line}\n1"
+    assert resources.of_cell(code, {}, {})["tpcs"] == 4
+    assert resources.borrow(code, {}) == borrows
+
+
+@pytest.mark.parametrize(("said", "borrows"), [("max", 512), (True, 512), (False, -1), ("no", -1), (7, 7)])
+def test_metadata_says_it_too(said: object, borrows: int) -> None:
+    assert resources.borrow("1", {"nbos": {"borrow": said}}) == borrows
+
+
+@pytest.mark.parametrize("line", ["1 borrow=max", "tpcs=4 borrow=", "tpcs=4 borrow=all", "tpcs=4 borrow=-2"])
+def test_what_cannot_be_borrowed_is_refused(line: str) -> None:
+    with pytest.raises(resources.BadResources, match="borrow"):
+        resources.of_cell(f"%%gpu {line}\n1", {}, {})
+
+
+def test_wrong_metadata_is_refused() -> None:
+    with pytest.raises(resources.BadResources, match="borrow must be max, no, or a number"):
+        resources.borrow("1", {"nbos": {"borrow": 1.5}})

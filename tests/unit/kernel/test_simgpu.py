@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 
 from nbos_kernel import binding, simgpu
+
+GRANTS = itertools.count()
 
 
 @pytest.fixture
@@ -29,7 +32,7 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
 
 def hold(tpcs: int, memory: int = 10 << 30, kind: str = "simulated") -> None:
     share: dict[str, Any] = {"uuid": "SIM-1", "index": 0, "model": "m", "tpcs": list(range(tpcs)), "memory": memory}
-    raw = {"grant": "g", "host": "h", "n": 1, "shares": [{**share, "whole": False, "kind": kind}]}
+    raw = {"grant": f"g{next(GRANTS)}", "host": "h", "n": 1, "shares": [{**share, "whole": False, "kind": kind}]}
     binding._current = binding.from_wire(raw)
 
 

@@ -170,6 +170,35 @@ def test_a_cells_stream_runs_on_its_slice_and_the_one_before_comes_back() -> Non
     assert json.loads(cuda.run(program)) == ["green", 2, "", [4, 5, 6, 7], True, True]
 
 
+def test_a_cell_that_moves_is_on_the_smaller_slice_also_when_a_stream_of_before_comes_back() -> None:
+    program = PLAYED_TORCH + (
+        "confinement.enter(torch, 0, share(range(8)))\n"
+        "wide = state[0]\n"
+        "held = confinement.move(torch, 0, share([2, 3]))\n"
+        "small, on = sms(), sorted(confinement.on(share([2, 3])))\n"
+        "cuda.set_stream(wide)\n"  # as the end of `with torch.cuda.stream(…)` does
+        "confinement.move(torch, 0, share([2]))\n"
+        "smaller = sms()\n"
+        "own = Stream(1)\n"
+        "cuda.set_stream(own)\n"
+        "confinement.move(torch, 0, share([3]))\n"
+        "kept = state[0] is own\n"
+        "cuda.set_stream(wide)\n"
+        "confinement.leave(torch)\n"
+        "print(json.dumps([held.tpcs, small, on, smaller, kept, state[0] is default]))"
+    )
+    assert json.loads(cuda.run(program)) == [2, [4, 5, 6, 7], [2, 3], [4, 5], True, True]
+
+
+def test_where_the_smaller_slice_cannot_be_made_the_cell_is_cooperative_and_off_the_larger_one() -> None:
+    program = PLAYED_TORCH + (
+        "confinement.enter(torch, 0, share(range(8)))\n"
+        "held = confinement.move(torch, 0, share([70]))\n"
+        "print(held.mechanism, state[0] is default)"
+    )
+    assert cuda.run(program) == "cooperative True\n"
+
+
 def test_a_whole_device_is_not_confined() -> None:
     program = PLAYED_TORCH + "print(confinement.enter(torch, 0, share(range(66), True)).tpcs, state[0] is default)"
     assert cuda.run(program) == "66 True\n"

@@ -292,7 +292,25 @@ class Answers:
             | {"tpcs_free": device.tpcs - held[device.uuid], "memory_free": device.memory - memory[device.uuid]}
             for device in ledger.devices
         ]
-        return {"default": plain(view.spec.resources), "most": plain(view.spec.max_resources), "devices": devices}
+        return {
+            "default": plain(view.spec.resources),
+            "most": plain(view.spec.max_resources),
+            "devices": devices,
+            "left": self._left(view.kernel),
+        }
+
+    def _left(self, kernel: str) -> list[Message]:
+        """What this kernel's replicas here have on devices, after their cells."""
+        index = {device.uuid: device.index for device in self._site.ledger.devices}
+        return [
+            {
+                "replica": row.holder[1],
+                "devices": {str(index[uuid]): size for uuid, size in row.left.items()},
+                "stays": row.stays,
+            }
+            for row in self._bidding.giving.rows()
+            if row.holder[0] == kernel
+        ]
 
     # -- what they need -----------------------------------------------------------------------------------------------
 

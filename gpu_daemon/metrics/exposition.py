@@ -16,7 +16,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from gpu_daemon.ledger import Busy, Ledger
+from gpu_daemon.ledger import NOBODY, Busy, Ledger
 from gpu_daemon.site import Site
 from nbos_cluster.records import GrantRecord, Resources
 
@@ -43,6 +43,7 @@ GAUGES = (
     Gauge("nbos_device_memory_bytes", "Memory of the device.", DEVICE),
     Gauge("nbos_device_memory_granted_bytes", "The part of it that cells hold.", DEVICE),
     Gauge("nbos_device_grants", "Cells that hold a part of the device.", DEVICE),
+    Gauge("nbos_device_memory_left_bytes", "What idle processes have on it, beyond what they are granted.", DEVICE),
     Gauge("nbos_waiting_cells", "Cells in this host's queue for GPUs, by what they wait for.", ("reason",)),
     Gauge("nbos_replicas", "Replicas on this host.", ("state",)),
     Gauge("nbos_replicas_max", "Replicas that this host takes."),
@@ -131,6 +132,7 @@ def _devices(ledger: Ledger, held: Iterable[GrantRecord]) -> Rows:
             lent[share.uuid] += len(share.lent)
             memory[share.uuid] += share.memory
             grants[share.uuid] += 1
+    left = {book.uuid: book.others_left(NOBODY) for book in ledger.books}
     for device in ledger.devices:
         labels = (device.uuid, str(device.index), device.model)
         values: dict[str, float] = {
@@ -141,6 +143,7 @@ def _devices(ledger: Ledger, held: Iterable[GrantRecord]) -> Rows:
             "nbos_device_memory_bytes": device.memory,
             "nbos_device_memory_granted_bytes": memory[device.uuid],
             "nbos_device_grants": grants[device.uuid],
+            "nbos_device_memory_left_bytes": left[device.uuid],
         }
         for name, value in values.items():
             rows[name].append((labels, value))

@@ -38,6 +38,7 @@ def text(
         )
         lines += [f"  {line}" for line in _moves(moves)]
     lines += [f"on {status.get('host') or 'this host'}: {line}" for line in map(_room, gpu.get("devices") or ())]
+    lines += [line for row in gpu.get("left") or () for line in _left(row)]
     if rows:
         lines += ["the latest cells with a GPU:", *(f"  {_row(row)}" for row in rows)]
     lines += [f"waiting: {_waiting(ticket)}" for ticket in status.get("queue") or ()]
@@ -97,6 +98,13 @@ def _room(device: Mapping[str, Any]) -> str:
         return f"{what}: it cannot be used now ({device['reason']})"
     tpcs, memory = f"{device['tpcs_free']} of {device['tpcs']} TPCs", f"{device['memory_free'] / GIB:.1f}"
     return f"{what}: {tpcs} and {memory} of {device['memory'] / GIB:.1f} GiB free"
+
+
+def _left(row: Mapping[str, Any]) -> list[str]:
+    """What a replica's process has on devices between cells."""
+    who = f"replica {row['replica']}"
+    stays = f" (not given back when asked: {row['stays']})" if row.get("stays") else ""
+    return [f"{who} has {size / GIB:.1f} GiB on GPU {index}{stays}" for index, size in row["devices"].items()]
 
 
 def _row(use: Use) -> str:

@@ -147,3 +147,9 @@ def test_amounts_and_times_read_well() -> None:
         "16 TPCs, 1.0 GiB on each",
         "no GPU",
     ]
+
+
+def test_what_a_replica_left_on_a_device_is_shown_and_why_it_stays() -> None:
+    left = [{"replica": 2, "devices": {"0": 12 << 30}, "stays": "a CUDA graph was captured"}]
+    shown = text({"gpu": {"left": left}}, (), None, None, ())
+    assert "replica 2 has 12.0 GiB on GPU 0 (not given back when asked: a CUDA graph was captured)" in shown

@@ -22,6 +22,7 @@ from gpu_daemon.replica import LocalReplica
 from gpu_daemon.requests import RequestError
 from gpu_daemon.sessions import Reply, Session, members_message
 from gpu_daemon.site import RECOVERY, Refused, Site, log, plain
+from gpu_daemon.touching import Touching
 from nbos_cluster import keys, records
 from nbos_cluster.arena import Arena
 from nbos_cluster.content import ALGORITHM
@@ -48,11 +49,13 @@ class Answers:
     def __init__(self, site: Site, bidding: Bidding, commits: Commits, heard: Heard, progressed: Heard) -> None:
         self._site, self._bidding, self._commits = site, bidding, commits
         self._heard, self._progressed = heard, progressed
+        self._touching = Touching(site, bidding)
         self._hosts: tuple[float, list[Message]] = (-HOSTS_FRESH, [])
         self._by_type: dict[str, Callable[[Session, Message, bytes], Awaitable[Reply]]] = {
             "hello": self._hello,
             "bid": self._bid,
             "cancel": self._cancel,
+            "touch": self._touch,
             "put_blob": self._put_blob,
             "get_blob": self._get_blob,
             "have_blobs": self._have_blobs,
@@ -110,6 +113,7 @@ class Answers:
             "members": members_message(view),
             "durable": spec.durable,
             "lazy": spec.lazy,
+            "touch": self._site.settings.gpu_on_touch,
             "blobs": {"hash": ALGORITHM, "chunk": BLOB_CHUNK, "keep": self._site.blobs.keep},
         }, b""
 
@@ -151,6 +155,10 @@ class Answers:
     async def _cancel(self, session: Session, message: Message, payload: bytes) -> Reply:
         self._bidding.cancel(session.replica, requests.number(message, "n"))
         return {}, b""
+
+    async def _touch(self, session: Session, message: Message, payload: bytes) -> Reply:
+        request, token = requests.touch(message)
+        return await self._touching.touch(session.replica, request, token), b""
 
     async def _arena(self, session: Session, message: Message, payload: bytes) -> Reply:
         """The whole conversation of a connection of its own: no reply besides the frame with the descriptor."""

@@ -130,6 +130,11 @@ class GPUDaemon(Application):
         help="Right-sizing: how much slower a cell may become on fewer TPCs than it asks for, as measured on its own "
         "executions; 0.04 is 4 %, 0 switches it off.",
     ).tag(config=True)
+    gpu_on_touch = Bool(
+        True,
+        help="A cell that does not say what it needs begins without a GPU, and gets the kernel's default when it first "
+        "uses one. False: every such cell asks for it before it starts. docs/gpus.md.",
+    ).tag(config=True)
     lease_ttl = Float(3.0, help="Seconds without a sign of this daemon after which its host counts as lost.").tag(
         config=True
     )
@@ -254,6 +259,7 @@ class GPUDaemon(Application):
             allowed_slowdown=self.allowed_slowdown,
             metrics_owners=Metrics(parent=self).owners,
             giving_back=GivingBack(parent=self).policy(),
+            gpu_on_touch=self.gpu_on_touch,
         )
         devices, blobs = self.find_devices(), open_store(self.blob_store, self.blob_store_options)
         runtime = self.make_runtime(host, devices, endpoints)

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import replace as replace_bid
 from typing import Any
 
 from msgspec.structs import replace
@@ -24,11 +25,11 @@ from gpu_daemon.giving import Giving
 from gpu_daemon.lender import Lender, Terms
 from gpu_daemon.limits import over_limit
 from gpu_daemon.loans import Late, Reslice
-from gpu_daemon.openbid import OpenBid, Yielded
+from gpu_daemon.openbid import OpenBid, Run, Yielded, lead, waiting
 from gpu_daemon.publishing import Publisher
 from gpu_daemon.replica import Held, LocalReplica
 from gpu_daemon.requests import BidRequest, GaveBack
-from gpu_daemon.site import Site, log, plain
+from gpu_daemon.site import Site, log
 from gpu_daemon.transactions import withdraw
 from nbos_cluster import election, keys, moving
 from nbos_cluster.etcd import EtcdError, EtcdUnavailable, LeaseGone
@@ -73,7 +74,11 @@ class Bidding:
         """The answer. Returns when it is decided, which for a waiting bid may take as long as others compute."""
         held = replica.held
         if held is not None and held.n == request.n:
-            return _lead(held)
+            return lead(held, self._later(request))
+        return await self.join(replica, self._settled(request), self._counted)
+
+    async def join(self, replica: LocalReplica, request: BidRequest, run: Run) -> Message:
+        """What `run` comes to for the bid, which is begun, or found where it is under way."""
         bid = self._open.get(replica.id)
         if bid is not None and bid.request.n != request.n:
             bid.end("cancelled", f"the replica bids for execution {request.n} now")
@@ -81,10 +86,16 @@ class Bidding:
         if bid is None or bid.over:
             bid = OpenBid(replica, request, f"{self._names}{next(self._numbers):08x}")
             self._open[replica.id] = bid
-            bid.task = self._site.spawn(self._counted(bid), f"bid of {replica.name} for {request.n}")
+            bid.task = self._site.spawn(run(bid), f"{request.kind} of {replica.name} for {request.n}")
         assert bid.task is not None
         # The bid outlives a lost socket: the replica repeats it and finds its place in the queue kept.
         return await asyncio.shield(bid.task)
+
+    def closed(self, bid: OpenBid) -> None:
+        """It is decided."""
+        bid.grant = None
+        if self._open.get(bid.replica.id) is bid:
+            del self._open[bid.replica.id]
 
     def cancel(self, replica: LocalReplica, n: int) -> None:
         bid = self._open.get(replica.id)
@@ -115,7 +126,8 @@ class Bidding:
 
     def stop(self) -> None:
         for bid in self._open.values():
-            bid.end("draining", f"host {self._site.host} takes no new cells")
+            if bid.request.kind != "touch":  # a running cell's: asked again of the next daemon, where the cell lives on
+                bid.end("draining", f"host {self._site.host} takes no new cells")
 
     def waiting_of(self, kernel: str) -> list[Message]:
         """For `status`: who of this kernel waits here."""
@@ -146,23 +158,36 @@ class Bidding:
         try:
             spec = self._check(bid)
             if bid.request.resources.wants_gpu:
-                grant = await self._reserve(bid, spec)
+                grant = await self.reserve(bid, spec)
             held = await self._claim(bid)
             if grant is not None:
                 held.waited = bid.waited
                 self._site.meters.granted(grant, bid.waited)
-            return _lead(held)
+            return lead(held, self._later(bid.request))
         except Yielded as yielded:
             return yielded.answer
         except EtcdError as err:
             return Yielded("unavailable", f"etcd refused the claim: {err}").answer
         finally:
-            bid.grant = None
-            if self._open.get(bid.replica.id) is bid:
-                del self._open[bid.replica.id]
+            self.closed(bid)
             if grant is not None and held is None:
                 self._site.rundir.save_grant(bid.replica.id, None)
                 self.grant_ended(grant.grant, used=False)
+
+    def _settled(self, request: BidRequest) -> BidRequest:
+        """A cell that may begin without a GPU is asked what it wants at once where it could never get one here later:
+        another host may have what it needs."""
+        site = self._site
+        if request.touch is None or (site.settings.gpu_on_touch and site.ledger.possible(request.touch) is None):
+            return request
+        return replace_bid(request, resources=request.touch, touch=None)
+
+    def _later(self, request: BidRequest) -> Message | None:
+        """What a cell that leads without a grant may get when it first needs one."""
+        if request.touch is None:
+            return None
+        real = any(device.kind == "nvml" for device in self._site.ledger.devices)
+        return {"devices": request.touch.gpus or 1, "real": real}
 
     def _check(self, bid: OpenBid) -> KernelSpec:
         """What is known without asking anybody. Raises Yielded."""
@@ -195,7 +220,7 @@ class Bidding:
             # The others first. When none of them can run it either, the question comes again, willing to wait.
             raise Yielded("busy", f"host {self._site.host} drains")
 
-    async def _reserve(self, bid: OpenBid, spec: KernelSpec) -> GrantRecord:
+    async def reserve(self, bid: OpenBid, spec: KernelSpec) -> GrantRecord:
         """Room on the devices, waiting for it where the bid says so. Raises Yielded."""
         id, request = bid.replica.id, bid.request
         sized = self._site.sizing.wish(spec.owner, request, self._site.ledger.devices)
@@ -248,7 +273,7 @@ class Bidding:
             started=time.time(),
         )
         if grant is not None:
-            self._note_grant(replica, grant)
+            self.note_grant(replica, grant)
         handle = replica.handle
         token = await self._claim_txn(bid, record, grant)
         held = Held(request.n, token, record, bid.grant)  # what is lent to it may have changed meanwhile
@@ -261,7 +286,7 @@ class Bidding:
         self.lender.begun(record=held.grant, claimed=grant)
         return held
 
-    def _note_grant(self, replica: LocalReplica, grant: GrantRecord) -> None:
+    def note_grant(self, replica: LocalReplica, grant: GrantRecord) -> None:
         """Raises Yielded: after a restart nothing would say that these devices are in use."""
         try:
             self._site.rundir.save_grant(replica.id, grant)
@@ -468,15 +493,5 @@ def _moved_away(bid: OpenBid) -> str:
     return f"replica {bid.replica.id.index} is being moved away"
 
 
-def waiting(n: int, reason: str) -> Message:
-    """Why execution n cannot begin, where no queue is involved: there is no position."""
-    return {"type": "waiting", "n": n, "reason": reason, "position": None, "of": None, "estimate": None}
-
-
 def _tell(tell: queue.Tell) -> Message:
     return {"reason": tell.reason, "position": tell.position, "of": tell.of, "estimate": tell.estimate}
-
-
-def _lead(held: Held) -> Message:
-    grant = plain(held.grant) if held.grant is not None else None
-    return {"answer": "lead", "token": held.token, "grant": grant, "waited": round(held.waited, 3)}

@@ -12,15 +12,17 @@ import time
 
 from msgspec.structs import replace
 
-from gpu_daemon.bidding import Bidding, waiting
+from gpu_daemon.bidding import Bidding
 from gpu_daemon.folding import Folding, store_blob
+from gpu_daemon.openbid import waiting
 from gpu_daemon.replica import Held, LocalReplica
 from gpu_daemon.requests import RequestError, Took
 from gpu_daemon.site import RETRY_LAST, Refused, Site, log
-from gpu_daemon.transactions import abandon_held, end_grant, grant_key
+from gpu_daemon.transactions import abandon_held, end_grant, grant_key, grant_within
 from nbos_cluster import election, statelog
 from nbos_cluster.etcd import EtcdError, EtcdUnavailable
 from nbos_cluster.kernelview import KernelView
+from nbos_cluster.kv import Txn
 from nbos_cluster.records import ClaimRecord, GrantRecord, LogEntry
 from nbos_cluster.statelog import Spill
 from nbos_cluster.statewire import EntryError, entry_from_wire
@@ -98,8 +100,7 @@ class Commits:
         kernel, owner, entry = replica.id.kernel, self._owner(replica), spill.record
         while True:
             # The token may change while etcd is away: the lease was lost, the claim renewed.
-            token, claim_grant = held.token, held.claim.grant
-            key = grant_key(held.grant) if held.grant is not None and claim_grant else ""
+            token, key = held.token, grant_key(held.grant)
             try:
                 txn = election.append(kernel, replace(entry, token=token), token, grant_key=key)
                 result = await self._site.blobs.commit(self._site.commit, owner, spill.needs, txn)
@@ -126,6 +127,7 @@ class Commits:
 
     def release(self, replica: LocalReplica, n: int, took: Took | None = None) -> None:
         """The cell ended; its devices are free for others while its state is captured."""
+        self._bidding.cancel(replica, n)  # what it asked for while it ran, and waits for still
         held = replica.held
         if held is not None and held.n == n and held.grant is not None:
             self._site.sizing.learn(held.grant, took)
@@ -170,12 +172,15 @@ class Commits:
             return False
         if view.spec.placement.get(str(replica.id.index)) != site.host:
             return False
-        epoch = view.epoch
-        result = await site.commit_for_sure(
-            lambda: election.renew_claim(
+        epoch, named = view.epoch, list[GrantRecord | None]()
+
+        def again() -> Txn:
+            named.append(held.grant)
+            return election.renew_claim(
                 kernel, held.n, epoch=epoch, claim=held.claim, grant=held.grant, lease=site.lease_id
             )
-        )
+
+        result = await site.commit_for_sure(again)
         outcome = election.classify(held.n, result, held.claim)
         if not isinstance(outcome, election.Won):
             return False
@@ -183,6 +188,13 @@ class Commits:
             held.old_tokens.add(held.token)
             held.token = outcome.token
             replica.push({"type": "token", "n": held.n, "token": held.token})
+        if (grant := held.grant) is not None and any(one != grant for one in named):
+            # It was granted meanwhile (`touching`), under the lease of before.
+            token = held.token
+            site.spawn(
+                site.commit_for_sure(lambda: grant_within(kernel, held.n, token, grant, site.lease_id)),
+                f"recording grant {grant.grant} again",
+            )
         return True
 
     # -- abandoning ---------------------------------------------------------------------------------------------------

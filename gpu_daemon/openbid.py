@@ -1,12 +1,15 @@
-"""A bid that is being decided, and the yield that may be its answer."""
+"""A bid that is not answered yet, and the forms of its answers (docs/protocol.md, 1). No IO."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from typing import Any
 
-from gpu_daemon.replica import LocalReplica
+from gpu_daemon.replica import Held, LocalReplica
 from gpu_daemon.requests import BidRequest
+from gpu_daemon.site import plain
 from nbos_cluster.records import GrantRecord
 from nbos_cluster.wire import Message
 
@@ -44,3 +47,18 @@ class OpenBid:
     @property
     def over(self) -> bool:
         return self.ended.done()
+
+
+Run = Callable[[OpenBid], Coroutine[Any, Any, Message]]
+"""Carries a bid out."""
+
+
+def waiting(n: int, reason: str) -> Message:
+    """Why execution n cannot begin, where no queue is involved: there is no position."""
+    return {"type": "waiting", "n": n, "reason": reason, "position": None, "of": None, "estimate": None}
+
+
+def lead(held: Held, later: Message | None) -> Message:
+    grant = plain(held.grant) if held.grant is not None else None
+    lead: Message = {"answer": "lead", "token": held.token, "grant": grant, "waited": round(held.waited, 3)}
+    return {**lead, "touch": later} if later is not None and grant is None else lead

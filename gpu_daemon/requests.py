@@ -46,7 +46,8 @@ class HelloRequest:
 class BidRequest:
     n: int
     attempt: int
-    kind: Literal["cell", "sync"]
+    kind: Literal["cell", "sync", "touch"]
+    """touch: it has its claim, runs, and asks for a grant only now (`touch`)."""
     resources: Resources
     wait: bool
     applied: int
@@ -57,6 +58,8 @@ class BidRequest:
     borrow: int | None = None
     """TPCs beyond `resources` that it could use on loan; -1: nothing is to be lent to it; None: the replica does not
     know how to give back."""
+    touch: Resources | None = None
+    """What the cell will ask for when it first needs a GPU, if it may begin without one; then `resources` are none."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ def bid(message: Message) -> BidRequest:
         applied=number(message, "applied", least=-1),
         code=text(message, "code", "")[:MAX_CODE],
         away=number(message, "away", default=0, most=MAX_MEMORY),
-        borrow=number(message, "borrow", least=-1) if message.get("borrow") is not None else None,
+        borrow=borrow(message),
+        touch=resources(message["touch"]) if message.get("touch") is not None else None,
     )
 
 
@@ -138,6 +142,21 @@ def left(message: Message, name: str = "left") -> dict[str, int] | None:
     if not isinstance(raw, dict) or len(raw) > MAX_DEVICES:
         raise RequestError(f"{name} must be an object of at most {MAX_DEVICES} devices")
     return {str(uuid)[:MAX_CODE]: number(raw, uuid, most=MAX_MEMORY) for uuid in raw}
+
+
+def touch(message: Message) -> tuple[BidRequest, int]:
+    """A running cell's request for a grant, and the token of its claim."""
+    n, asked = number(message, "n", least=1), resources(message.get("resources"))
+    if not asked.wants_gpu:
+        raise RequestError("a touch asks for GPUs or TPCs")
+    code = text(message, "code", "")[:MAX_CODE]
+    away = number(message, "away", default=0, most=MAX_MEMORY)
+    request = BidRequest(n, 1, "touch", asked, True, n - 1, code, away, borrow(message))
+    return request, number(message, "token", most=1 << 62)
+
+
+def borrow(message: Message) -> int | None:
+    return number(message, "borrow", least=-1) if message.get("borrow") is not None else None
 
 
 def took(message: Message) -> Took | None:

@@ -73,6 +73,7 @@ class Settings:
     allowed_slowdown: float = 0.0
     metrics_owners: bool = False
     giving_back: Policy = field(default_factory=Policy)
+    gpu_on_touch: bool = True
 
 
 @dataclass

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from nbos_cluster import election, keys
-from nbos_cluster.kv import Op, Txn, mod_is, op_delete
-from nbos_cluster.records import GrantRecord
+from nbos_cluster.kv import Op, Txn, mod_is, op_delete, op_put
+from nbos_cluster.records import GrantRecord, encode
 
 
 def grant_key(grant: GrantRecord | None) -> str:
@@ -23,6 +23,14 @@ def abandon_held(
     """Abandon n and end its claim and grant in one step. Read the outcome with `election.classify_abandon`."""
     txn = election.abandon(kernel, n, reason, token, incarnation=incarnation, at=at)
     return Txn(txn.compare, [*txn.success, *_end_grant(grant)], txn.failure)
+
+
+def grant_within(kernel: str, n: int, token: int, grant: GrantRecord, lease: int) -> Txn:
+    """A grant for an execution that runs already: put only while its claim stands, and under the claim's lease, so
+    that it ends no later than that. May be carried out twice. The claim keeps its revision, which is the token."""
+    return Txn(
+        [mod_is(keys.claim(kernel, n), token)], [op_put(keys.grant(grant.host, grant.grant), encode(grant), lease)], []
+    )
 
 
 def end_grant(grant: GrantRecord) -> Txn:

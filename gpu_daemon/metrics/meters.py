@@ -48,6 +48,7 @@ class Meters:
             "bid_seconds", "From a bid to its answer, without the wait for room on the GPUs.", QUICK
         )
         self._grants = self._counter("grants", "Grants of GPUs that a cell got: of whole devices, or slices.", whose)
+        self._touched = self._counter("touches", "Grants that a running cell asked for when it first used a GPU.")
         self._waited = self._histogram("gpu_wait_seconds", "How long cells that got GPUs waited for them.", LONG, whose)
         self._held = self._histogram("gpu_held_seconds", "How long cells held their GPUs.", LONG, whose)
         self._back = self._counter(
@@ -100,6 +101,9 @@ class Meters:
         whose = self._whose(grant)
         self._grants[whose].inc()
         self._waited[whose].observe(waited)
+
+    def touched(self) -> None:
+        self._touched.inc()
 
     def given_back(self, grant: GrantRecord, held: float) -> None:
         self._held[self._whose(grant)].observe(held)

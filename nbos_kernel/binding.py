@@ -20,6 +20,7 @@ from typing import Any
 from .capture import parked
 from .gpu import budget, leftovers, offload
 from .gpu.confine import Confinement, Held
+from .gpu.gate import gate
 from .gpu.grants import COOPERATIVE, Grant, Share, from_wire, resliced
 
 __all__ = ["Grant", "Share", "bind", "bring_parked", "from_wire", "grant", "held", "release", "unbind"]
@@ -108,8 +109,16 @@ def settle() -> None:
         torch.cuda.synchronize(number)
 
 
-def bring_parked() -> None:
-    """What was loaded while the cell runs moves to its device too. Raises what torch raises."""
+def cuda_runs() -> bool:
+    """Whether torch has started CUDA in this process."""
+    return running_torch() is not None
+
+
+def bring_parked(touched: bool = False) -> None:
+    """What was loaded while the cell runs moves to its device too; touched: data of a device is among it, so that a
+    cell that may get a GPU gets it now. Raises what torch raises."""
+    if touched:
+        gate.touch("a variable that it uses lies on a GPU")
     if parked.anything() and _real(_current):
         parked.bring_home()
 
@@ -209,6 +218,7 @@ class _CudaFinder(importlib.abc.MetaPathFinder):
             def exec_module(module: ModuleType) -> None:
                 execute(module)
                 _watch()
+                gate.imported(module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -64,8 +64,9 @@ class Loans:
         pace.boundary = self.borrower.boundary
 
     def begin(self, grant: Grant | None) -> None:
-        """A cell leads, bound to its grant. Only one slice can be lent to."""
+        """A cell leads, bound to its grant; or got it on its way. Only one slice can be lent to."""
         if grant is None or len(grant.shares) != 1 or grant.whole:
+            self.borrower.begin_without()
             return
         (share,) = grant.shares
         self.borrower.begin(grant.id, grant.version, frozenset(share.tpcs), len(share.lent))

@@ -23,17 +23,19 @@ from typing import Any, Protocol
 
 from nbos_cluster import wire
 
-from . import binding, oversize, resources, sizing
+from . import binding, oversize, resources
 from .append import Appender, Entry
 from .blobchannel import BlobChannel
 from .borrowed import Loans
 from .departure import Departure
+from .foresight import NOTHING, Foresight, Needs
 from .gpu import leftovers
 from .link import DaemonAway, Link
 from .looking import Looking
 from .pace import pace
 from .replica import Replica
 from .reports.reporter import Reporter
+from .touching import Touching
 
 Message = dict[str, Any]
 
@@ -59,6 +61,8 @@ class Channel(Protocol):
 
     async def run_again(self, code: str) -> BaseException | None: ...
 
+    def touch(self, content: Message) -> None: ...
+
     def die(self, reason: str) -> None: ...
 
     @property
@@ -77,6 +81,7 @@ class Running:
     needs: Message = field(default_factory=dict)
     status: str = "ok"
     granted: bool = False
+    touched: bool = False
     committed: bool = False
     reply_follows: bool = False
 
@@ -102,6 +107,8 @@ class Execution:
         self._appender = Appender(link, replica, channel, blobs, reporter)
         self._reporter = reporter
         self.loans = Loans(lambda n, version: link.tell({"type": "sliced", "n": n, "version": version}))
+        self._foresight = Foresight(shell, replica)
+        self.touching = Touching(link, channel.touch, self._appender.tell_user, self.loans.begin)
 
     # Called from other threads ---------------------------------------------------------------------------------
 
@@ -129,9 +136,7 @@ class Execution:
         """Handle an execute_request that carries `metadata.nbos_execution`."""
         asked = parent["metadata"]["nbos_execution"]
         try:
-            needs = self._resources(parent)
-            if needs.get("tpcs"):
-                self._borrow(parent)
+            needs = self._foresight.needs(parent, self.greeting)
         except resources.BadResources as err:
             # Every replica would say so, and the router answers the cell with it.
             content = {**_yield("impossible", str(err)), "n": asked["n"], "next": None, "everywhere": True}
@@ -140,7 +145,6 @@ class Execution:
         running = await self._claim(asked, "cell", needs, ident, parent)
         if running is None:
             return
-        running.needs = needs
         try:
             await self._channel.run_cell(stream, ident, parent)
         finally:
@@ -157,7 +161,7 @@ class Execution:
         if not self._replica.changes():
             self._channel.reply("nbos_committed", {"n": asked["n"], "nothing": True}, parent, ident)
             return
-        running = await self._claim(asked, "sync", dict(resources.NONE), ident, parent)
+        running = await self._claim(asked, "sync", NOTHING, ident, parent)
         if running is not None:
             self.ended()
             await self._commit(running)
@@ -176,7 +180,7 @@ class Execution:
     def ended(self) -> None:
         """The cell's code is over: the grant goes back, and an interrupt has nothing to hit any more."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        running = self.running
+        running, late = self.running, self.touching.end()
         if running is not None and running.granted:
             running.granted = False
             borrower = self.loans.borrower
@@ -186,10 +190,17 @@ class Execution:
             if notice:
                 self._appender.tell_user(notice)
             told = binding.left()
-            took = pace.took(running.status == "ok")
-            # On TPCs that changed the cell was neither as fast as on the ones nor as on the others.
-            took = None if borrower.changed else took
+            took = self._took(running)
             self._link.tell({"type": "release", "n": running.n, "took": took, "left": told.left, "peak": told.peak})
+        elif running is not None and late:
+            self._link.tell({"type": "release", "n": running.n, "took": None})
+
+    def _took(self, running: Running) -> Message | None:
+        took = pace.took(running.status == "ok")
+        # On TPCs that changed the cell was neither as fast as on the ones nor as on the others; and of a cell that was
+        # granted a GPU on its way, the whole of it says nothing about the GPU.
+        nothing = self.loans.borrower.changed or (running.touched and took is not None and took["unit"] == "cell")
+        return None if nothing else took
 
     async def replied(self, status: str) -> None:
         """The reply is ready and not sent: the place for a durable append."""
@@ -245,27 +256,18 @@ class Execution:
             self.running.token = token
             self._channel.fence(token)
 
-    def _resources(self, parent: Message) -> Message:
-        code = str(parent["content"].get("code", ""))
-        try:
-            return resources.of_cell(code, parent["metadata"], self.greeting.get("resources") or {})
-        except resources.BadResources:
-            if not resources.in_first_line(code):
-                raise
-            return dict(resources.NONE)  # the cell runs into the magic of that name, which says what is wrong
-
-    async def _claim(self, asked: Message, kind: str, needs: Message, ident: Any, parent: Message) -> Running | None:
+    async def _claim(self, asked: Message, kind: str, needs: Needs, ident: Any, parent: Message) -> Running | None:
         self._looking.disturb()
         n, msg_id = int(asked["n"]), parent["header"]["msg_id"]
         wait = bool(asked.get("wait"))
-        bid = {"type": "bid", "n": n, "attempt": int(asked.get("attempt", 1)), "kind": kind, "resources": needs}
-        bid["wait"] = wait
+        bid = {"type": "bid", "n": n, "attempt": int(asked.get("attempt", 1)), "kind": kind, "resources": needs.now}
+        bid |= {"wait": wait, "code": needs.code}
         if away := leftovers.away():
             bid["away"] = away
-        if kind == "cell":
-            bid["code"] = self._code(parent, needs)
-            if needs.get("tpcs"):
-                bid["borrow"] = self._borrow(parent)
+        if needs.later is not None:
+            bid["touch"] = needs.later
+        if needs.borrow is not None:
+            bid["borrow"] = needs.borrow
         self._left.clear()
         with _interrupts(lambda: self.cancel(n)):
             self._bidding = (n, parent, ident)
@@ -280,14 +282,7 @@ class Execution:
             content = {"n": n, "code": answer.get("code", "unavailable"), "reason": answer.get("reason", "")}
             self._channel.reply("nbos_yield", {**content, "next": answer.get("next")}, parent, ident)
             return None
-        return self._lead(n, kind, answer, ident, parent)
-
-    def _borrow(self, parent: Message) -> int:
-        return resources.borrow(str(parent["content"].get("code", "")), parent["metadata"])
-
-    def _code(self, parent: Message, needs: Message) -> str:
-        code = str(parent["content"].get("code", ""))
-        return sizing.key(code, parent["metadata"], needs, self._shell.user_ns)
+        return self._lead(Running(n, answer["token"], kind, parent, ident), needs, answer)
 
     async def _ready(self, wait: bool) -> Message | None:
         """Have the previous append and the entries of others behind us; a yield when that does not come about."""
@@ -309,23 +304,32 @@ class Execution:
         await self._replica.catch_up(self._appender.applied)
         return None
 
-    def _lead(self, n: int, kind: str, answer: Message, ident: Any, parent: Message) -> Running:
-        running = self.running = Running(n, answer["token"], kind, parent, ident)
+    def _lead(self, running: Running, needs: Needs, answer: Message) -> Running:
+        self.running, self.latest, n, later = running, running.parent, running.n, needs.later
         running.granted = answer.get("grant") is not None
-        self.latest = parent
+        running.needs = later if later is not None and running.granted else needs.now
         self._channel.fence(running.token)
         content = {"n": n, "token": running.token, "grant": answer.get("grant"), "host": self.greeting.get("host", "")}
-        self._channel.reply("nbos_lead", content, parent, ident)
-        granted = binding.from_wire(answer.get("grant"))
-        self._replica.uses.begin(granted, n, float(answer.get("waited") or 0.0), time.monotonic())
+        self._channel.reply("nbos_lead", content, running.parent, running.ident)
+        grant = binding.from_wire(answer.get("grant"))
+        self._replica.uses.begin(grant, n, float(answer.get("waited") or 0.0), time.monotonic())
         try:
-            notice = binding.bind(granted)
-            self.loans.begin(granted)
+            notice = binding.bind(grant)
+            self.loans.begin(grant)
         except Exception as err:  # noqa: BLE001 - a library's complaint about a device must not leave n without an end
             notice = f"NBOS: the grant could not be bound in this process: {err}"
         if notice:
             self._appender.tell_user(notice)
+        if later is not None and isinstance(may := answer.get("touch"), dict):
+            self.touching.begin(running, needs, may, lambda got, after: self._touched(running, later, got, after))
         return running
+
+    def _touched(self, running: Running, needs: Message, grant: binding.Grant, waited: float) -> None:
+        """The cell was granted a GPU on its way; on the thread that touched it."""
+        running.touched, running.needs = True, needs
+        self._replica.uses.begin(grant, running.n, waited, time.monotonic())
+        self._foresight.touched.add(str(running.parent["content"].get("code", "")))
+        pace.begin()
 
     async def _bid(self, bid: Message) -> Message:
         if not await self._greeted_soon():

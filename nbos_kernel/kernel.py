@@ -32,6 +32,7 @@ from .departure import Departure
 from .entries import has_blobs
 from .execution import Execution
 from .gpu import budget
+from .gpu.gate import gate
 from .iopub import MEMBERS_TOPIC
 from .lazy.kernel import PERMANENT, LoadingKernel
 from .lazy.loading import BlobMissing, Lazy, NotLoadedError
@@ -160,7 +161,8 @@ class NBOSKernel(LoadingKernel):
                 self._gathering = True
                 self._soon(self._gather, 0.0 if kind == "state" or has_blobs(message) else GATHER)
         elif kind == "waiting":
-            self._soon(self.execution.waiting, message)
+            if not self.execution.touching.waiting(message):
+                self._soon(self.execution.waiting, message)
         elif kind == "members":
             self._publish_members({key: value for key, value in message.items() if key != "type"})
         elif kind == "token":
@@ -181,6 +183,11 @@ class NBOSKernel(LoadingKernel):
     def _publish_progress(self, content: Message, parent: Message) -> None:
         """On any thread, within the fence: what is said by a replica that was cut off reaches nobody."""
         self.session.send(self.iopub_socket, "nbos_progress", content, parent=parent, ident=b"nbos_progress")
+
+    def touch(self, content: Message) -> None:
+        """How the running cell's wait for a GPU stands that it touched. On any thread: it holds the main one up."""
+        content = {**content, "host": self.execution.greeting.get("host", "")}
+        self.session.send(self.iopub_socket, "nbos_touch", content, parent=self.execution.latest, ident=b"nbos_touch")
 
     def _misuse(self, stage: str, text: str) -> None:
         """The daemon saw this kernel use a GPU beyond its grant: say so under the latest cell, and interrupt that while
@@ -401,7 +408,7 @@ class NBOSKernel(LoadingKernel):
         now, uses = time.monotonic(), self.replica.uses
         borrower = self.execution.loans.borrower
         running = uses.running(now, binding.peak(), borrower)
-        return gpuview.text(self._status(), uses.rows, running, binding.grant(), binding.held(), borrower.moves)
+        return gpuview.text(self._status(), uses.rows, running, binding.grant(), binding.held(), borrower.moves, gate.armed)
 
     def _survey(self) -> Message:
         """For `%nbos state`; within a cell, or in a subshell while a replication is under way."""

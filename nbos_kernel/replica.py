@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from . import effects, lost, oversize, resources
-from .capture import hidden, names
+from .capture import devicedata, hidden, names
 from .capture.changes import Capture, Changes, why_not
 from .capture.loaded import Loaded, Met
 from .capture.pickling import Roots, load_meeting
@@ -81,6 +81,8 @@ class Replica:
         """What could not be done here besides variables: %cd, %pip."""
         self._queue: deque[tuple[Message, bytes]] = deque()
         self._turn = asyncio.Lock()
+        self._on_device: set[str] = set()
+        """Of the entry that is being applied: the names whose values hold data of a GPU."""
 
     @property
     def lost(self) -> dict[str, str]:
@@ -187,6 +189,7 @@ class Replica:
         self.memory.begin([*(name for each in components for name in each["names"]), *(entry.get("deleted") or ())])
         here = [each for each in components if not self.lazy.takes(each)]
         values, digests, missing, loaded = await self._load(here, payload)
+        on_device, self._on_device = self._on_device & values.keys(), set()
         unloaded = {name: each.component["digest"] for each in kept for name in each.names}
         digests.update(unloaded)
         gone = list(entry.get("deleted") or ())
@@ -199,6 +202,7 @@ class Replica:
         self.memory.drop({*gone, *lost_names, *missing, *unloaded})
         self.capture.adopt(digests, gone, lost_names, missing, whole)
         self.capture.loaded(loaded, values)
+        self.capture.on_device |= on_device
         self.lazy.adopt([*digests, *gone, *lost_names], whole, kept)
         self.records.adopt(records, gone, whole)
         self._guard()
@@ -234,9 +238,11 @@ class Replica:
     ) -> BaseException | None:
         try:
             frames = await frames_of(component, payload, self._read, self.memory)
-            met = Met()
+            met, before = Met(), devicedata.met()
             with quiet():
                 loaded = load_meeting(frames[0], frames[1:], self.roots, met)
+            if devicedata.met() != before:
+                self._on_device.update(component["names"])
             # A fold narrows `names` when one of them was written again later: the stream's other values are old.
             values.update({name: loaded[name] for name in component["names"]})
             found.append(Loaded.of(component, met))

@@ -75,6 +75,12 @@ def in_first_line(code: str) -> bool:
     return _FIRST.match(code) is not None
 
 
+def says(code: str, metadata: Mapping[str, Any]) -> bool:
+    """Whether the cell says itself what it asks for, in its first line or its metadata."""
+    ours = metadata.get("nbos")
+    return in_first_line(code) or (isinstance(ours, Mapping) and ours.get("resources") is not None)
+
+
 def exact(code: str, metadata: Mapping[str, Any]) -> bool:
     """Whether the cell wants all that it asks for, though less would do."""
     line = _FIRST.match(code)

@@ -29,6 +29,8 @@ from nbos_cluster.simdevice import Device, DeviceFault, Failed, Kernel, OutOfMem
 from nbos_cluster.simdevice.parameters import PCIE5_BANDWIDTH
 
 from . import binding, resources
+from .capture import devicedata
+from .gpu.gate import gate
 from .pace import pace
 
 __all__ = ["Allocation", "DeviceFault", "NoSimulatedGrant", "OutOfMemory", "allocate", "copy", "fault", "run", "steps"]
@@ -75,6 +77,7 @@ class Allocation:
         self.free()
 
     def __reduce__(self) -> Any:
+        devicedata.note()
         return _arrived, (self.size,)  # elsewhere it is in host memory, until a cell there gets a device
 
 
@@ -93,6 +96,7 @@ def _living() -> list[Allocation]:
 
 
 def _arrived(size: int) -> Allocation:
+    devicedata.note()
     return _known(Allocation(size))
 
 
@@ -180,6 +184,9 @@ def _current() -> _Played:
     """The device of the running cell's grant. Raises NoSimulatedGrant."""
     global _played
     held = binding.grant()
+    if held is None:
+        gate.touch("a simulated GPU is used")
+        held = binding.grant()
     if held is None:
         raise NoSimulatedGrant("this cell holds no GPU; begin it with `%%gpu tpcs=16`, or another number of TPCs")
     if not held.simulated:

@@ -14,7 +14,7 @@ import pickle
 import sys
 from typing import Any
 
-from . import parked
+from . import devicedata, parked
 
 
 class Window:
@@ -264,6 +264,7 @@ def rebuild_storage(raw: Any, device: str) -> Any:
     tensor = torch.from_numpy(raw)
     storage = tensor.untyped_storage()
     if device != "cpu":
+        devicedata.note()
         parked.park(storage, device, raw)
     return storage
 
@@ -272,6 +273,8 @@ def reduce_tensor(tensor: Any, storages: Storages) -> Any:
     """A reduction of a plain dense torch tensor or parameter; NotImplemented for every other kind."""
     torch = sys.modules["torch"]
     kind = type(tensor)
+    if tensor.device.type != "cpu" or (parked.anything() and parked.is_parked(tensor)):
+        devicedata.note()
     if kind not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_quantized:
         return NotImplemented
     if not tensor.is_leaf:

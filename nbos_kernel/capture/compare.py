@@ -249,7 +249,7 @@ class Comparison:
         digest = hashlib.blake2b(repr(unit.names).encode(), digest_size=16)
         for frame in frames:
             digest.update("".join(frame.hashes).encode())
-        unit.mentions, unit.functions = pickled.mentions, pickled.functions
+        unit.mentions, unit.functions, unit.device = pickled.mentions, pickled.functions, pickled.device
         unit.digest, unit.marks = digest.hexdigest(), tuple(frame.marks for frame in frames)
         anew = not self._known.anew.isdisjoint(unit.names)
         same = all(self._known.digests.get(name) == unit.digest for name in unit.names)

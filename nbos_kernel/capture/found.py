@@ -55,6 +55,8 @@ class Unit:
     """Examinations in a row though no code named it, for want of a look into it."""
     compared: bool = True
     """False: it was loaded from the log by code that may make another value here (`loaded.py`)."""
+    device: bool = False
+    """Whether something in it lies on a GPU, or belongs there."""
 
     @property
     def size(self) -> int:

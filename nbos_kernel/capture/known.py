@@ -38,6 +38,8 @@ class Known:
         self.from_log = False
         """Whether something was loaded from the log since `Capture.look_ahead`: whoever it handed functions to is not
         known."""
+        self.on_device: set[str] = set()
+        """Names that were loaded here with data of a GPU, and not examined since."""
         self.written: dict[str, int] = {}
         """What the last accepted changes wrote: bytes by component."""
 
@@ -59,11 +61,17 @@ class Known:
             self.units.pop(name, None)
         for unit in found.units:
             self.units.update(dict.fromkeys(unit.names, unit))
+            self.on_device.difference_update(unit.names)
+        self.on_device.difference_update(found.deleted, found.atoms)
         self.atoms, self.settings = found.atoms, found.settings
         self._trust_no_more(found.again)
         self.words, self.everything, self.anew = set(), False, set()
         self.latest, self.from_log = self._latest(), False
         self.written = {", ".join(packed.names): packed.fresh for packed in found.components}
+
+    def device_names(self) -> set[str]:
+        """The variables that hold data of a GPU, wherever that lies now."""
+        return self.on_device | {name for name, unit in self.units.items() if unit.device}
 
     def lose(self, lost: Mapping[str, str]) -> None:
         """What accepted changes said is in the log could not be put there."""
@@ -125,6 +133,8 @@ class Known:
         """
         if whole:
             self.digests, self.lost, self.absent, self.units, self.atoms = {}, {}, set(), {}, {}
+            self.on_device.clear()
+        self.on_device.difference_update(deleted, digests, lost, missing)
         for name in [*deleted, *digests]:
             self.digests.pop(name, None)
             self.lost.pop(name, None)

@@ -48,6 +48,14 @@ def send(tensors: list[Any], storage: Any, home: str, memory: Any) -> None:
         wait(tensor)
 
 
+def is_parked(tensor: Any) -> bool:
+    """Whether it lies in host memory and belongs on a device."""
+    try:
+        return tensor.untyped_storage().data_ptr() in _homes
+    except (NotImplementedError, RuntimeError):  # sparse and the like, which never wait
+        return False
+
+
 def home_of(storage: Any) -> str:
     """The device that a storage belongs to, wherever it is now."""
     return _homes.get(storage.data_ptr()) or str(storage.device)

@@ -31,7 +31,7 @@ from typing import Any
 import cloudpickle
 from cloudpickle import cloudpickle as cp
 
-from . import arrays, attached, rebuilt, scopes, seal, touch, weak, witness
+from . import arrays, attached, devicedata, rebuilt, scopes, seal, touch, weak, witness
 from .loaded import COMPILED, Met, is_same_everywhere
 from .names import TEXT_LIMIT
 
@@ -75,6 +75,7 @@ class Pickled:
         self._memo: dict[int, tuple[int, Any]] | None = None
 
         self.mentions, self.functions = frozenset(pickler.mentions), frozenset(pickler.functions)
+        self.device = pickler.device
 
     def release(self) -> None:
         """Hold nothing alive: a second pickle of the same objects must find who holds them as the first did."""
@@ -164,6 +165,8 @@ class NamespacePickler(cloudpickle.Pickler):
         """What the notebook's functions in the stream name."""
         self.functions: set[int] = set()
         """Those functions, by identity."""
+        self.device = False
+        """Whether something in the stream lies on a GPU, or belongs there."""
         numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
         self._array = getattr(numpy, "ndarray", None)
         self._tensor = getattr(torch, "Tensor", None)
@@ -273,8 +276,9 @@ _meeting = threading.local()
 def dump(values: dict[str, Any], roots: Roots, storages: arrays.Storages) -> Pickled:
     """`values` as bytes. Raises whatever a value's own reduction raises."""
     with io.BytesIO() as file:
-        pickler = NamespacePickler(file, roots, storages)
+        pickler, before = NamespacePickler(file, roots, storages), devicedata.met()
         pickler.dump((values, witness.TAIL))
+        pickler.device = devicedata.met() != before
         return Pickled(file.getvalue(), pickler)
 
 

@@ -117,6 +117,10 @@ class Borrower:
         self._stopped = False
         self.boundary()
 
+    def begin_without(self) -> None:
+        """A cell begins to which nothing can be lent: what is known of the one before is not its own."""
+        self.moves, self.most_lent = [], 0
+
     def end(self) -> None:
         """The cell is over: what is told of its grant from now on means nothing."""
         self._grant, self._stopped = "", False

@@ -18,7 +18,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any
 
 from .. import binding
-from ..capture import names
+from ..capture import devicedata, names
 from ..capture.changes import Capture, why_not
 from ..capture.loaded import Met
 from ..capture.pickling import Roots, load_meeting
@@ -178,9 +178,10 @@ class Lazy:
     # ------------------------------------------------------------------------------------------------------------
 
     def _needed(self, words: Iterable[str]) -> set[str]:
-        return needed(words, self.table, self._roots.namespace, self._said)
+        return needed(words, self.table, self._roots.namespace, self.mentioned)
 
-    def _said(self, name: str) -> Iterable[str] | None:
+    def mentioned(self, name: str) -> Iterable[str] | None:
+        """What the functions in a variable's component name; None when nobody knows."""
         value = self._roots.namespace[name]
         if names.is_atom(value) or names.is_ipythons(name, value, self._shell.user_ns_hidden):
             return ()
@@ -196,15 +197,18 @@ class Lazy:
             self.tell(f"NBOS: loading {size(total)} of {listing(some)}, which this replica left in the store")
 
     def _load(self, unloaded: Unloaded) -> None:
-        unloaded.loading = True
+        unloaded.loading, of_device = True, False
         try:
             # Memory of its own: only while a replica runs no cell is it known what loaded memory holds.
             frames = finish(frames_of(unloaded.component, unloaded.payload, self._read, Memory()))
-            met = Met()
+            met, before = Met(), devicedata.met()
             with quiet():
                 values = load_meeting(frames[0], frames[1:], self._roots, met)
             del frames
+            of_device = devicedata.met() != before
             self._put(unloaded, values, met.mentions)
+            if of_device:
+                self._capture.on_device.update(values.keys() & unloaded.names)
         except BlobMissing as err:
             if err.again:
                 raise _later(unloaded, str(err)) from err
@@ -217,7 +221,7 @@ class Lazy:
             self._lose(unloaded, why_not(err, err))
         finally:
             unloaded.loading = False
-        binding.bring_parked()
+        binding.bring_parked(touched=of_device)
 
     def _put(self, unloaded: Unloaded, values: Mapping[str, Any], mentions: set[str]) -> None:
         namespace = self._roots.namespace

@@ -128,6 +128,13 @@ class Rerun:
             cells = len(due) - failed
             tell(f"NBOS: replayed {_cells(cells)} for {_names(made)} in {time.monotonic() - begun:.1f} s")
 
+    def wants_gpu(self) -> bool:
+        """Whether a cell is to run again before the next one that asks for a GPU."""
+        return any(
+            not resources.covers(resources.NONE, record.resources) and self._lost_of(record)
+            for record in self._records.records
+        )
+
     def _lost_of(self, record: Record) -> set[str]:
         namespace, gone = self._shell.user_ns, self._capture.lost
         return {name for name in record.names if name in gone and name not in namespace and name not in self.stored}

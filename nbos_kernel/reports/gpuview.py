@@ -17,6 +17,9 @@ from ..gpu.uses import Use
 GIB = 1 << 30
 
 
+LATER = "this cell holds no GPU yet: it gets one when it first uses one"
+
+
 def text(
     status: Mapping[str, Any],
     rows: Sequence[Use],
@@ -24,13 +27,14 @@ def text(
     grant: Grant | None,
     held: Sequence[Held],
     moves: Sequence[Moved] = (),
+    later: bool = False,
 ) -> str:
     """status: the daemon's, as `%nbos status` has it. rows: of the latest cells, oldest first. running: this cell's;
-    moves: what became of its loans."""
+    moves: what became of its loans; later: it has none, and may get one."""
     gpu = status.get("gpu") or {}
     lines = _may(gpu)
     if running is None:
-        lines.append(shown.NONE)
+        lines.append(LATER if later else shown.NONE)
     else:
         lines += [f"this cell holds: {line}" for line in shown.lines(grant, held)]
         lines.append(

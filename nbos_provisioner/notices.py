@@ -88,9 +88,35 @@ class Notices:
         self._show(execution, f"NBOS: waited {now - execution.started:.1f} s, runs on {name}")
         execution.display = ""
 
+    def touched(self, execution: Execution, content: dict[str, Any], name: str, now: float) -> None:
+        """It runs, and needs a GPU on its way: content of nbos_touch."""
+        state = content.get("state")
+        if state == "waiting":
+            self.queued(execution, content, now)
+            self.waits(execution, content)
+            return
+        waited = now - (execution.queued if execution.queued is not None else now)
+        execution.queued, got = None, granted.describe(content.get("grant"))
+        if not execution.display:
+            return
+        if state != "granted" or not got:
+            self._left(execution, f" after {waited:.1f} s")
+        elif waited >= self._line_after:
+            execution.got, execution.got_at, execution.waited = f"{got} on {name}", now, waited
+            self._show(execution, f"NBOS: waited {waited:.1f} s for a GPU, got {execution.got}")
+        else:
+            self._show(execution, f"NBOS: waited {waited:.1f} s, got {got} on {name}")
+            execution.display = ""
+
+    def _left(self, execution: Execution, when: str) -> None:
+        self._show(execution, f"NBOS: left the queue{when}")
+        execution.display = ""
+
     def ran(self, execution: Execution, reply: Message, now: float) -> None:
         """Its reply has come, which says what it used of the GPUs."""
         if not execution.got:
+            if execution.display:  # a thread of it still waited
+                self._left(execution, " as the cell ended")
             return
         try:
             held = granted.used(reply.metadata.get("nbos_used"))

@@ -22,6 +22,9 @@ KEPT = b"nbos_outputs"
 PROGRESS = b"nbos_progress"
 """How far the replication of a cell's changes is: for the router, which shows it."""
 
+TOUCH = b"nbos_touch"
+"""How the wait of a running cell stands that needs a GPU on its way: for the router, which shows it."""
+
 
 class Outputs:
     def __init__(self, fleet: Fleet, runner: Runner, forwarding: Forwarding, keeping: Keeping, out: Outbox) -> None:
@@ -50,6 +53,10 @@ class Outputs:
             if len(frames) < 7 or text(frames[1]) != DELIMITER:
                 return False
             return self._runner.progress(load(frames[4], "parent header"), load(frames[6], "content"), now)
+        if topic == TOUCH:
+            if len(frames) >= 7 and text(frames[1]) == DELIMITER:
+                self._runner.touched(replica, load(frames[4], "parent header"), load(frames[6], "content"), now)
+            return False
         self._out.append(Publish([topic, *frames[1:]]))
         return False
 

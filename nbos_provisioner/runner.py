@@ -255,6 +255,14 @@ class Runner:
         self.finish(mine)
         return True
 
+    def touched(self, replica: int, parent: dict[str, Any], content: dict[str, Any], now: float) -> None:
+        """The cell runs, and asks for a GPU only now: it waits, has got it, or left the queue."""
+        mine = self.active
+        if mine is None or mine.msg_id != parent.get("msg_id") or mine.executor != replica:
+            return
+        if mine.phase is Phase.RUNNING and not mine.replied:
+            self.notices.touched(mine, content, self.fleet.name(replica), now)
+
     # -- the client's view
 
     def _replied(self, execution: Execution, message: Message, now: float) -> None:

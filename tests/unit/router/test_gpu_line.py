@@ -97,6 +97,51 @@ def test_a_cell_lost_with_its_gpu_says_so_and_begins_anew() -> None:
     world.check_displays()
 
 
+def running(seconds: float, end: str) -> tuple[World, str]:
+    """A cell that began without a GPU and waits for one on its way, so long, until `end`."""
+    world = World()
+    world.grant, world.used = None, USED
+    for index in world.replicas:
+        world.link(index)
+        world.work(index)
+        world.hear(index, "said")
+    cell = world.execute()
+    world.work(0)
+    listen(world)
+    world.grant = GRANT
+    world.touch(0, "waiting")
+    listen(world)
+    assert "no room" in texts(world, cell)[-1]
+    assert "(position 1 of 1 on host-0); interrupt the cell to leave the queue" in texts(world, cell)[-1]
+    world.now += seconds
+    world.touch(0, end)
+    listen(world)
+    return world, cell
+
+
+def test_a_cell_that_waits_on_its_way_has_the_same_line() -> None:
+    world, cell = running(7.0, "granted")
+    assert texts(world, cell)[-1] == f"NBOS: waited 7.0 s for a GPU, {GOT}"
+    world.finish(0, "ok")
+    listen(world)
+    assert texts(world, cell)[-1].endswith(f"{GOT}, held it for 5.0 s, 10 TPC·s")
+    world.check_displays()
+
+
+def test_one_that_waited_shortly_or_left_the_queue_says_so_and_no_more() -> None:
+    world, cell = running(0.5, "granted")
+    world.finish(0, "ok")
+    listen(world)
+    assert texts(world, cell)[-1] == f"NBOS: waited 0.5 s, {GOT}"
+    world, cell = running(7.0, "left")
+    assert texts(world, cell)[-1] == "NBOS: left the queue after 7.0 s"
+    world.touch(0, "waiting")
+    world.finish(0, "error")
+    listen(world)
+    assert texts(world, cell)[-1] == "NBOS: left the queue as the cell ended"
+    world.check_displays()
+
+
 @pytest.mark.parametrize(
     ("grant", "text"),
     [

@@ -72,6 +72,10 @@ class RouterMachine(RuleBasedStateMachine):
     def finish_durably(self, index: int, status: str) -> None:
         self.world.finish_durably(index, status)
 
+    @rule(index=REPLICA, state=st.sampled_from(["waiting", "waiting", "granted", "left"]))
+    def touch(self, index: int, state: str) -> None:
+        self.world.touch(index, state)
+
     @rule(index=REPLICA)
     def progress(self, index: int) -> None:
         self.world.progress(index)

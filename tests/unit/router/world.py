@@ -373,6 +373,17 @@ class World:
             _, frames = self.signers[replica.session].make("nbos_progress", content, parent.header)
             replica.shown.append([b"nbos.%d.nbos_progress" % replica.token, *frames])
 
+    def touch(self, index: int, state: str) -> None:
+        """The running cell needs a GPU on its way: it waits for one, is granted it, or leaves the queue."""
+        replica = self.replicas[index]
+        if replica.running is not None and replica.linked:
+            parent, n = replica.running
+            self.made += 1
+            place = {"reason": f"no room {self.made}", "position": 1, "of": 1, "host": f"host-{index}"}
+            content = {"n": n, "state": state, **(place if state == "waiting" else {"grant": self.grant})}
+            _, frames = self.signers[replica.session].make("nbos_touch", content, parent.header)
+            replica.shown.append([b"nbos.%d.nbos_touch" % replica.token, *frames])
+
     def check_displays(self) -> None:
         """Each is made once, in one cell; that of a replication comes to one end."""
         for steps in self.displays.values():

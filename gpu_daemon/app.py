@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,6 +27,9 @@ from gpu_daemon.health_config import Health
 from gpu_daemon.lending_config import Lending
 from gpu_daemon.metrics.config import Metrics
 from gpu_daemon.order import Policy
+from gpu_daemon.power.clocks import NVMLClocks, SimulatedClocks
+from gpu_daemon.power.config import Power
+from gpu_daemon.power.watching import PowerWatch, restore_left
 from gpu_daemon.process_runtime import ProcessRuntime, clean_environment
 from gpu_daemon.reservations import ReservationError, read_reservations
 from gpu_daemon.rundir import RunDirError
@@ -156,7 +160,7 @@ class GPUDaemon(Application):
         config=True
     )
 
-    classes: Any = [Docker, GivingBack, Health, Lending, Metrics, Slicing, Warm, Watchdog]  # noqa: RUF012  as traitlets wants it
+    classes: Any = [Docker, GivingBack, Health, Lending, Metrics, Power, Slicing, Warm, Watchdog]  # noqa: RUF012  as traitlets wants it
     aliases: Any = {  # noqa: RUF012  as traitlets wants it
         **Application.aliases,
         "config": "GPUDaemon.config_file",
@@ -276,7 +280,34 @@ class GPUDaemon(Application):
         etcd, offers = Etcd(endpoints, tls), self.make_offers(devices)
         watched = Watched(Health(parent=self).options(), _nvml_for(devices), self._driver)
         watch = self.make_watch(devices)
-        return Daemon(settings, etcd, devices, blobs, runtime, watched, offers, policy, watch, lending.terms())
+        power = self.make_power(devices)
+        return Daemon(
+            settings,
+            etcd,
+            devices,
+            blobs,
+            runtime,
+            watched,
+            offers,
+            policy,
+            watch,
+            lending.terms(),
+            power,
+            restore_left_by_nvml,
+        )
+
+    def make_power(self, devices: tuple[Device, ...]) -> PowerWatch | None:
+        """Who sets the devices' clocks. An instance of MIG has none of its own."""
+        power = Power(parent=self)
+        if not power.enabled:
+            return None
+        real = [device.uuid for device in devices if device.kind == "nvml" and not device.parent and device.healthy]
+        if not real:
+            played = [device.uuid for device in devices if device.kind == "simulated"]
+            return PowerWatch(power.policy(), power.every, SimulatedClocks(played), real=False)
+        import pynvml
+
+        return PowerWatch(power.policy(), power.every, NVMLClocks(pynvml, real), real=True)
 
     def make_watch(self, devices: tuple[Device, ...]) -> GPUWatch | None:
         """Who looks after what processes do on real devices; nobody does on simulated ones."""
@@ -338,6 +369,17 @@ class GPUDaemon(Application):
 
         async with serving(endpoint, daemon.metrics.render):
             await daemon.run()
+
+
+def restore_left_by_nvml(folder: Path) -> None:
+    """Reset clocks that a daemon before this one has left locked."""
+
+    def clocks(uuids: Iterable[str]) -> NVMLClocks:
+        import pynvml
+
+        return NVMLClocks(pynvml, uuids)
+
+    restore_left(folder, clocks)
 
 
 def _nvml_for(devices: tuple[Device, ...]) -> Any:

@@ -249,6 +249,8 @@ class Bidding:
             # What is lent to it may have changed since it was admitted.
             grant = site.queue.grants.get(bid.grant_name) or granted.result()
             shares = site.offers.held(grant.shares, site.ledger.devices)
+            if site.power is not None:
+                shares = site.power.clocked(shares)
             loan = site.offers.no_loans(grant.shares) if request.borrow and not grant.wants else ""
             bid.grant = sized.signed(replace(grant, since=time.time(), shares=shares, loan=loan))
             self._nothing_runs(bid.grant)

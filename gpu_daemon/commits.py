@@ -131,6 +131,8 @@ class Commits:
         held = replica.held
         if held is not None and held.n == n and held.grant is not None:
             self._site.sizing.learn(held.grant, took)
+            if self._site.power is not None:
+                self._site.power.ran(held.grant, took)
             self.end_grant(replica, held)
 
     def end_grant(self, replica: LocalReplica, held: Held, recorded: bool = True) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
+from pathlib import Path
 
 import psutil
 
 from gpu_daemon.accounting import Accounting
 from gpu_daemon.answers import Answers
+from gpu_daemon.aside import aside
 from gpu_daemon.bidding import Bidding
 from gpu_daemon.blobdesk import BlobDesk
 from gpu_daemon.blobs import BlobStore
@@ -25,6 +27,7 @@ from gpu_daemon.lender import Terms
 from gpu_daemon.metrics.exposition import Exposition
 from gpu_daemon.metrics.meters import Meters
 from gpu_daemon.order import Policy
+from gpu_daemon.power.watching import PowerWatch
 from gpu_daemon.publishing import Publisher
 from gpu_daemon.queue import FairQueue
 from gpu_daemon.replicas import Replicas
@@ -49,7 +52,8 @@ class Daemon:
 
     watched: how real devices are looked after. offers: what holds slices of them; None where there are no real ones.
     policy: who is owed what; raises SharesError or ReservationError where that is more than the devices have.
-    watch: looks after what processes do on the devices; None: nobody does. terms: of loans.
+    watch: looks after what processes do on the devices; None: nobody does. terms: of loans. power: sets the devices'
+    clocks. restore: resets, at the start, clocks that the daemon before has left locked in this run directory.
     """
 
     def __init__(
@@ -64,6 +68,8 @@ class Daemon:
         policy: Policy | None = None,
         watch: GPUWatch | None = None,
         terms: Terms | None = None,
+        power: PowerWatch | None = None,
+        restore: Callable[[Path], None] | None = None,
     ) -> None:
         policy = policy or Policy()
         ledger = Ledger(settings.host, devices)
@@ -92,6 +98,9 @@ class Daemon:
         self._watch = watch
         if watch is not None:
             watch.measured = self._bidding.giving.measured
+        self._site.power, self._restore = power, restore
+        if power is not None:
+            power.changed = self._clocks_changed
         self.metrics = Exposition(self._site, self._bidding.waits)
         self._lease = 0
         self._since = time.time()
@@ -110,6 +119,8 @@ class Daemon:
         site.rundir.open()
         if trouble := site.sizing.load():
             log.warning("%s", trouble)
+        if self._restore is not None:
+            await aside(lambda: self._restore and self._restore(site.rundir.path), "restoring clocks")
         await self._runtime.open()
         self._health.remember()
         await site.etcd.connect()
@@ -141,6 +152,8 @@ class Daemon:
         self._site.spawn(self._health.run(), "watching the GPUs' health")
         if self._watch is not None:
             self._site.spawn(self._watch.run(self._site), "watching what processes do on the GPUs")
+        if self._site.power is not None:
+            self._site.spawn(self._site.power.run(self._site), "setting the GPUs' clocks")
         self._site.spawn(self._site.offers.watch(self._offers_changed), "looking at what holds slices")
 
     async def _end(self) -> None:
@@ -151,6 +164,8 @@ class Daemon:
         if stop_replicas:
             await self._replicas.stop_all(STOP_WITHIN)
         await site.cancel_tasks()
+        if site.power is not None:
+            await site.power.close()
         await self._accounting.close()
         await self._runtime.close()
         site.blobs.close()
@@ -203,6 +218,11 @@ class Daemon:
         self._accounting.readings(self._health.readings)
         self._publish_host(urgent=False)
 
+    def _clocks_changed(self) -> None:
+        self._site.meters.clocks_switched()
+        if self._host_rev is not None and not self._site.stopping:
+            self._publish_host(urgent=False)
+
     def _warm_changed(self) -> None:
         # Before the first look at the host's record it is not ours to write.
         if self._host_rev is not None and not self._site.stopping:
@@ -226,6 +246,7 @@ class Daemon:
             closed=self._health.closed,
             reopened=self._health.reopened,
             warm=self._runtime.warm(),
+            clocks=site.power.caps() if site.power is not None else {},
         )
         self._publisher.put(keys.host(site.host), record, urgent, guard=self._host_as_seen)
 

@@ -30,6 +30,7 @@ from nbos_cluster.kv import Txn, TxnResult
 
 if TYPE_CHECKING:
     from gpu_daemon.blobdesk import BlobDesk
+    from gpu_daemon.power.watching import PowerWatch
     from gpu_daemon.replica import LocalReplica
 
 T = TypeVar("T")
@@ -87,6 +88,8 @@ class Site:
     offers: Offers = field(default_factory=Offers)
     sizing: Sizing = field(default_factory=Sizing)
     meters: Meters = field(default_factory=Meters)
+    power: PowerWatch | None = None
+    """Who sets the devices' clocks; None: nobody does."""
     views: KernelViews = field(default_factory=KernelViews)
     replicas: dict[ReplicaId, LocalReplica] = field(default_factory=dict)
     draining: bool = False

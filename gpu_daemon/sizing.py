@@ -69,17 +69,17 @@ class Sizing:
         """
         asked = request.resources
         if not (self.slowdown and request.code and asked.tpcs):
-            return Wish(asked)
+            return Wish(asked, code=request.code)
         found = [d for d in devices if d.healthy and is_model(d.model, asked.model)]
         if len({(d.model, d.tpcs, d.memory) for d in found}) != 1:
-            return Wish(asked)
+            return Wish(asked, code=request.code)
         advice = self._sizer.advise(Key(owner, found[0].model, request.code, asked.tpcs))
         less = replace(asked, tpcs=advice.tpcs, memory=share_of(found[0], asked))
         return Wish(less if advice.tpcs < asked.tpcs else asked, asked.tpcs, request.code, advice.why)
 
     def learn(self, grant: GrantRecord, took: Took | None) -> None:
         """An execution under this grant ended and took so long."""
-        if took is None or not grant.code or len(grant.shares) != 1:
+        if took is None or not grant.code or not grant.asked or len(grant.shares) != 1:
             return
         share = grant.shares[0]
         key = Key(grant.owner, share.model, grant.code, grant.asked)

@@ -140,7 +140,9 @@ def _unit(value: int, unit: str) -> str:
 
 
 def _notes(gpu: Report) -> list[str]:
-    return list(gpu["reading"]["notes"]) if gpu["reading"] else []
+    clock = gpu.get("clock")
+    locked = [f"clocks locked to at most {clock[0]} of {clock[1]} MHz (docs/power.md)"] if clock else []
+    return locked + (list(gpu["reading"]["notes"]) if gpu["reading"] else [])
 
 
 def _held_row(host: str, gpu: Report, grant: Report, now: float) -> list[str]:

@@ -108,7 +108,8 @@ class WarmRecord(Record, frozen=True):
 
 class HostRecord(Record, frozen=True, tag="host"):
     """readings: of real devices, refreshed as often as the daemon looks. closed: devices (UUID) that an admin took out
-    of use, and why. reopened: how often an admin has said of a device that it may be used again."""
+    of use, and why. reopened: how often an admin has said of a device that it may be used again. clocks: by device
+    (UUID) whose clocks the daemon has locked: to how many MHz, of how many."""
 
     name: str
     address: str
@@ -125,6 +126,7 @@ class HostRecord(Record, frozen=True, tag="host"):
     closed: dict[str, str] = {}
     reopened: dict[str, int] = {}
     warm: tuple[WarmRecord, ...] = ()
+    clocks: dict[str, tuple[int, int]] = {}
 
 
 class DeviceShare(Record, frozen=True):
@@ -147,6 +149,8 @@ class DeviceShare(Record, frozen=True):
     """Pipe folder of the MPS daemon to use, '' for none."""
     lent: tuple[int, ...] = ()
     """Those of `tpcs` that are on loan: they go back during the cell when somebody is to have them."""
+    clock: float = 1.0
+    """Of a simulated device: its clock as a part of the highest, when it was granted."""
 
 
 class GrantRecord(Record, frozen=True, tag="grant"):

@@ -136,13 +136,14 @@ def _move(some: list[Allocation], to: str) -> int:
     return size
 
 
-def run(work: float, serial: float = 0.0, width: int = 0) -> float:
-    """Run a kernel of `work` TPC-seconds plus `serial` seconds, which fills at most `width` TPCs (0: any number).
+def run(work: float, serial: float = 0.0, width: int = 0, sensitivity: float = 1.0) -> float:
+    """Run a kernel of `work` TPC-seconds plus `serial` seconds, which fills at most `width` TPCs (0: any number), and
+    loses `sensitivity` times what the clock loses.
 
     Returns the seconds it took by the model. Raises NoSimulatedGrant or DeviceFault.
     """
     played = _current()
-    kernel = Kernel(work, serial, width)
+    kernel = Kernel(work, serial, width, sensitivity)
     with _touching(played):
         played.device.advance(max(played.now, played.device.now))
         played.device.launch(_ME, kernel, tag := object())
@@ -158,10 +159,10 @@ def copy(size: int | str) -> float:
     return _wait(played, tag)
 
 
-def steps(count: int, work: float, serial: float = 0.0, width: int = 0) -> Iterator[int]:
+def steps(count: int, work: float, serial: float = 0.0, width: int = 0, sensitivity: float = 1.0) -> Iterator[int]:
     """`count` training steps of one kernel each: each yields its number when it is over, and counts as a step."""
     for number in range(count):
-        run(work, serial, width)
+        run(work, serial, width, sensitivity)
         pace.step()
         yield number
 
@@ -196,7 +197,7 @@ def _current() -> _Played:
         size = sum(one.size for one in here)
         # One device as large as the granted ones together; of a slice, as large as what it is of.
         total = max(held.tpcs, *(share.of for share in held.shares), *(t + 1 for t in held.shares[0].tpcs))
-        device = Device(total, max(held.memory, 1))
+        device = Device(total, max(held.memory, 1), clock=min(share.clock for share in held.shares))
         device.open(_ME, frozenset(held.shares[0].tpcs) if len(held.shares) == 1 else None, used=size)
         for one in here:
             one._device = device

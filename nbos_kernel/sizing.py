@@ -30,7 +30,7 @@ def switch(words: list[str]) -> str | None:
 
 
 def key(code: str, metadata: Mapping[str, Any], needs: Mapping[str, Any], namespace: Mapping[str, Any]) -> str:
-    """The cell's fingerprint for its bid; '' where it must get exactly what it asks for, or asks for no slice."""
-    if not _on or resources.exact(code, metadata) or not needs.get("tpcs"):
+    """The cell's fingerprint for its bid; '' where it must get exactly what it asks for, or asks for no GPU."""
+    if not _on or resources.exact(code, metadata) or not (needs.get("tpcs") or needs.get("gpus")):
         return ""
     return fingerprint(resources.blank_first_line(code), namespace)

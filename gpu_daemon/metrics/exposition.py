@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -42,6 +42,7 @@ GAUGES = (
     Gauge("nbos_device_tpcs_lent", "Those of them that are on loan.", DEVICE),
     Gauge("nbos_device_memory_bytes", "Memory of the device.", DEVICE),
     Gauge("nbos_device_memory_granted_bytes", "The part of it that cells hold.", DEVICE),
+    Gauge("nbos_device_clock_part", "Its highest clock now, as a part of the chip's: 1 where not locked.", DEVICE),
     Gauge("nbos_device_grants", "Cells that hold a part of the device.", DEVICE),
     Gauge("nbos_device_memory_left_bytes", "What idle processes have on it, beyond what they are granted.", DEVICE),
     Gauge("nbos_waiting_cells", "Cells in this host's queue for GPUs, by what they wait for.", ("reason",)),
@@ -94,7 +95,9 @@ class Exposition:
         site = self._site
         states = Counter(replica.state for replica in site.replicas.values())
         return {
-            **_devices(site.ledger, site.queue.grants.values()),
+            **_devices(
+                site.ledger, site.queue.grants.values(), site.power.caps() if site.power is not None else {}
+            ),
             "nbos_host_info": [((site.host, _version()), 1)],
             "nbos_host_draining": [((), site.draining)],
             "nbos_waiting_cells": self._waiting(),
@@ -120,7 +123,7 @@ def reason_of(ledger: Ledger, resources: Resources) -> str:
     return "busy" if isinstance(ledger.fit(resources), Busy) else "kept"
 
 
-def _devices(ledger: Ledger, held: Iterable[GrantRecord]) -> Rows:
+def _devices(ledger: Ledger, held: Iterable[GrantRecord], caps: Mapping[str, tuple[int, int]]) -> Rows:
     rows: Rows = {gauge.name: [] for gauge in GAUGES if gauge.labels == DEVICE}
     tpcs: Counter[str] = Counter()
     memory: Counter[str] = Counter()
@@ -142,6 +145,7 @@ def _devices(ledger: Ledger, held: Iterable[GrantRecord]) -> Rows:
             "nbos_device_tpcs_lent": lent[device.uuid],
             "nbos_device_memory_bytes": device.memory,
             "nbos_device_memory_granted_bytes": memory[device.uuid],
+            "nbos_device_clock_part": caps[device.uuid][0] / caps[device.uuid][1] if device.uuid in caps else 1.0,
             "nbos_device_grants": grants[device.uuid],
             "nbos_device_memory_left_bytes": left[device.uuid],
         }

@@ -49,6 +49,7 @@ class Meters:
         )
         self._grants = self._counter("grants", "Grants of GPUs that a cell got: of whole devices, or slices.", whose)
         self._touched = self._counter("touches", "Grants that a running cell asked for when it first used a GPU.")
+        self._clocks = self._counter("clock_switches", "Times that a device's highest clock was set.")
         self._waited = self._histogram("gpu_wait_seconds", "How long cells that got GPUs waited for them.", LONG, whose)
         self._held = self._histogram("gpu_held_seconds", "How long cells held their GPUs.", LONG, whose)
         self._back = self._counter(
@@ -104,6 +105,9 @@ class Meters:
 
     def touched(self) -> None:
         self._touched.inc()
+
+    def clocks_switched(self) -> None:
+        self._clocks.inc()
 
     def given_back(self, grant: GrantRecord, held: float) -> None:
         self._held[self._whose(grant)].observe(held)

@@ -71,7 +71,8 @@ class _Client:
 
 
 class Device:
-    """`tpcs` TPCs, `memory` bytes, copies at `bandwidth` bytes a second for all together."""
+    """`tpcs` TPCs, `memory` bytes, copies at `bandwidth` bytes a second for all together; `clock`: a part of the
+    highest, which kernels feel as their sensitivity says, and copies do not."""
 
     def __init__(
         self,
@@ -79,7 +80,11 @@ class Device:
         memory: int = 80 * GIB,
         sharing: Sharing | None = None,
         bandwidth: float = PCIE5_BANDWIDTH,
+        clock: float = 1.0,
     ) -> None:
+        if not 0 < clock <= 1:
+            raise ValueError(f"a clock is a part of the highest, more than 0 and at most 1, not {clock}")
+        self.clock = clock
         self.tpcs, self.memory, self.bandwidth = tpcs, memory, bandwidth
         self.sharing: Sharing = sharing or Slices()
         self.now = 0.0
@@ -242,7 +247,7 @@ class Device:
             if job.kernel is None or not job.tpcs:
                 continue
             state.busy += passed * job.tpcs
-            state.work += passed * job.kernel.m / job.kernel.seconds(job.tpcs)
+            state.work += passed * job.kernel.m / job.kernel.seconds(job.tpcs, self.clock)
         self.now = max(self.now, at)
 
     def _share(self) -> None:
@@ -256,6 +261,6 @@ class Device:
     def _set_speed(self, job: _Job, tpcs: float, copies: int) -> None:
         if math.isfinite(job.ends) and job.ends > job.since:
             job.left *= max(0.0, (job.ends - self.now) / (job.ends - job.since))
-        whole = job.size * copies / self.bandwidth if job.kernel is None else job.kernel.seconds(tpcs)
+        whole = job.size * copies / self.bandwidth if job.kernel is None else job.kernel.seconds(tpcs, self.clock)
         job.since, job.tpcs = self.now, tpcs
         job.ends = self.now + job.left * whole if job.left > 0 else self.now

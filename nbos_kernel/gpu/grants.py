@@ -18,7 +18,7 @@ class Share:
     """The part of one device: its uuid, index on the host, model, TPC numbers, bytes of device memory.
 
     mechanism: how the host offers to hold a slice of it, `why` it is not a stronger one; of: TPCs of the whole device;
-    mps: pipe folder of the MPS daemon to use, '' for none.
+    mps: pipe folder of the MPS daemon to use, '' for none. clock: of a simulated device, a part of its highest.
     """
 
     uuid: str
@@ -34,6 +34,7 @@ class Share:
     mps: str = ""
     lent: tuple[int, ...] = ()
     """Those of `tpcs` that are on loan: they may go back while the cell runs, and others come (docs/rightsizing.md)."""
+    clock: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def from_wire(raw: Mapping[str, Any] | None) -> Grant | None:
             of=share.get("of", 0),
             mps=share.get("mps", ""),
             lent=tuple(share.get("lent", ())),
+            clock=float(share.get("clock", 1.0)),
         )
         for share in raw.get("shares", ())
     )

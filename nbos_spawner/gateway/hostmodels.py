@@ -33,13 +33,23 @@ def host_model(host: HostRecord, copy: ClusterCopy, caller: Caller, replicas: Ma
         "replicas": replicas.get(host.name, 0),
         "max_replicas": host.max_replicas,
         "warm": [msgspec.structs.asdict(warm) for warm in host.warm],
-        "devices": [device_model(device, grants, readings.get(device.uuid), caller) for device in host.devices],
+        "devices": [
+            device_model(device, grants, readings.get(device.uuid), caller, host.clocks.get(device.uuid))
+            for device in host.devices
+        ],
         "grants": [msgspec.to_builtins(grant) for grant in grants if _is_of(caller, grant.owner)],
     }
 
 
-def device_model(device: Device, grants: list[GrantRecord], reading: Reading | None, caller: Caller) -> dict[str, Any]:
-    """reading: None where nothing is read, of simulated devices and of those that do not answer."""
+def device_model(
+    device: Device,
+    grants: list[GrantRecord],
+    reading: Reading | None,
+    caller: Caller,
+    clock: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """reading: None where nothing is read, of simulated devices and of those that do not answer. clock: to how many
+    MHz, of how many, its clocks are locked; None: they are not."""
     shares = [s for g in grants for s in g.shares if s.uuid == device.uuid]
     return {
         "uuid": device.uuid,
@@ -56,6 +66,7 @@ def device_model(device: Device, grants: list[GrantRecord], reading: Reading | N
         "healthy": device.healthy,
         "reason": device.reason,
         "passing": device.passing,
+        "clock": list(clock) if clock is not None else None,
         "reading": reading_model(reading, caller) if reading is not None else None,
     }
 

@@ -333,6 +333,54 @@ int nvmlDeviceGetFieldValues(void *h, int count, struct field *fields) {
 }
 #endif
 
+/* Clocks: `clocks=210,1500,1980`; what is locked and reset is written to the file that NBOS_FAKE_NVML_CLOCKS names. */
+static int clocks(const char *line, unsigned *count, unsigned *out) {
+    char value[512], *rest = value, *one;
+    unsigned found = 0, room = *count;
+    if (!text(line, "clocks", value, sizeof value)) return NOT_SUPPORTED;
+    while ((one = strsep(&rest, ",")))
+        if (found++ < room) out[found - 1] = (unsigned)atoi(one);
+    *count = found;
+    return found > room ? INSUFFICIENT_SIZE : SUCCESS;
+}
+
+int nvmlDeviceGetSupportedMemoryClocks(void *h, unsigned *count, unsigned *out) {
+    OPEN(h)
+    unsigned room = *count;
+    char value[8];
+    if (!text(line, "clocks", value, sizeof value)) return NOT_SUPPORTED;
+    *count = 1;
+    if (room < 1) return INSUFFICIENT_SIZE;
+    out[0] = 2619;
+    return SUCCESS;
+}
+
+int nvmlDeviceGetSupportedGraphicsClocks(void *h, unsigned memory, unsigned *count, unsigned *out) {
+    OPEN(h)
+    return memory == 2619 ? clocks(line, count, out) : NOT_FOUND;
+}
+
+#ifndef OLD_DRIVER
+static int told(int gpu, const char *format, unsigned low, unsigned high) {
+    const char *path = getenv("NBOS_FAKE_NVML_CLOCKS");
+    FILE *file = path ? fopen(path, "a") : NULL;
+    if (!file) return NOT_SUPPORTED;
+    fprintf(file, format, gpu, low, high);
+    fclose(file);
+    return SUCCESS;
+}
+
+int nvmlDeviceSetGpuLockedClocks(void *h, unsigned low, unsigned high) {
+    OPEN(h)
+    return low > high ? INVALID_ARGUMENT : told(gpu_of(h), "%d locked %u-%u\n", low, high);
+}
+
+int nvmlDeviceResetGpuLockedClocks(void *h) {
+    OPEN(h)
+    return told(gpu_of(h), "%d reset\n", 0, 0);
+}
+#endif
+
 /* The CUDA version that the driver speaks: that of 580. */
 int nvmlSystemGetCudaDriverVersion_v2(int *version) {
     struct world *w = look();

@@ -136,6 +136,7 @@ def test_one_that_waited_shortly_or_left_the_queue_says_so_and_no_more() -> None
     world, cell = running(7.0, "left")
     assert texts(world, cell)[-1] == "NBOS: left the queue after 7.0 s"
     world.touch(0, "waiting")
+    listen(world)
     world.finish(0, "error")
     listen(world)
     assert texts(world, cell)[-1] == "NBOS: left the queue as the cell ended"

@@ -158,7 +158,8 @@ def release() -> str:
         return "This cell holds a GPU: what it has there stays. Run this in a cell without one (%%cpu)."
     if torch is None:
         return "Torch has not used a GPU in this process: there is nothing to give back."
-    return str(offload.release(torch))
+    with gate.aside():
+        return str(offload.release(torch))
 
 
 def _real(granted: Grant | None) -> list[Share]:

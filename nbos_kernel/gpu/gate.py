@@ -19,6 +19,7 @@ torch.compile knows them. A forked child is not stopped: it holds no claim, and 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.abc
 import importlib.machinery
@@ -27,7 +28,7 @@ import os
 import sys
 import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 LIBRARIES = ("cupy", "numba.cuda", "jax", "tensorflow", "cudf", "rmm", "pycuda", "warp", "paddle", "tensorrt")
@@ -111,6 +112,19 @@ class Gate:
                 self.disarm()
             finally:
                 self._asking = False
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What this thread does within uses the device on NBOS's behalf, such as giving it back: it is not stopped."""
+        with self._lock:
+            before, self._asking = self._asking, True
+            try:
+                yield
+            finally:
+                self._asking = before
+                cuda = sys.modules.get("torch.cuda")
+                if self.armed and not before and self._before and cuda is not None and cuda.is_initialized():
+                    _ask_again(True)
 
     # -- torch --------------------------------------------------------------------------------------------------------
 

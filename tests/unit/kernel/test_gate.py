@@ -80,13 +80,18 @@ use = lambda: torch.zeros(1, device="cuda")
 print(stopped(use))
 gate.arm(ask, 1, True)
 print(stopped(use), stopped(lambda: torch.zeros(1).to("cuda")), stopped(use), len(asked))
+with gate.aside():
+    print(stopped(use) is not True, stopped(torch.cuda.synchronize) is not True, len(asked))
+print(stopped(use), len(asked))
 gate.disarm()
 print(stopped(use), len(asked))
 """
-    before, armed, after = torch(program).splitlines()
+    before, armed, aside, again, after = torch(program).splitlines()
     assert armed == "True True True 3"
+    assert aside == "True True 3", "NBOS itself is not stopped"
+    assert again == "True 4"
     assert before not in ("True", "False")
-    assert after == f"{before} 3"
+    assert after == f"{before} 4"
 
 
 def test_a_forked_child_is_not_stopped() -> None:

@@ -69,13 +69,13 @@ def note(host: Host) -> list[str]:
 
 def restorer(host: Host) -> psutil.Process | None:
     assert host.process is not None
-    found = psutil.Process(host.process.pid).children()
+    found = [p for p in psutil.Process(host.process.pid).children() if p.status() != psutil.STATUS_ZOMBIE]
     return next((p for p in found if "gpu_daemon.power.restorer" in " ".join(p.cmdline())), None)
 
 
 async def reset(machine: Machine, host: Host) -> None:
     async def seen() -> bool:
-        return machine.done()[-1] == "0 reset" and note(host) == []
+        return machine.done()[-1:] == ["0 reset"] and note(host) == []
 
     await eventually(seen, "the clocks are reset, and the note is gone", 10)
 

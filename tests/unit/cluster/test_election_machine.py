@@ -14,6 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from gpu_daemon.transactions import grant_within
 from nbos_cluster import election, keys, membership, records, statelog
 from nbos_cluster.election import AlreadyThere, Appended, Fenced, Lost, Won
 from nbos_cluster.kernelview import KernelView
@@ -166,6 +167,27 @@ class ElectionMachine(RuleBasedStateMachine):
             assert run.grant not in self.store.data
         elif outcome.decided:
             assert self.last() >= run.n
+
+    @precondition(somebody_runs)
+    @rule(i=daemons, which=runs)
+    def touch(self, i: int, which: int) -> None:
+        """A running cell is granted a GPU on its way, perhaps under a claim that it does not hold any more."""
+        daemon, run = self.pick(i, which)
+        if daemon.lease not in self.store.leases:
+            return
+        self.bids += 1
+        host = f"host-{daemon.index}"
+        grant = GrantRecord(
+            grant=f"g{self.bids}", host=host, owner="ada", kernel=K, replica=daemon.index, n=run.n, shares=()
+        )
+        claim, key = self.store.data.get(keys.claim(K, run.n)), keys.grant(host, grant.grant)
+        stands = claim is not None and claim.mod_revision == run.token
+        assert self.store.commit(grant_within(K, run.n, run.token, grant, daemon.lease)).succeeded == stands
+        assert (key in self.store.data) == stands
+        if stands:
+            assert self.store.data[keys.claim(K, run.n)].mod_revision == run.token, "the token stays"
+            assert self.store.data[key].lease == claim.lease, "it ends with its claim"
+            run.grant = key
 
     @precondition(somebody_runs)
     @rule(i=daemons, which=runs)

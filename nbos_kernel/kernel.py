@@ -408,7 +408,9 @@ class NBOSKernel(LoadingKernel):
         now, uses = time.monotonic(), self.replica.uses
         borrower = self.execution.loans.borrower
         running = uses.running(now, binding.peak(), borrower)
-        return gpuview.text(self._status(), uses.rows, running, binding.grant(), binding.held(), borrower.moves, gate.armed)
+        return gpuview.text(
+            self._status(), uses.rows, running, binding.grant(), binding.held(), borrower.moves, gate.armed
+        )
 
     def _survey(self) -> Message:
         """For `%nbos state`; within a cell, or in a subshell while a replication is under way."""

@@ -95,9 +95,7 @@ class Exposition:
         site = self._site
         states = Counter(replica.state for replica in site.replicas.values())
         return {
-            **_devices(
-                site.ledger, site.queue.grants.values(), site.power.caps() if site.power is not None else {}
-            ),
+            **_devices(site.ledger, site.queue.grants.values(), site.power.caps() if site.power is not None else {}),
             "nbos_host_info": [((site.host, _version()), 1)],
             "nbos_host_draining": [((), site.draining)],
             "nbos_waiting_cells": self._waiting(),

@@ -243,7 +243,7 @@ def test_a_sync_replicates_what_changed_between_cells(daemon: FakeDaemon, kernel
     msg_id = kernel.send("", 2, kind="nbos_sync_request")
     (answer,) = kernel.shell(msg_id, *ENDS)
     assert answer["content"] == {"n": 2, "nothing": True}
-    kernel.run("event.set()\nwhile not box: pass\nbox.clear()\nthreading.Timer(0.05, box.append, (7,)).start()", 2)
+    kernel.run("event.set()\nwhile not box: pass\nbox.clear()\nthreading.Timer(0.5, box.append, (7,)).start()", 2)
 
     def synced() -> bool:
         msg_id = kernel.send("", len(daemon.log) + 1, kind="nbos_sync_request")

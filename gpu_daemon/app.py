@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -323,9 +324,10 @@ class GPUDaemon(Application):
         slicing = Slicing(parent=self)
         if not any(device.kind == "nvml" for device in devices):
             return Offers()
-        pipe, domain, inside = slicing.mps_pipe, slicing.one_trust_domain, self.runtime == "docker"
+        pipe, domain = slicing.mps_pipe, slicing.one_trust_domain
+        user = Docker(parent=self).user if self.runtime == "docker" else ""
         at_most: Any = slicing.at_most
-        return Offers(lambda: facts(pipe, domain, inside), at_most)
+        return Offers(lambda: facts(pipe, domain, user), at_most)
 
     def make_runtime(self, host: str, devices: tuple[Device, ...], etcd: list[str]) -> ReplicaRuntime:
         if self.runtime == "process":
@@ -339,7 +341,15 @@ class GPUDaemon(Application):
         from gpu_daemon.docker_runtime import DockerRuntime
 
         site = Site(self.cluster, host, str(Path(self.run_dir).absolute()))
-        return DockerRuntime(Docker(parent=self).options(), site, devices, etcd, self.warm_options(), self.ip)
+        options = replace(Docker(parent=self).options(), mps=self.mps_for_containers(devices))
+        return DockerRuntime(options, site, devices, etcd, self.warm_options(), self.ip)
+
+    def mps_for_containers(self, devices: tuple[Device, ...]) -> str:
+        """The pipe folder that containers are to see: only where everybody on this host trusts each other, and MPS is
+        wanted for real devices."""
+        slicing = Slicing(parent=self)
+        wanted = slicing.one_trust_domain and slicing.at_most != "cooperative"
+        return slicing.mps_pipe if wanted and any(device.kind == "nvml" for device in devices) else ""
 
     def warm_options(self) -> WarmOptions | None:
         """None: nothing is started ahead. What replicas with a command of their own run is not known."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_daemon import memory, warming
-from gpu_daemon.container_spec import LABEL, Kind, Place, kind_of, ports_of, waiting
+from gpu_daemon.container_spec import LABEL, DockerOptions, Kind, Place, kind_of, ports_of, waiting
 from gpu_daemon.containers import Containers, read_exit
 from gpu_daemon.docker_engine import Trouble, words
 from gpu_daemon.ports import free_ports
@@ -47,6 +47,8 @@ class Spare:
     image_id: str
     ports: Ports
     ready: Ready
+    mps: str
+    """Pipe folder of MPS that it sees."""
 
 
 class ContainerPool:
@@ -128,7 +130,8 @@ class ContainerPool:
             ports = ports_of(labels)
             if ports is None:
                 raise ValueError("its ports are not known")
-            body = self._body(kind, Place(slot.name, slot.folder, self._ip, ports))
+            options = self._containers.usable()
+            body = self._body(kind, Place(slot.name, slot.folder, self._ip, ports), options)
             image_id = await self._containers.engine.image_id(kind.image)
             if not body["Labels"].items() <= labels.items() or found["ImageID"] != image_id:
                 return None
@@ -139,7 +142,7 @@ class ContainerPool:
             log.info("container %s is not kept: %s", found["Id"][:12], err or type(err).__name__)
             return None
         log.info("container %s (%s) waits as before", found["Id"][:12], kind)
-        return Spare(kind, slot, found["Id"], int(described["State"]["Pid"]), image_id, ports, ready)
+        return Spare(kind, slot, found["Id"], int(described["State"]["Pid"]), image_id, ports, ready, options.mps)
 
     # -- what is told and asked ---------------------------------------------------------------------------------------
 
@@ -178,7 +181,9 @@ class ContainerPool:
             spare = spares.pop(0)
             self._unwatch(spare)
             self._handle(warming.Gone(name, _now()))
-            if spare.slot.alive() and spare.image_id == image_id:
+            # One that was made before its host had MPS would never reach it.
+            mps = self._containers.usable().mps
+            if spare.slot.alive() and spare.image_id == image_id and spare.mps == mps:
                 return spare
             self._discard(spare)
         return None
@@ -232,11 +237,12 @@ class ContainerPool:
 
     async def _start(self, kind: Kind, image_id: str) -> Spare:
         slot, engine, container = await asyncio.to_thread(Slot.make, self._slots), self._containers.engine, ""
-        listener = None
+        listener, options = None, self._containers.usable()
         try:
             listener = slot.listen()
             place = Place(slot.name, slot.folder, self._ip, free_ports(self._ip))
-            container = await self._containers.create(self._body(kind, place), self._containers.site.name(slot.name))
+            body = self._body(kind, place, options)
+            container = await self._containers.create(body, self._containers.site.name(slot.name))
             self._coming[container] = asyncio.get_running_loop().create_future()
             if self._closing:
                 raise NotWarm(ENDS)
@@ -252,7 +258,7 @@ class ContainerPool:
             raise
         finally:
             self._coming.pop(container, None)
-        return Spare(kind, slot, container, int(found["State"]["Pid"]), image_id, place.ports, ready)
+        return Spare(kind, slot, container, int(found["State"]["Pid"]), image_id, place.ports, ready, options.mps)
 
     async def _come_up(self, slot: Slot, listener: Any, container: str, image: str) -> Ready:
         reporting = asyncio.create_task(slot.ready(listener), name=f"container {container[:12]} comes up")
@@ -270,12 +276,10 @@ class ContainerPool:
             raise NotWarm(f"its imports took more than {READY_WITHIN:g} s")
         raise NotWarm(str(await self._containers.engine.call(lambda api: read_exit(api, container, image))))
 
-    def _body(self, kind: Kind, place: Place) -> dict[str, Any]:
+    def _body(self, kind: Kind, place: Place, options: DockerOptions) -> dict[str, Any]:
         containers = self._containers
         user = containers.user(kind.owner)
-        return waiting(
-            kind, place, containers.options, containers.site, user, self.network, self._devices, self._options.modules
-        )
+        return waiting(kind, place, options, containers.site, user, self.network, self._devices, self._options.modules)
 
     def _add(self, spare: Spare) -> None:
         self._kinds[str(spare.kind)] = spare.kind

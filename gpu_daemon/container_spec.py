@@ -2,8 +2,9 @@
 
 Guarantees, whatever the options: no capability, no new privileges, no process more than `pids`; of the host's files
 only the folder with the replica's own socket and connection file (read-only), and the volumes that the site named; of
-the daemon's environment nothing. The name is made from host and replica, so that the Engine itself refuses a second
-one.
+the daemon's environment nothing. Where replicas are to reach the host's MPS daemon (`mps`: one trust domain), its pipe
+folder and the host's /dev/shm come in addition, and nothing else of the host's. The name is made from host and replica,
+so that the Engine itself refuses a second one.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ SPARE_SOCKET = "w"
 
 TAKEN = "taken"
 """A file there, once it is to become a replica."""
+
+SHM = "/dev/shm"
 LABEL = "nbos."
 ROOM = "." * 512
 LOG = {"Type": "json-file", "Config": {"max-size": "10m", "max-file": "2"}}
@@ -62,6 +65,9 @@ class DockerOptions:
     deny: tuple[str, ...] = ("169.254.0.0/16",)
     walls: Literal["required", "auto", "off"] = "required"
     engine: str = ""
+    mps: str = ""
+    """Pipe folder of the host's MPS daemon, '' where replicas do not reach it. Not an option of this section: it
+    follows from `Slicing`."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ def container(
 ) -> dict[str, Any]:
     """The body of `POST /containers/create`. user: 'uid:gid'. Raises RuntimeFailed for an owner that fits no path."""
     home = fill(options.home, launch.owner)
-    mounts = [*_volumes(options, launch.owner, home), _own(launch)]
+    mounts = [*_volumes(options, launch.owner, home), _own(launch), *_mps(options)]
     exposed: dict[str, Any] = {f"{port}/tcp": {} for port in numbers(launch.ports).values()}
     start = launch.argv(options.python, f"{INSIDE}/s", CONNECTION)
     return {
@@ -249,6 +255,12 @@ def _labels(launch: Launch, site: Site) -> dict[str, str]:
 
 def _own(launch: Launch) -> dict[str, Any]:
     return {"Type": "bind", "Source": str(launch.folder / "d"), "Target": INSIDE, "ReadOnly": True}
+
+
+def _mps(options: DockerOptions) -> list[dict[str, Any]]:
+    """Clients of MPS talk to its daemon through the pipes, and to its server through files in /dev/shm."""
+    folders = [options.mps, SHM] if options.mps else []
+    return [{"Type": "bind", "Source": folder, "Target": folder, "ReadOnly": False} for folder in folders]
 
 
 def _volumes(options: DockerOptions, owner: str, home: str) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import pwd
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,12 @@ class Containers:
                 "owner; add the user here (or to the directory service), or set Docker.user to fixed ids"
             ) from None
         return f"{entry.pw_uid}:{entry.pw_gid}"
+
+    def usable(self) -> DockerOptions:
+        """The options of a container that is made now. The Engine refuses a mount of what is not there; one that is
+        made later may find it."""
+        there = not self.options.mps or Path(self.options.mps).is_dir()
+        return self.options if there else replace(self.options, mps="")
 
     async def create(self, body: dict[str, Any], name: str) -> str:
         """The id of the new container. Raises Trouble."""

@@ -188,7 +188,7 @@ class DockerRuntime(ReplicaRuntime):
         try:
             _prepare(launch)
             user = self._containers.user(launch.owner)
-            body = container(launch, self._options, self._site, user, self._network, self._devices)
+            body = container(launch, self._containers.usable(), self._site, user, self._network, self._devices)
             name = self._site.name(launch.folder.name)
             handle = ContainerHandle(self, await self._containers.create(body, name), launch.folder, image)
         except Trouble as err:

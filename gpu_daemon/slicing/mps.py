@@ -25,6 +25,29 @@ def look(pipe: str) -> str:
     return _ask(command, pipe) if command else _by_pid(folder)
 
 
+def from_containers(user: str, pipe: str) -> str:
+    """Why replicas in containers that run as `user` (Docker.user) cannot use that daemon; '' when they can.
+
+    A server of MPS serves one Unix user; a control daemon of root's starts one for whoever comes first.
+    """
+    if user == "owner":
+        return (
+            "each user's replicas run as another Unix user (Docker.user is 'owner'), and an MPS server serves one; "
+            "give Docker.user one uid to use MPS"
+        )
+    uid = int(user.partition(":")[0])
+    try:
+        owner = (Path(pipe) / "control").stat().st_uid
+    except OSError:
+        return ""  # `look` says what is missing
+    if owner not in (0, uid):
+        return (
+            f"the MPS daemon of {pipe} belongs to the Unix user {owner}, replicas run as {uid} (Docker.user), and an "
+            f"MPS server serves one; start {COMMAND} as {uid}"
+        )
+    return ""
+
+
 def _ask(command: str, pipe: str) -> str:
     environ = {**os.environ, "CUDA_MPS_PIPE_DIRECTORY": pipe}
     try:

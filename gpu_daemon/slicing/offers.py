@@ -17,9 +17,6 @@ from nbos_cluster.records import Device, DeviceShare
 log = logging.getLogger("gpu_daemon")
 
 EVERY = 10.0
-IN_CONTAINERS = (
-    "replicas run in containers, which do not reach the host's MPS daemon; whole devices and MIG instances are held"
-)
 
 
 class Offers:
@@ -73,9 +70,10 @@ class Offers:
             await asyncio.sleep(EVERY)
 
 
-def facts(pipe: str, one_domain: bool, in_containers: bool) -> Facts:
-    """How this host stands. Blocking."""
-    trouble = IN_CONTAINERS if in_containers else mps.look(pipe)
+def facts(pipe: str, one_domain: bool, container_user: str = "") -> Facts:
+    """How this host stands. container_user: whom replicas in containers run as, '' where they are processes.
+    Blocking."""
+    trouble = mps.look(pipe) or (mps.from_containers(container_user, pipe) if container_user else "")
     return Facts(_cuda_version(), trouble, pipe, one_domain)
 
 

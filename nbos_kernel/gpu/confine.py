@@ -45,10 +45,13 @@ def percentage(shares: Sequence[Share]) -> int:
 
 
 class Confinement:
-    """One a process. `open_driver` makes the driver when a slice wants it for the first time."""
+    """One a process. `open_driver` makes the driver when a slice wants it for the first time; `there` says whether a
+    path exists."""
 
-    def __init__(self, open_driver: Callable[[], Driver] = Driver) -> None:
-        self._open_driver = open_driver
+    def __init__(
+        self, open_driver: Callable[[], Driver] = Driver, there: Callable[[str], bool] = os.path.exists
+    ) -> None:
+        self._open_driver, self._there = open_driver, there
         self._driver: Driver | None = None
         self._slices: dict[int, Slices] = {}
         self._started_with: tuple[int, str] | None = None
@@ -62,7 +65,9 @@ class Confinement:
     def prepare(self, environ: MutableMapping[str, str], shares: Sequence[Share]) -> None:
         """CUDA has not started in this process: set what it reads then."""
         limit = percentage(shares)
-        environ[PIPE] = next((share.mps for share in shares if share.mps), NO_PIPE)
+        # A container that was made before its host had MPS does not see the pipes: CUDA would start without a word.
+        pipes = (share.mps for share in shares if share.mps and self._there(os.path.join(share.mps, "control")))
+        environ[PIPE] = next(pipes, NO_PIPE)
         if limit < 100:
             environ[LIMIT] = str(limit)
         else:

@@ -27,8 +27,11 @@ class DockerHost(Host):
     def __init__(self, directory: Path, name: str, endpoint: str, options: dict[str, Any]) -> None:
         self.cluster = f"test-{secrets.token_hex(4)}"
         warm = options.pop("warm", {"policy": "off"})
+        more = {name: options.pop(name) for name in ("devices", "Slicing") if name in options}
+        if "daemons" in options:  # `environment` is that of the containers
+            more["environment"] = options.pop("daemons")
         super().__init__(
-            directory, name, endpoint, replica_command=[], runtime="docker", cluster=self.cluster, warm=warm
+            directory, name, endpoint, replica_command=[], runtime="docker", cluster=self.cluster, warm=warm, **more
         )
         config = json.loads(self.config.read_text())
         config["Docker"] = {"image": IMAGE, "volumes": {}, "pull": "never", **options}

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import pytest
 from nbos.strays import Stray, daemon_lives, find_strays, remove_strays
 from nbos_cluster import membership
 from nbos_cluster.etcd import Etcd
+from tests.fakes.nvml import PlayedNVML, gpu, mig
 from tests.system.containers.conftest import MakeHost
 from tests.system.containers.engine import IMAGE, containers, docker, inspect, variant
-from tests.system.containers.host import attach, begin, docker_kernel, reason_of, record_of
+from tests.system.containers.host import DockerHost, attach, begin, docker_kernel, reason_of, record_of
 from tests.system.containers.registry import Registry
 from tests.system.daemon.site import create
 from tests.system.etcdserver import eventually
@@ -45,6 +47,43 @@ async def test_a_container_is_what_the_options_say(client: Etcd, host: MakeHost,
     assert record is not None
     assert (record.container, record.pid) == (container, found["State"]["Pid"])
     kernel.close()
+
+
+def nothing_left(host: DockerHost) -> bool:
+    return not host.containers()
+
+
+LOOK = """
+import os
+look = lambda: sorted(line.split()[4] for line in open("/proc/self/mountinfo"))
+mounts = [m for m in look() if not m.startswith(("/proc", "/sys", "/dev/pts", "/dev/mqueue", "/dev/null"))]
+"""
+
+
+async def test_in_one_trust_domain_a_container_sees_the_pipes_of_mps_and_nothing_more_of_the_host(
+    client: Etcd, host: MakeHost, tmp_path: Path
+) -> None:
+    """The devices are played: what is looked at are the container's mounts."""
+    pipes = tmp_path / "mps"
+    pipes.mkdir()
+    pipes.chmod(0o755)
+    (pipes / "control").write_text("")
+    driver = PlayedNVML(tmp_path, gpu(0, mig=1), mig(0))
+    found = []
+    for name, trust in (("a", False), ("b", True)):
+        played = {"devices": "nvml", "daemons": driver.environment, "gpus": "none"}
+        one = host(name, Slicing={"one_trust_domain": trust, "mps_pipe": str(pipes)}, **played)
+        kernel = await begin(client, tmp_path, name)
+        await run(kernel.run, LOOK, 1)
+        found.append(eval(await run(kernel.value, "mounts", 2)))
+        there = f"(os.path.exists({str(pipes / 'control')!r}), os.path.exists({str(tmp_path)!r} + '/a.json'))"
+        assert await run(kernel.value, there, 3) == str((trust, False))
+        kernel.close()
+        assert (await client.commit(membership.delete("k"))).succeeded
+        await eventually(partial(nothing_left, one), "its container is gone", 20)
+    without, within = found
+    assert sorted(set(within) - set(without)) == [str(pipes)], "/dev/shm is there in any case, the host's in one"
+    assert set(without) <= set(within)
 
 
 async def test_every_way_a_replica_ends_is_noticed_and_told(client: Etcd, host: MakeHost, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from nbos.strays import daemon_lives, find_strays
 from nbos_cluster import keys, membership, records
 from nbos_cluster.etcd import Etcd
 from nbos_cluster.records import ExpectedRecord, HostRecord, WarmRecord
+from tests.fakes.nvml import PlayedNVML, gpu, mig
 from tests.system.containers.conftest import MakeHost
 from tests.system.containers.engine import IMAGE, docker, inspect, variant
 from tests.system.containers.host import DockerHost, attach, begin, docker_kernel, reason_of, record_of
@@ -119,6 +120,26 @@ async def test_a_restarted_daemon_finds_what_waits_and_what_runs(client: Etcd, h
     await eventually(lambda: runs not in a.containers(), "the kernel is gone")
     kernel = await begin(client, tmp_path, "a", incarnation=1)
     assert await container_of(client) == other
+    kernel.close()
+
+
+async def test_what_waited_before_its_host_had_mps_is_given_to_nobody(
+    client: Etcd, host: MakeHost, tmp_path: Path
+) -> None:
+    """It does not see the pipes. The devices are played."""
+    pipes, played = tmp_path / "mps", PlayedNVML(tmp_path, gpu(0, mig=1), mig(0)).environment
+    trust = {"one_trust_domain": True, "mps_pipe": str(pipes)}
+    a = host(warm=ONE, Slicing=trust, devices="nvml", daemons=played, gpus="none")
+    (before,) = await waits(client, a)
+    pipes.mkdir()
+    kernel = await begin(client, tmp_path, "a")
+    assert await container_of(client) != before
+    assert await run(kernel.value, f"__import__('os').path.isdir({str(pipes)!r})", 1) == "True"
+
+    async def sees_it() -> bool:
+        return [str(pipes) in str(inspect(one)["HostConfig"]["Mounts"]) for one in waiting(a)] == [True]
+
+    await eventually(sees_it, "the next one that waits sees the pipes", 60)
     kernel.close()
 
 

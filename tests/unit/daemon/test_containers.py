@@ -63,6 +63,36 @@ def ahead(options: DockerOptions | None = None, slot: str = "s1", owner: str = "
     return waiting(Kind("", owner), place, options or DockerOptions(), SITE, "1000:100", "net", (), ["numpy"])
 
 
+def test_the_hosts_mps_daemon_is_reached_only_in_one_trust_domain_and_nothing_else_of_the_host() -> None:
+    def bound(options: DockerOptions) -> dict[str, Any]:
+        return {m["Source"]: (m["Target"], m["ReadOnly"]) for m in made(options)["HostConfig"]["Mounts"]}
+
+    without = bound(DockerOptions())
+    assert not {"/run/mps", "/dev/shm"} & without.keys()
+    more = {"/run/mps": ("/run/mps", False), "/dev/shm": ("/dev/shm", False)}
+    assert bound(DockerOptions(mps="/run/mps")) == {**without, **more}
+    ahead_too = {m["Source"] for m in ahead(DockerOptions(mps="/run/mps"))["HostConfig"]["Mounts"]}
+    assert more.keys() <= ahead_too
+    assert made(DockerOptions(mps="/run/mps"))["HostConfig"]["IpcMode"] == "private"
+
+
+@pytest.mark.parametrize(
+    ("slicing", "devices", "pipe"),
+    [
+        ({}, (GPU,), ""),
+        ({"one_trust_domain": True}, (GPU,), "/run/mps"),
+        ({"one_trust_domain": True}, (), ""),
+        ({"one_trust_domain": True}, simulated("h", 1, "m", 2, 1), ""),
+        ({"one_trust_domain": True, "at_most": "cooperative"}, (GPU,), ""),
+    ],
+)
+def test_the_pipes_are_mounted_where_mps_is_wanted(
+    slicing: dict[str, Any], devices: tuple[Device, ...], pipe: str
+) -> None:
+    app = GPUDaemon(config=Config({"Slicing": {"mps_pipe": "/run/mps", **slicing}}))
+    assert app.mps_for_containers(devices) == pipe
+
+
 # -- the container ----------------------------------------------------------------------------------------------------
 
 
@@ -93,7 +123,8 @@ def test_what_waits_is_known_again_whatever_its_slot_and_not_after_a_change_of_o
 
     assert mark(ahead()) == mark(ahead(slot="s2", port=2))
     changed = [DockerOptions(pids=99), DockerOptions(volumes={}), DockerOptions(environment={"A": "b"})]
-    assert len({mark(body) for body in (ahead(), ahead(owner="bob"), *map(ahead, changed))}) == 5
+    changed.append(DockerOptions(mps="/run/mps"))
+    assert len({mark(body) for body in (ahead(), ahead(owner="bob"), *map(ahead, changed))}) == 6
 
 
 @pytest.mark.parametrize(

@@ -153,8 +153,24 @@ def test_without_the_command_its_pid_file_tells(tmp_path: Path, monkeypatch: pyt
     assert "has ended" in mps.look(str(tmp_path))
 
 
-def test_containers_are_told_apart() -> None:
-    assert "containers" in offers.facts("/mps", True, in_containers=True).mps
+@pytest.mark.parametrize(
+    ("user", "owner", "said"),
+    [
+        ("1000:1000", 1000, ""),
+        ("1000", 0, ""),
+        ("1000:1000", 1001, "belongs to the Unix user 1001, replicas run as 1000"),
+        ("owner", 1000, "give Docker.user one uid"),
+    ],
+)
+def test_replicas_in_containers_use_an_mps_daemon_that_serves_their_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: str, owner: int, said: str
+) -> None:
+    os.chown(pipes(tmp_path) / "control", owner, -1)
+    monkeypatch.setattr(mps, "look", lambda pipe: "")
+    found = offers.facts(str(tmp_path), True, container_user=user).mps
+    assert (said in found) if said else found == ""
+    monkeypatch.setattr(mps, "look", lambda pipe: "no MPS daemon runs on this host")
+    assert offers.facts(str(tmp_path), True, container_user=user).mps == "no MPS daemon runs on this host"
 
 
 def test_a_relative_pipe_folder_is_refused() -> None:

@@ -241,7 +241,7 @@ def test_what_the_host_offers_as_cooperative_asks_no_driver() -> None:
 
 def test_the_mps_limit_is_set_while_cuda_has_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
     environ: dict[str, str] = {}
-    held = Confinement(no_driver)
+    held = Confinement(no_driver, lambda path: path == "/mps/control")
     held.prepare(environ, [share(PERCENTAGE, 33)])
     assert environ == {confine.LIMIT: "50", confine.PIPE: "/mps"}
     for name, value in environ.items():
@@ -255,7 +255,7 @@ def test_the_mps_limit_is_set_while_cuda_has_not_started(monkeypatch: pytest.Mon
 
 
 def test_a_process_that_started_without_the_mps_limit_is_cooperative(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = Confinement(no_driver)
+    held = Confinement(no_driver, lambda path: path == "/mps/control")
     environ = {confine.LIMIT: "20"}
     held.prepare(environ, [share(GREEN, 33)])
     assert environ == {confine.PIPE: "/mps"}  # green contexts want no limit
@@ -282,3 +282,14 @@ def test_limits_of_disjoint_slices_never_exceed_the_device() -> None:
     for tpcs in range(1, 66):
         parts = [confine.percentage([share(PERCENTAGE, n)]) for n in (tpcs, 66 - tpcs)]
         assert sum(parts) <= 100 or 1 in parts
+
+
+def test_pipes_that_a_container_does_not_see_are_not_taken_for_mps(monkeypatch: pytest.MonkeyPatch) -> None:
+    held, environ = Confinement(no_driver, lambda path: False), dict[str, str]()
+    held.prepare(environ, [share(GREEN, 33)])
+    assert environ == {confine.PIPE: confine.NO_PIPE}
+    monkeypatch.setenv(confine.PIPE, confine.NO_PIPE)
+    held.started()
+    found = held.enter(None, 0, share(GREEN, 33))
+    assert found.mechanism == COOPERATIVE
+    assert "restart the kernel" in found.reason

@@ -153,6 +153,32 @@ async def test_a_daemon_that_is_killed_while_tpcs_are_on_loan_goes_on_with_them(
     await no_grants(cluster)
 
 
+TOUCHES = """from nbos_kernel import simgpu
+import nbos_kernel, os
+for step in simgpu.steps(100000, work=0.08):
+    if step == 0:
+        print('begun', nbos_kernel.grant().tpcs, flush=True)
+    if os.path.exists({end!r}):
+        break
+print('ended', nbos_kernel.grant().tpcs)"""
+
+
+async def test_a_cell_that_touches_a_slice_has_the_loan_and_gives_it_back_at_a_step(
+    cluster: Cluster, people: dict[str, Notebook], tmp_path: Path
+) -> None:
+    fay, end = await Notebook.open(cluster, "fay", {"replicas": 1, "tpcs": TPCS, "memory": "2G"}), tmp_path / "fays"
+    cell = await fay.channels.submit(TOUCHES.format(end=str(end)))
+    await cell.text(f"begun {TPCS}", 40)
+    his = await Steps.begin(people["bob"], tmp_path, 4)
+    await his.cell.text("begun 4", 20)
+    await holds(cluster, "fay", 4)
+    end.touch()
+    assert "ended 4" in (await cell.result(20)).stdout
+    await his.ends()
+    await no_grants(cluster)
+    await fay.close()
+
+
 async def holds(cluster: Cluster, user: str, tpcs: int) -> None:
     async def there() -> bool:
         found = [g for g in await asyncio.to_thread(grants, cluster) if g["owner"] == user]

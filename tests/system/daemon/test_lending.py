@@ -106,6 +106,33 @@ async def test_a_loan_goes_back_is_lent_again_and_is_accounted_to_the_second(cli
     assert abs(used["eve"].seconds - (moments[3] - moments[0])) < 0.5
 
 
+async def test_a_slice_that_a_cell_touched_is_lent_to_like_any_and_gives_back(client: Etcd, host: MakeHost) -> None:
+    a = host("a", **SITE)
+    for owner in ("ann", "eve"):
+        await create(client, kernel_spec(f"k-{owner}", "a", owner=owner))
+    ann, eve = [Party(one, (await one.ready())["pid"]) for one in (a.replica("k-ann", 0), a.replica("k-eve", 0))]
+    wants = {"gpus": 0, "tpcs": 8, "memory": 2 * GIB, "model": ""}
+    begins = {"n": 1, "attempt": 1, "kind": "cell", "resources": {}, "wait": True, "applied": 0}
+    lead = await eve.replica.send("bid", **begins, touch=wants, borrow=0)
+    assert lead["grant"] is None
+    touched = await eve.replica.send("touch", seconds=20.0, n=1, token=lead["token"], resources=wants, borrow=0)
+    share = touched["grant"]["shares"][0]
+    assert (len(share["tpcs"]), len(share["lent"])) == (8, 4)
+    ann.ask(4)
+    kept = await eve.gives(await eve.told(4))
+    assert await ann.granted() == set(range(8)) - kept
+
+    async def published() -> bool:
+        return {g.owner: set(g.shares[0].tpcs) for g in await grants_of(client, "a")} == {
+            "eve": kept,
+            "ann": set(range(8)) - kept,
+        }
+
+    await eventually(published, "both stand in etcd", 10)
+    again = await eve.replica.send("touch", n=1, token=lead["token"], resources=wants, borrow=0)
+    assert set(again["grant"]["shares"][0]["tpcs"]) == kept, "asked again: the grant as it is now"
+
+
 async def passed(moment: float) -> bool:
     return time.monotonic() >= moment
 

@@ -266,7 +266,7 @@ class Answers:
             "members": session.members(view),
             "hosts": await self._host_list(),
             "lost": lost,
-            "queue": self._bidding.waiting_of(view.kernel),
+            "queue": self._bidding.room.of(view.kernel),
             "gpu": self._gpus(view),
         }, b""
 

@@ -31,19 +31,12 @@ from gpu_daemon.replica import Held, LocalReplica
 from gpu_daemon.requests import BidRequest, GaveBack
 from gpu_daemon.site import Site, log
 from gpu_daemon.transactions import withdraw
-from nbos_cluster import election, keys, moving
+from gpu_daemon.waitingroom import WaitingRoom
+from nbos_cluster import election, moving
 from nbos_cluster.etcd import EtcdError, EtcdUnavailable, LeaseGone
 from nbos_cluster.kernelview import KernelView
-from nbos_cluster.records import ClaimRecord, GrantRecord, KernelSpec, QueueTicket, Resources
+from nbos_cluster.records import ClaimRecord, GrantRecord, KernelSpec, Resources
 from nbos_cluster.wire import Message
-
-REPEAT = 2.0
-"""Seconds after which a waiting bid is told again how things stand."""
-
-NEWS_AFTER = 0.1
-"""Seconds in which changes of the queue gather before those who wait are told: whoever gets a grant goes first."""
-NEWS_EACH = 0.002
-"""And longer by so many for each who waits: telling a long queue takes milliseconds, which bids would wait for."""
 
 ETCD_PAUSE = 0.3
 AGAIN = 1.0
@@ -52,21 +45,18 @@ EPOCH_TRIES = 5
 
 class Bidding:
     def __init__(self, site: Site, publisher: Publisher, accounting: Accounting, terms: Terms | None = None) -> None:
-        self._site, self._publisher, self._accounting = site, publisher, accounting
+        self._site, self._accounting = site, accounting
         self.giving = Giving(site)
         terms = terms or Terms()
         self._open: dict[ReplicaId, OpenBid] = {}
         self._queued: dict[str, OpenBid] = {}
         self._names, self._numbers = uuid.uuid4().hex[:12], itertools.count()
         """Names of grants: random for this daemon's life, then counted, since every random number is a system call."""
-        self._repeater: asyncio.Task[None] | None = None
-        self._news: asyncio.TimerHandle | None = None
         self._steps: deque[queue.Instruction] = deque()
         self._carrying = False
         self._tick: asyncio.TimerHandle | None = None
         self.lender = Lender(site, accounting, terms, self._pending, self._pending_changed, self.gave)
-        self.told: dict[str, tuple[OpenBid, queue.Tell, float]] = {}
-        """What each waiting bid was told last, by the name of its future grant, and since when it waits (Unix time)."""
+        self.room = WaitingRoom(site, publisher, self._queued, self.room_changed)
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -128,14 +118,6 @@ class Bidding:
         for bid in self._open.values():
             if bid.request.kind != "touch":  # a running cell's: asked again of the next daemon, where the cell lives on
                 bid.end("draining", f"host {self._site.host} takes no new cells")
-
-    def waiting_of(self, kernel: str) -> list[Message]:
-        """For `status`: who of this kernel waits here."""
-        return [
-            {"n": bid.request.n, "host": self._site.host, "since": since, **_tell(tell)}
-            for bid, tell, since in self.told.values()
-            if bid.replica.id.kernel == kernel
-        ]
 
     def waits(self) -> Iterator[tuple[str, Resources]]:
         """The owner of each cell that waits in this host's queue, and what it asks for."""
@@ -258,8 +240,7 @@ class Bidding:
         finally:
             bid.granted, bid.waited = None, self._site.now() - now
             self._queued.pop(bid.grant_name, None)
-            if self.told.pop(bid.grant_name, None) is not None:
-                self._publisher.remove(keys.ticket(self._site.host, bid.grant_name))
+            self.room.left(bid.grant_name)
             if not granted.done():
                 self._carry_out(self._site.queue.handle(queue.Leave(bid.grant_name, self._site.now())))
 
@@ -444,56 +425,8 @@ class Bidding:
         if due < float("inf"):
             delay = max(0.01, due - self._site.now())
             self._tick = asyncio.get_running_loop().call_later(delay, self.room_changed)
-        if self._site.queue.stale and self._news is None:
-            self._news = asyncio.get_running_loop().call_later(
-                NEWS_AFTER + NEWS_EACH * len(self._site.queue), self._tell_news
-            )
-
-    def _tell_news(self) -> None:
-        self._news = None
-        self._tell_them(self._site.queue.news(self._site.now()))
-
-    def _tell_them(self, tells: list[queue.Tell]) -> None:
-        for tell in tells:
-            bid = self._queued.get(tell.grant)
-            if bid is not None:
-                self._tell(bid, tell)
-
-    def _tell(self, bid: OpenBid, tell: queue.Tell) -> None:
-        since = self.told[tell.grant][2] if tell.grant in self.told else time.time()
-        self.told[tell.grant] = (bid, tell, since)
-        bid.replica.push({"type": "waiting", "n": bid.request.n, **_tell(tell)})
-        self._publisher.put(keys.ticket(self._site.host, tell.grant), self._ticket(bid, tell, since), urgent=False)
-        if self._repeater is None or self._repeater.done():
-            self._repeater = self._site.spawn(self._repeat(), "telling those who wait")
-
-    def _ticket(self, bid: OpenBid, tell: queue.Tell, since: float) -> QueueTicket:
-        view = self._site.view(bid.replica.id.kernel)
-        return QueueTicket(
-            ticket=tell.grant,
-            host=self._site.host,
-            owner=view.spec.owner if view is not None and view.spec is not None else "",
-            kernel=bid.replica.id.kernel,
-            n=bid.request.n,
-            resources=bid.request.resources,
-            position=tell.position,
-            reason=tell.reason,
-            since=since,
-            estimate=tell.estimate if tell.estimate is not None else -1.0,
-        )
-
-    async def _repeat(self) -> None:
-        """Runs only while somebody waits, so an idle daemon sleeps."""
-        while len(self._site.queue):
-            await asyncio.sleep(REPEAT)
-            # Time alone may change who is next: a course ends, somebody has waited for very long.
-            self.room_changed()
-            self._tell_them(self._site.queue.tell_all(self._site.now()))
+        self.room.changed()
 
 
 def _moved_away(bid: OpenBid) -> str:
     return f"replica {bid.replica.id.index} is being moved away"
-
-
-def _tell(tell: queue.Tell) -> Message:
-    return {"reason": tell.reason, "position": tell.position, "of": tell.of, "estimate": tell.estimate}

@@ -301,7 +301,7 @@ class Daemon:
         """What stands under a resumed lease for nobody: grants of replicas that are gone, tickets of before."""
         site = self._site
         tickets, _ = await site.etcd.range(keys.queue(site.host))
-        strays = [kv for kv in tickets if kv.key.rpartition("/")[2] not in self._bidding.told]
+        strays = [kv for kv in tickets if kv.key.rpartition("/")[2] not in self._bidding.room.told]
         found, _ = await site.etcd.range(keys.grants(site.host))
         strays += [kv for kv in found if records.decode(kv.value, GrantRecord).grant not in site.ledger.grants]
         for kv in strays:

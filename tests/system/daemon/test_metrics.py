@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import ssl
+import time
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -145,6 +146,8 @@ async def test_a_replica_that_dies_and_an_etcd_that_is_away_are_counted(
             return values(await asyncio.to_thread(fetch, url))["nbos_etcd_up",] == 0
 
         await eventually(away, "etcd is away", 15)
+        seen = time.monotonic()
+        await eventually(lambda: time.monotonic() > seen + 0.2, "that is counted from when it was noticed")
     assert (await bid)["answer"] == "lead"
     now = values(await asyncio.to_thread(fetch, url))
     assert now["nbos_etcd_up",] == 1

@@ -106,12 +106,13 @@ async def test_a_cell_killed_while_it_waits_leaves_the_queue_and_one_killed_with
     lead = await begin(cell, gpus=1)
     asked = asyncio.create_task(touch(cell, lead["token"], gpus=1))
     await waits(cell)
+
+    async def tickets(count: int) -> bool:
+        return len((await client.range(keys.queue("a")))[0]) == count
+
+    await eventually(lambda: tickets(1), "its ticket is there", 5)
     os.kill((await cell.order())["pid"], signal.SIGKILL)
-
-    async def no_ticket() -> bool:
-        return (await client.range(keys.queue("a")))[0] == []
-
-    await eventually(no_ticket, "its ticket is gone", 5)
+    await eventually(lambda: tickets(0), "its ticket is gone", 5)
     assert await asked is None
     await trains.send("release", n=1)
     await cell.ready(1)

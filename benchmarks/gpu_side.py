@@ -143,20 +143,43 @@ def use(torch: Any, slices: Any, tpcs: list[int] | None) -> None:
 CHUNK = 1 << 28
 
 
+def chunk(torch: Any, seed: int) -> Any:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randint(0, 256, (CHUNK,), dtype=torch.uint8, device="cuda", generator=generator)
+
+
+def filled(torch: Any, gib: int) -> list[Any] | str:
+    """So many GiB of tensors; or why there is no room for them here and in host memory."""
+    room = min(torch.cuda.mem_get_info()[0], os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if room < 1.3 * (gib << 30):
+        return f"{room / 2**30:.0f} GiB free, on the device or in host memory"
+    tensors = [chunk(torch, i) for i in range((gib << 30) // CHUNK)]
+    torch.cuda.synchronize()
+    return tensors
+
+
+def unchanged(torch: Any, tensors: list[Any]) -> bool:
+    return all(tensor.is_cuda and torch.equal(tensor, chunk(torch, i)) for i, tensor in enumerate(tensors))
+
+
+def hold(torch: Any, gib: int) -> dict[str, Any]:
+    """Tensors that stay, while another process has this one checkpointed and restored: until a line comes."""
+    tensors = filled(torch, gib)
+    if isinstance(tensors, str):
+        return {"skipped": tensors}
+    print(json.dumps({"bytes": sum(tensor.nbytes for tensor in tensors)}), flush=True)
+    sys.stdin.readline()
+    return {"same": unchanged(torch, tensors)}
+
+
 def give_back(torch: Any, gib: int) -> dict[str, Any]:
     """Tensors to pinned host memory and back, as `%nbos gpu release` and the next cell with a GPU do it."""
     from nbos_kernel.capture import parked
     from nbos_kernel.gpu import offload
 
-    def chunk(seed: int) -> Any:
-        generator = torch.Generator("cuda").manual_seed(seed)
-        return torch.randint(0, 256, (CHUNK,), dtype=torch.uint8, device="cuda", generator=generator)
-
-    room = min(torch.cuda.mem_get_info()[0], os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    if room < 1.3 * (gib << 30):
-        return {"skipped": f"{room / 2**30:.0f} GiB free, on the device or in host memory"}
-    tensors = [chunk(i) for i in range((gib << 30) // CHUNK)]
-    torch.cuda.synchronize()
+    tensors = filled(torch, gib)
+    if isinstance(tensors, str):
+        return {"skipped": tensors}
     began = time.perf_counter()
     moved = offload.release(torch)
     out = time.perf_counter() - began
@@ -165,7 +188,7 @@ def give_back(torch: Any, gib: int) -> dict[str, Any]:
     parked.bring_home()
     torch.cuda.synchronize()
     back = time.perf_counter() - began
-    same = all(tensor.is_cuda and torch.equal(tensor, chunk(i)) for i, tensor in enumerate(tensors))
+    same = unchanged(torch, tensors)
     return {"out": moved.bytes / out, "back": moved.bytes / back, "left": left, "same": same, "stayed": moved.left}
 
 
@@ -187,6 +210,8 @@ def main() -> None:
             found[name] = probe.sms()
     elif asked["do"] == "give back":
         found = give_back(torch, asked["gib"])
+    elif asked["do"] == "hold":
+        found = hold(torch, asked["gib"])
     elif asked["do"] == "sweep":
         found = {}
         for size in asked["sizes"]:

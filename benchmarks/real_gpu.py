@@ -3,7 +3,8 @@
 - confinement: the SM numbers that kernels see in a slice, and whether disjoint slices have disjoint ones, in one
   process and in two;
 - neighbours: two processes on the same and on disjoint slices, beside each alone, taking turns and under MPS;
-- giving back: 1, 10 and 40 GiB of tensors to pinned host memory and back into the same tensors, bytes compared;
+- giving back: 1, 10 and 40 GiB of tensors to pinned host memory and back into the same tensors, bytes compared; and
+  the same by the driver's checkpoint of the whole process, asked as a host's daemon asks for it;
 - speed by TPCs: l(t) = m/t + b for a GEMM, attention, a memory-bound operation and a small network, and the smallest
   slice within 4 % of the whole device.
 
@@ -14,6 +15,7 @@ setting of the device. Without a GPU it says so and ends with status 2.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import json
 import os
@@ -21,10 +23,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from gpu_figures import confinement, fit, ranges, seconds, slowdown, smallest, table
 
@@ -43,7 +48,8 @@ class Failed(Exception):
 def start(asked: dict[str, Any], environment: dict[str, str]) -> subprocess.Popen[str]:
     command = [sys.executable, str(SIDE), json.dumps(asked)]
     environ = {**os.environ, **environment}
-    return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environ, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
 def finish(process: subprocess.Popen[str], within: float) -> Any:
@@ -147,6 +153,52 @@ def given_back(gib: int) -> list[list[str]]:
     return [[f"{gib} GiB", speed, f"{same}, {found['left'] / 2**20:.0f} MiB held meanwhile{stayed}"]]
 
 
+def checkpointed(gib: int) -> list[list[str]]:
+    """A process with so many GiB to host memory and back by the driver, its bytes compared afterwards."""
+    side = start({"do": "hold", "gib": gib}, {})
+    try:
+        found = first_line(side, 120.0)
+        if "skipped" in found:
+            return [["left out", found["skipped"], ""]]
+        size, (out, back) = found["bytes"], asyncio.run(there_and_back(side.pid))
+        same = "every byte the same" if finish(side, 60.0)["same"] else "BYTES DIFFER"
+    finally:
+        side.kill()
+        side.communicate()
+    speed = f"{size / out / 1e9:.1f} GB/s out, {size / back / 1e9:.1f} GB/s back"
+    return [[f"{gib} GiB", speed, f"{same}; {out:.2f} s and {back:.2f} s, CUDA's context included"]]
+
+
+def first_line(side: subprocess.Popen[str], within: float) -> Any:
+    """What it prints before it waits."""
+    timer = threading.Timer(within, side.kill)
+    timer.start()
+    try:
+        line = side.stdout.readline() if side.stdout is not None else ""
+    finally:
+        timer.cancel()
+    return json.loads(line) if line else finish(side, 1.0)
+
+
+async def there_and_back(pid: int) -> tuple[float, float]:
+    """Seconds that a checkpoint of the process took, and its restore."""
+    from gpu_daemon.checkpoint.checkpoints import Checkpoints
+
+    checkpoints, took = Checkpoints(step_within=90.0), list[float]()
+    try:
+        if why := await checkpoints.open():
+            raise Failed(why)
+        for aim, state in (("parked", "checkpointed"), ("running", "running")):
+            began = time.perf_counter()
+            process = await checkpoints.bring(pid, aim)  # type: ignore[arg-type]
+            took.append(time.perf_counter() - began)
+            if process.error or process.state != state:
+                raise Failed(process.error or f"it is {process.state}")
+    finally:
+        await checkpoints.close()
+    return took[0], took[1]
+
+
 def attempt(rows: list[list[str]], heading: str, part: Callable[[], list[list[str]]], deadline: float) -> None:
     """Add what `part` measures; what goes wrong is a row, and ends nothing else."""
     rows.append([heading])
@@ -189,6 +241,8 @@ def main() -> None:
         attempt(rows, f"seconds by TPCs: {work}", lambda work=work: speeds(tpcs, work, long), deadline)  # type: ignore[misc]
     for gib in (1, 10, 40):
         attempt(rows, f"giving back {gib} GiB", lambda gib=gib: given_back(gib), deadline)  # type: ignore[misc]
+    for gib in (1, 10, 40):
+        attempt(rows, f"a checkpoint with {gib} GiB", lambda gib=gib: checkpointed(gib), deadline)  # type: ignore[misc]
     print(f"{device['name']}, {tpcs} TPCs, CUDA {device['cuda'] // 1000}.{device['cuda'] % 1000 // 10}")
     print(table(rows))
 

@@ -66,6 +66,7 @@ class Answers:
             "release": self._release,
             "gave_back": self._gave_back,
             "sliced": self._sliced,
+            "thaw": self._thaw,
             "status": self._status,
             "outcome": self._outcome,
         }
@@ -241,7 +242,17 @@ class Answers:
         return {}, b""
 
     async def _gave_back(self, session: Session, message: Message, payload: bytes) -> Reply:
-        self._bidding.gave_back(session.replica, requests.gave_back(message))
+        replica = session.replica
+        if message.get("ask") == "checkpoint":
+            asked = replica.resting is not None and message.get("number") == replica.rest_number
+            if asked and replica.resting is not None and not replica.resting.done():
+                replica.resting.set_result(None)
+        else:
+            self._bidding.gave_back(replica, requests.gave_back(message))
+        return {}, b""
+
+    async def _thaw(self, session: Session, message: Message, payload: bytes) -> Reply:
+        await self._bidding.thaw(session.replica)
         return {}, b""
 
     async def _sliced(self, session: Session, message: Message, payload: bytes) -> Reply:
@@ -308,12 +319,13 @@ class Answers:
         }
 
     def _left(self, kernel: str) -> list[Message]:
-        """What this kernel's replicas here have on devices, after their cells."""
+        """What this kernel's replicas here have on devices, or of that in host memory, after their cells."""
         index = {device.uuid: device.index for device in self._site.ledger.devices}
         return [
             {
                 "replica": row.holder[1],
                 "devices": {str(index[uuid]): size for uuid, size in row.left.items()},
+                "away": row.away,
                 "stays": row.stays,
             }
             for row in self._bidding.giving.rows()

@@ -20,6 +20,8 @@ from traitlets.config import Application
 
 from gpu_daemon import inventory
 from gpu_daemon.blobs import open_store
+from gpu_daemon.checkpoint.checkpoints import Checkpoints
+from gpu_daemon.checkpoint.freezer import Freezer
 from gpu_daemon.daemon import Daemon
 from gpu_daemon.docker_config import Docker
 from gpu_daemon.giving_config import GivingBack
@@ -280,7 +282,7 @@ class GPUDaemon(Application):
         )
         etcd, offers = Etcd(endpoints, tls), self.make_offers(devices)
         watched = Watched(Health(parent=self).options(), _nvml_for(devices), self._driver)
-        watch = self.make_watch(devices)
+        watch, freezer = self.make_watch(devices), self.make_freezer(devices, offers)
         power = self.make_power(devices)
         return Daemon(
             settings,
@@ -295,6 +297,7 @@ class GPUDaemon(Application):
             lending.terms(),
             power,
             restore_left_by_nvml,
+            freezer,
         )
 
     def make_power(self, devices: tuple[Device, ...]) -> PowerWatch | None:
@@ -309,6 +312,17 @@ class GPUDaemon(Application):
         import pynvml
 
         return PowerWatch(power.policy(), power.every, NVMLClocks(pynvml, real), real=True)
+
+    def make_freezer(self, devices: tuple[Device, ...], offers: Offers) -> Freezer | None:
+        """Who checkpoints processes on real devices."""
+        nvml = _nvml_for(devices)
+        if nvml is None:
+            return None
+
+        def mps() -> bool:
+            return any(device.mechanism in ("green", "percentage") for device in offers.published(devices))
+
+        return Freezer(devices, Checkpoints(), NVMLUsage(nvml, [d.uuid for d in devices]).free, mps)
 
     def make_watch(self, devices: tuple[Device, ...]) -> GPUWatch | None:
         """Who looks after what processes do on real devices; nobody does on simulated ones."""

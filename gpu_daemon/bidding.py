@@ -8,6 +8,7 @@ process. A repeated bid (the socket was lost, the answer with it) joins the firs
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import time
 import uuid
@@ -29,7 +30,7 @@ from gpu_daemon.openbid import OpenBid, Run, Yielded, lead, waiting
 from gpu_daemon.publishing import Publisher
 from gpu_daemon.replica import Held, LocalReplica
 from gpu_daemon.requests import BidRequest, GaveBack
-from gpu_daemon.site import Site, log
+from gpu_daemon.site import Refused, Site, log
 from gpu_daemon.transactions import withdraw
 from gpu_daemon.waitingroom import WaitingRoom
 from nbos_cluster import election, moving
@@ -41,12 +42,18 @@ from nbos_cluster.wire import Message
 ETCD_PAUSE = 0.3
 AGAIN = 1.0
 EPOCH_TRIES = 5
+LOOK_AGAIN = 1.0
+"""Seconds until it is looked again whether what the ledger says is free is free on the device."""
+HERE = Resources(tpcs=1, memory=1)
+"""The least that a process can be granted on a device, besides what it brings there."""
 
 
 class Bidding:
     def __init__(self, site: Site, publisher: Publisher, accounting: Accounting, terms: Terms | None = None) -> None:
         self._site, self._accounting = site, accounting
         self.giving = Giving(site)
+        self.giving.room_changed = self.room_changed
+        self.giving.bids = lambda id: id in self._open
         terms = terms or Terms()
         self._open: dict[ReplicaId, OpenBid] = {}
         self._queued: dict[str, OpenBid] = {}
@@ -139,6 +146,9 @@ class Bidding:
         held: Held | None = None
         try:
             spec = self._check(bid)
+            await self.giving.settled(bid.replica)
+            if bid.replica.frozen is not None:
+                await self._thaw(bid, spec)
             if bid.request.resources.wants_gpu:
                 grant = await self.reserve(bid, spec)
             held = await self._claim(bid)
@@ -202,9 +212,12 @@ class Bidding:
             # The others first. When none of them can run it either, the question comes again, willing to wait.
             raise Yielded("busy", f"host {self._site.host} drains")
 
-    async def reserve(self, bid: OpenBid, spec: KernelSpec) -> GrantRecord:
-        """Room on the devices, waiting for it where the bid says so. Raises Yielded."""
+    async def reserve(self, bid: OpenBid, spec: KernelSpec, resources: Resources | None = None) -> GrantRecord:
+        """Room on the devices, waiting for it where the bid says so. Raises Yielded. resources: instead of the bid's,
+        exactly these."""
         id, request = bid.replica.id, bid.request
+        if resources is not None:
+            request = dataclasses.replace(request, resources=resources, code="", borrow=None)
         sized = self._site.sizing.wish(spec.owner, request, self._site.ledger.devices)
         wish = ledger.Request(
             bid.grant_name,
@@ -214,7 +227,7 @@ class Bidding:
             request.n,
             sized.resources,
             groups=spec.groups,
-            away=request.away,
+            away=max(request.away, self.giving.tiers.away((id.kernel, id.index))),
             borrow=request.borrow,
         )
         granted: asyncio.Future[GrantRecord] = asyncio.get_running_loop().create_future()
@@ -243,6 +256,45 @@ class Bidding:
             self.room.left(bid.grant_name)
             if not granted.done():
                 self._carry_out(self._site.queue.handle(queue.Leave(bid.grant_name, self._site.now())))
+
+    async def thaw(self, replica: LocalReplica) -> None:
+        """A frozen process has something else to do than a cell. Returns when it may call CUDA. Raises Refused."""
+        view = self._site.view(replica.id.kernel)
+        await self.giving.settled(replica)
+        if replica.frozen is None or view is None or view.spec is None:
+            replica.push({"type": "thawed"})
+            return
+        request = BidRequest(0, 1, "sync", Resources(), True, -1)
+        bid = OpenBid(replica, request, f"{self._names}{next(self._numbers):08x}")
+        try:
+            await self._thaw(bid, view.spec)
+        except Yielded as yielded:
+            raise Refused("unavailable", str(yielded)) from None
+
+    async def _thaw(self, bid: OpenBid, spec: KernelSpec) -> None:
+        """What the driver holds of the process goes back to a device, before anything runs in it. Raises Yielded."""
+        replica, request = bid.replica, bid.request
+        if request.resources.wants_gpu and not request.wait:
+            who = ((replica.id.kernel, replica.id.index), replica.frozen.size if replica.frozen is not None else 0)
+            fit = self._site.ledger.fit(request.resources, (), None, *who)
+            if not isinstance(fit, ledger.Fit):
+                raise Yielded("busy", fit.reason)
+        while True:
+            # Room for what comes back, as a grant that ends at once: the memory stays counted as the process's.
+            room, trouble = await self.reserve(bid, spec, HERE), "the daemon ends"
+            try:
+                trouble, final = await self.giving.thaw(replica, room.shares[0].uuid)
+            finally:
+                bid.grant = None
+                self.grant_ended(room.grant, used=not trouble)
+            if not trouble:
+                return
+            if final or not request.wait:
+                raise Yielded("unavailable" if final else "busy", trouble)
+            replica.push(waiting(request.n, trouble))
+            await asyncio.wait([bid.ended], timeout=LOOK_AGAIN)
+            if bid.over:
+                bid.ended.result()
 
     async def _claim(self, bid: OpenBid) -> Held:
         """The election. Raises Yielded."""

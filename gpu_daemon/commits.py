@@ -243,8 +243,8 @@ class Commits:
     # -- after a restart of the daemon --------------------------------------------------------------------------------
 
     def found(self, replica: LocalReplica) -> None:
-        """An earlier daemon's replica lives: what its process had on devices then counts until it tells again."""
-        self._bidding.giving.told(replica, self._site.rundir.load_left(replica.id))
+        """An earlier daemon's replica lives."""
+        self._bidding.giving.found(replica)
 
     async def resume(self, replica: LocalReplica, n: int, token: int) -> None:
         """A replica that this daemon does not know to hold anything says that it runs n: check, and take it up."""

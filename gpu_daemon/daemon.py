@@ -17,6 +17,7 @@ from gpu_daemon.aside import aside
 from gpu_daemon.bidding import Bidding
 from gpu_daemon.blobdesk import BlobDesk
 from gpu_daemon.blobs import BlobStore
+from gpu_daemon.checkpoint.freezer import Freezer
 from gpu_daemon.collector import Collector
 from gpu_daemon.commits import Commits
 from gpu_daemon.expecting import follow_expected
@@ -54,6 +55,7 @@ class Daemon:
     policy: who is owed what; raises SharesError or ReservationError where that is more than the devices have.
     watch: looks after what processes do on the devices; None: nobody does. terms: of loans. power: sets the devices'
     clocks. restore: resets, at the start, clocks that the daemon before has left locked in this run directory.
+    freezer: checkpoints processes that others need the memory of; None: nobody does.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Daemon:
         terms: Terms | None = None,
         power: PowerWatch | None = None,
         restore: Callable[[Path], None] | None = None,
+        freezer: Freezer | None = None,
     ) -> None:
         policy = policy or Policy()
         ledger = Ledger(settings.host, devices)
@@ -96,8 +99,10 @@ class Daemon:
         self._driver = watched.driver if watched is not None else ""
         self._health = HealthWatch(self._site, watched or Watched(), self._health_changed, self._looked)
         self._watch = watch
+        self._freezer = freezer
         if watch is not None:
             watch.measured = self._bidding.giving.measured
+            self._bidding.giving.pids = watch.pids
         self._site.power, self._restore = power, restore
         if power is not None:
             power.changed = self._clocks_changed
@@ -154,6 +159,7 @@ class Daemon:
             self._site.spawn(self._watch.run(self._site), "watching what processes do on the GPUs")
         if self._site.power is not None:
             self._site.spawn(self._site.power.run(self._site), "setting the GPUs' clocks")
+        self._site.spawn(self._bidding.giving.open(self._freezer), "looking whether the driver can checkpoint")
         self._site.spawn(self._site.offers.watch(self._offers_changed), "looking at what holds slices")
 
     async def _end(self) -> None:
@@ -167,6 +173,8 @@ class Daemon:
         if site.power is not None:
             await site.power.close()
         await self._accounting.close()
+        if self._freezer is not None:
+            await self._freezer.checkpoints.close()
         await self._runtime.close()
         site.blobs.close()
         if site.lease is not None:

@@ -14,11 +14,11 @@ class GivingBack(Configurable):
     """What is done about device memory that a cell left, once another cell lacks the room (docs/slices.md)."""
 
     at_most = Enum(
-        ["warm", "offload", "restart"],
-        "offload",
+        ["warm", "offload", "checkpoint", "restart"],
+        "checkpoint",
         help="How far it goes. warm: what was left stays, the other cell waits. offload: the process moves its tensors "
-        "to host memory. restart: where something stays then, the process is ended and starts again from the log, "
-        "without what could not be replicated.",
+        "to host memory. checkpoint: the driver moves what stays then, too, where it can. restart: where something "
+        "still stays, the process is ended and starts again from the log, without what could not be replicated.",
     ).tag(config=True)
     within = Float(60.0, min=1.0, help="Seconds that a process has to give back; then others are asked.").tag(
         config=True

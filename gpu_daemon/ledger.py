@@ -114,6 +114,9 @@ class Ledger:
         self._story: deque[tuple[str, object]] = deque(maxlen=50)
         self.stuck: set[Holder] = set()
         """Replicas whose processes do not give back what they left."""
+        self.homes: dict[Holder, frozenset[str]] = {}
+        """The devices that a replica's process can use: CUDA chooses once, when it starts; a checkpoint goes back to
+        the same, or to another of its kind."""
         self._before: dict[str, dict[str, int]] = {}
         """What the replica's process had on the devices of a grant before that was given."""
         self._active: Counter[Holder] = Counter()
@@ -148,6 +151,7 @@ class Ledger:
         """An independent ledger in the same state, to play out what would happen."""
         twin = Ledger(self.host)
         twin._books = {uuid: book.copy() for uuid, book in self._books.items()}
+        twin.homes = dict(self.homes)
         twin._active = Counter(self._active)
         twin._grants, twin._ill, twin.stuck = dict(self._grants), self._ill, set(self.stuck)
         return twin
@@ -185,6 +189,7 @@ class Ledger:
             )
         if closed or self._ill:
             books = [b for b in books if b.uuid not in closed and b.uuid not in self._ill]
+        books = self._at_home(books, holder, resources)
         ask = _Ask(resources, holder, away)
         if resources.gpus:
             return self._fit_whole(ask, [b for b in books if b.uuid not in kept] if kept else books)
@@ -196,6 +201,7 @@ class Ledger:
         books, kept, count = self._suitable(request.resources), kept or {}, max(request.resources.gpus, 1)
         if isinstance(books, Impossible) or not request.resources.wants_gpu:
             return None
+        books = self._at_home(books, request.holder, request.resources)
         ask = _Ask(request.resources, request.holder, request.away)
         missing: dict[str, int] = {}
         for book in books:
@@ -226,6 +232,7 @@ class Ledger:
             books = [b for b in books if b.device.tpcs - kept.get(b.uuid, (0, 0))[0] >= resources.tpcs]
             if resources.gpus:
                 books = [b for b in books if b.uuid not in kept]
+        books = self._at_home(books, holder, resources)
         ask = _Ask(resources, holder, away)
         nearest = sorted(
             books,
@@ -239,6 +246,14 @@ class Ledger:
         )
         return frozenset(b.uuid for b in nearest[: max(resources.gpus, 1)])
 
+    def _at_home(self, books: list[Book], holder: Holder, resources: Resources) -> list[Book]:
+        """Those that its process can use. One that asks for more devices than those gets others, and is told there what
+        it must do."""
+        if holder not in self.homes:
+            return books
+        found = [b for b in books if b.uuid in self.homes[holder] and b.uuid not in self._ill]
+        return found if len(found) >= max(resources.gpus, 1) else books
+
     def _held_up(self, book: Book, ask: _Ask) -> bool:
         """Whether what a process does not give back keeps the request off the device, however long it waits."""
         if not book.left or not self.stuck:
@@ -251,6 +266,7 @@ class Ledger:
         books = self._suitable(resources)
         if isinstance(books, Impossible) or len(uuids) < max(resources.gpus, 1) or not self._ill.isdisjoint(uuids):
             return False
+        books = self._at_home(books, holder, resources)
         ask = _Ask(resources, holder, away)
         held_up = {b.uuid for b in books if b.uuid in uuids and self._held_up(b, ask)}
         # Where every device is held up by what does not come back, these are as good as others.
@@ -439,8 +455,8 @@ class Ledger:
         for share in record.shares:
             book = self._books[share.uuid]
             book.enter(record.grant, share, holder)
-            if away > book.left.get(holder, 0):
-                book.set_left(holder, away)
+            if away:
+                book.set_left(holder, away + book.left.get(holder, 0))
 
     def _fit_whole(self, ask: _Ask, books: Sequence[Book]) -> Fit | Busy:
         resources, holder = ask.resources, ask.holder
@@ -541,14 +557,16 @@ def share_of(device: Device, resources: Resources) -> int:
 
 @dataclass(frozen=True)
 class _Ask:
-    """Who asks for what. away: bytes that its process brings with it, so that it takes at least those."""
+    """Who asks for what. away: bytes that its process brings with it, so that it takes at least those, and what it has
+    there already."""
 
     resources: Resources
     holder: Holder
     away: int
 
     def memory(self, book: Book) -> int:
-        return max(share_of(book.device, self.resources), self.away)
+        share = share_of(book.device, self.resources)
+        return max(share, self.away + book.left.get(self.holder, 0)) if self.away else share
 
 
 def _leaves(book: Book, ask: _Ask, kept: tuple[int, int] | None) -> bool:

@@ -279,7 +279,8 @@ class FairQueue:
 
     def _particular(self, request: Request) -> tuple[Holder, int]:
         """What makes it fit where another of its shape does not: memory that its own process has, or brings."""
-        return (request.holder if self.ledger.left(request.holder) else NOBODY), request.away
+        ledger, holder = self.ledger, request.holder
+        return (holder if holder in ledger.homes or ledger.left(holder) else NOBODY), request.away
 
     def _try(self, waiting: Waiting, closed: frozenset[str], now: float) -> GrantRecord | Busy | Impossible:
         """Reserve what the request gets now; it is `coming` where borrowers are on it."""

@@ -15,6 +15,7 @@ from nbos_cluster.records import ClaimRecord, GrantRecord, Ports, ReplicaRecord
 from nbos_cluster.wire import Message
 
 if TYPE_CHECKING:
+    from gpu_daemon.checkpoint.freezer import Frozen
     from gpu_daemon.sessions import Session
 
 EXIT_GRACE = 1.0
@@ -67,6 +68,11 @@ class LocalReplica:
     """Installed modules that its cells, or those it applied, imported, and that nobody has taken note of yet."""
     starts: int = 0
     """Processes that this daemon has started, or found, for it."""
+    frozen: Frozen | None = None
+    """What the driver holds of it in host memory: nothing may run in it before that is back."""
+    resting: asyncio.Future[None] | None = None
+    """Done when its process has said that it touches no CUDA any more, in answer to the `rest_number`th such ask."""
+    rest_number: int = 0
     death_reason: str = ""
     """Why the daemon itself ended it (memory limit, …): told instead of the signal."""
 

@@ -71,6 +71,16 @@ class Gave:
 
 
 @dataclass(frozen=True)
+class Froze:
+    """An earlier daemon checkpointed it: so many bytes come back before its next cell. certain: the driver was asked,
+    and it has nothing on a device; else what it told before counts, too."""
+
+    holder: Holder
+    away: int
+    certain: bool = False
+
+
+@dataclass(frozen=True)
 class Woke:
     """What a checkpoint held is on this device again, within room that the ledger has reserved."""
 
@@ -85,7 +95,7 @@ class Died:
     holder: Holder
 
 
-Event = Told | Measured | Gave | Woke | Died
+Event = Told | Measured | Gave | Froze | Woke | Died
 
 
 @dataclass(frozen=True)
@@ -144,6 +154,12 @@ class GivingBack:
                 self._measured(self._of(holder), holder, memory)
             case Gave():
                 self._gave(event)
+            case Froze(holder, away, certain):
+                process = self._of(holder)
+                process.away, process.done = away, "checkpoint"
+                if certain:
+                    process.told, process.other = {}, {}
+                self._write(holder)
             case Woke(holder, uuid):
                 process = self._of(holder)
                 process.told, process.away, process.done = {uuid: process.away}, 0, "warm"
@@ -242,7 +258,7 @@ class GivingBack:
         able, coming = [], 0
         for holder, process in self._processes.items():
             size = process.left.get(uuid, 0)
-            if not size or holder == request.holder or self._busy(holder):
+            if not size or process.away or holder == request.holder or self._busy(holder):
                 continue
             if process.asked is not None:
                 coming += size

@@ -73,6 +73,17 @@ def left() -> leftovers.Told:
     return leftovers.tell(running_torch())
 
 
+_moved: dict[str, str] = {}
+"""Where the driver restored what this process had on a device, while torch goes on knowing that one's UUID."""
+
+
+def moved(old: str, new: str) -> None:
+    """What this process has on `old` is on `new` from now on, and the other way round. Any thread may say so."""
+    known = {now: first for first, now in _moved.items()}
+    _moved.update({known.get(old, old): new, known.get(new, new): old})
+    leftovers.moved(old, new)
+
+
 def give_back() -> dict[str, Any]:
     """The daemon asks for the room, and no cell runs. What came of it, for the daemon."""
     return leftovers.give_back(running_torch())
@@ -237,6 +248,7 @@ def running_torch() -> Any:
 def _choose(torch: Any, shares: list[Share]) -> str:
     count = torch.cuda.device_count()
     found = {f"GPU-{torch.cuda.get_device_properties(i).uuid}": i for i in range(count)}
+    found = {_moved.get(uuid, uuid): number for uuid, number in found.items()}
     leftovers.know(list(found))
     numbers = [found[share.uuid] for share in shares if share.uuid in found]
     if len(numbers) < len(shares):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import gc
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -98,6 +99,10 @@ class Execution:
         self.latest: Message = {}
         """The request of the execution that was led last."""
         self._bidding: tuple[int, Message, Any] | None = None
+        self.rests = False
+        """The driver holds, or is about to hold, what this process has on the GPU: a CUDA call would stand still."""
+        self._collects = False
+        """The garbage collector is to be switched on again after a rest."""
         self.queues = False
         """A bid waits for its answer, and the main thread for nothing else."""
         self._cancelled: set[str] = set()  # msg_ids
@@ -238,7 +243,33 @@ class Execution:
     def give_back(self, message: Message) -> None:
         """Somebody waits for what this process left on a device, and no cell runs."""
         self._looking.disturb()
-        self._link.tell({"type": "gave_back", "ask": message.get("ask"), **binding.give_back()})
+        ask = message.get("ask")
+        if ask == "checkpoint":
+            self._rest()
+            self._link.tell({"type": "gave_back", "ask": ask, "number": message.get("number")})
+        elif not self.rests:
+            self._link.tell({"type": "gave_back", "ask": ask, **binding.give_back()})
+
+    @property
+    def storing(self) -> bool:
+        """An append is under way."""
+        return self._appender.pending
+
+    def _rest(self) -> None:
+        """Until the daemon says `thawed` nothing runs that could call CUDA. Nor does the garbage collector: an event or
+        a graph that it found on the link's thread would stand still there, and the daemon's word be heard no more."""
+        self.rests = True
+        if gc.isenabled():
+            gc.collect()
+            gc.disable()
+            self._collects = True
+
+    def thawed(self) -> None:
+        """On the link's thread: what the driver held is back."""
+        self.rests = False
+        if self._collects:
+            self._collects = False
+            gc.enable()
 
     def waiting(self, message: Message) -> None:
         """The daemon pushed our place in the queue."""
@@ -287,7 +318,7 @@ class Execution:
     async def _ready(self, wait: bool) -> Message | None:
         """Have the previous append and the entries of others behind us; a yield when that does not come about."""
         if not self._appender.pending:
-            await self._replica.catch_up(self._appender.applied)
+            await self._catch_up_unless_it_rests()
             return None
         settled = asyncio.ensure_future(self._appender.settled())
         left = asyncio.ensure_future(self._left.wait())
@@ -301,11 +332,18 @@ class Execution:
         finally:
             left.cancel()
             settled.cancel()
-        await self._replica.catch_up(self._appender.applied)
+        await self._catch_up_unless_it_rests()
         return None
+
+    async def _catch_up_unless_it_rests(self) -> None:
+        """What has arrived could call CUDA: the daemon then says that this replica is behind, and the next attempt
+        comes when it is thawed."""
+        if not self.rests:
+            await self._replica.catch_up(self._appender.applied)
 
     def _lead(self, running: Running, needs: Needs, answer: Message) -> Running:
         self.running, self.latest, n, later = running, running.parent, running.n, needs.later
+        self.thawed()  # the daemon leads nobody whom the driver holds
         running.granted = answer.get("grant") is not None
         running.needs = later if later is not None and running.granted else needs.now
         self._channel.fence(running.token)

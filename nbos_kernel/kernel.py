@@ -49,6 +49,9 @@ GATHER = 0.05
 """Seconds in which a standby gathers entries before it applies them: while cells follow each other it is woken, and
 tells its daemon how far it is, once for many. Entries with blobs are worth being woken for."""
 
+THAW_PAUSE = 0.5
+"""Seconds between two questions whether this process may use its GPU again."""
+
 SOON = 0.05
 """Seconds after which it is looked again whether device memory can be given back now."""
 
@@ -171,6 +174,10 @@ class NBOSKernel(LoadingKernel):
             self._soon(self._give_back, message)
         elif kind == "slice":
             self.execution.loans.borrower.told(message)
+        elif kind == "gpu_moved":
+            binding.moved(str(message.get("from")), str(message.get("to")))
+        elif kind == "thawed":
+            self.execution.thawed()
         elif kind == "gpu_misuse":
             self._misuse(str(message.get("stage", "")), str(message.get("text", "")))
         elif kind == "exit":
@@ -223,16 +230,41 @@ class NBOSKernel(LoadingKernel):
 
         asyncio.get_running_loop().call_later(seconds, apply)
 
+    async def dispatch_shell(self, msg: Any, *args: Any, **kwargs: Any) -> Any:
+        """Whatever is asked may touch the GPU, and would stand still for ever while the driver holds this process."""
+        if self.execution.rests and not self._bids_first(msg):
+            await self._thaw()
+        return await super().dispatch_shell(msg, *args, **kwargs)
+
+    def _bids_first(self, msg: Any) -> bool:
+        """Whether it is a cell whose bid has this process thawed, and is told meanwhile what it waits for."""
+        _, frames = self.session.feed_identities(msg, copy=False)
+        parent = self.session.deserialize(frames, content=False, copy=False)
+        return parent["header"].get("msg_type") == "execute_request" and _numbered(parent) and not self.replica.behind
+
+    async def _thaw(self) -> None:
+        while self.execution.rests:
+            try:
+                await asyncio.wrap_future(self.link.request({"type": "thaw"}).future)
+            except DaemonAway:
+                return  # this replica is ending
+            if self.execution.rests:
+                await asyncio.sleep(THAW_PAUSE)
+
     async def _apply_between_messages(self) -> None:
         await self.execution.settled()
         async with self._main_asyncio_lock:
+            await self._thaw()
             await self.execution.catch_up()
 
     def _give_back(self, message: Message) -> None:
         """Between cells, or while one only waits for its turn: in one step of the main loop, so that no cell and no
         capture is in the middle of anything. A cell that got a GPU meanwhile has it; its end tells what is left."""
-        if self.execution.queues or not self._main_asyncio_lock.locked():
-            self.execution.give_back(message)
+        execution, rests = self.execution, message.get("ask") == "checkpoint"
+        # Once an append is answered the variables are looked into, which may call CUDA: not while the process rests.
+        busy = self._main_asyncio_lock.locked() or (rests and execution.storing)
+        if not busy or (execution.queues and not rests):
+            execution.give_back(message)
         elif binding.grant() is None:
             asyncio.get_running_loop().call_later(SOON, self._give_back, message)
 

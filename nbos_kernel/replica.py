@@ -148,6 +148,11 @@ class Replica:
         """Called on any thread: what has arrived before a bid is applied before it, whatever the main loop does."""
         self._queue.append((message, payload))
 
+    @property
+    def behind(self) -> bool:
+        """Whether something has arrived that is not applied yet."""
+        return bool(self._queue)
+
     async def catch_up(self, done: Callable[[int, dict[str, str]], None]) -> None:
         """Apply what has arrived, in order; then `done(n, lost)`, once for all."""
         async with self._turn:

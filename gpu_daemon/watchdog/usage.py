@@ -47,6 +47,16 @@ class NVMLUsage:
             self._ready = False
             return None
 
+    def free(self, uuid: str) -> int | None:
+        """Bytes of a device that no process has; None where that is not told."""
+        nvml = self._nvml
+        try:
+            nvml.nvmlInit()
+            return int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByUUID(uuid)).free)
+        except nvml.NVMLError as err:
+            log.debug("GPU %s does not tell what is free: %s", uuid, err)
+            return None
+
     def _uses(self, uuid: str) -> Iterator[Use]:
         nvml = self._nvml
         try:

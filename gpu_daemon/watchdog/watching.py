@@ -26,8 +26,13 @@ class GPUWatch:
         self._watchdog, self._slack = Watchdog(policy), policy.slack
         self._handles: dict[ReplicaId, object] = {}
         self._strangers: set[tuple[str, int]] = set()
+        self._pids: dict[ReplicaId, set[int]] = {}
         self.measured: Callable[[ReplicaId, Mapping[str, int]], None] = lambda *_: None
         """Called with what a replica's processes have, by device, beyond the slack that every process has."""
+
+    def pids(self, id: ReplicaId) -> list[int]:
+        """The replica's processes that were on a device at the last look."""
+        return sorted(self._pids.get(id, ()))
 
     async def run(self, site: Site) -> None:
         """For as long as the daemon lives. A driver that hangs holds up nothing but this."""
@@ -70,6 +75,7 @@ class GPUWatch:
     def _samples(self, site: Site, uses: Sequence[Use]) -> list[Sample]:
         """One for each replica on each device that it uses or holds."""
         found: defaultdict[tuple[ReplicaId, str], list[Use]] = defaultdict(list)
+        self._pids = {}
         for use in uses:
             process = kin(use.pid)
             replica = next(
@@ -79,6 +85,7 @@ class GPUWatch:
                 self._name_stranger(use)
             else:
                 found[replica.id, use.uuid].append(use)
+                self._pids.setdefault(replica.id, set()).add(use.pid)
         for replica in site.replicas.values():
             for share in budgets(replica):
                 found.setdefault((replica.id, share), [])

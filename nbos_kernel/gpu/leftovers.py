@@ -33,6 +33,12 @@ def know(uuids: list[str]) -> None:
     _uuids[:] = uuids
 
 
+def moved(old: str, new: str) -> None:
+    """The driver restored what was on `old` on another device, and what was on that on `old`."""
+    swapped = {old: new, new: old}
+    _uuids[:] = [swapped.get(uuid, uuid) for uuid in _uuids]
+
+
 def tell(torch: Any) -> Told:
     """torch: None where it has not started CUDA."""
     left, peak = dict[str, int](), dict[str, int]()

@@ -108,7 +108,10 @@ def _left(row: Mapping[str, Any]) -> list[str]:
     """What a replica's process has on devices between cells."""
     who = f"replica {row['replica']}"
     stays = f" (not given back when asked: {row['stays']})" if row.get("stays") else ""
-    return [f"{who} has {size / GIB:.1f} GiB on GPU {index}{stays}" for index, size in row["devices"].items()]
+    lines = [f"{who} has {size / GIB:.1f} GiB on GPU {index}{stays}" for index, size in row["devices"].items()]
+    if row.get("away"):
+        lines.append(f"{who} has {row['away'] / GIB:.1f} GiB in host memory (a checkpoint), back before its next cell")
+    return lines
 
 
 def _row(use: Use) -> str:

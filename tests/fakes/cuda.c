@@ -7,7 +7,7 @@
  *   FAKE_CUDA_FAIL=call:code[,call:code…]   these calls are answered with this error; 999 loses the device for good
  *   FAKE_CUDA_CHECKPOINTS=folder   one file a process, named by its pid: its state (a number), and the pairs of its
  *                                  latest restore. A call named in the file `fail` there is refused as above
- *   FAKE_CUDA_GPUS=uuid,uuid…      the GPUs that a restore's pairs must name, each once as old and once as new
+ *   FAKE_CUDA_GPUS=uuid,uuid…      there are these GPUs; a restore's pairs must name each, once as old and once as new
  * Built with -DOLD it is a driver from before green contexts. With -DCHECK_CUDA_H the
  * compiler compares every declaration here with NVIDIA's own.
  */
@@ -140,16 +140,23 @@ CUresult cuGetErrorName(CUresult error, const char **name) {
     return CUDA_SUCCESS;
 }
 
+/* Of FAKE_CUDA_GPUS; one where that is not set. */
+static int gpus(void) {
+    int count = 1;
+    for (const char *at = getenv("FAKE_CUDA_GPUS"); at && (at = strchr(at, ',')); at++) count++;
+    return count;
+}
+
 CUresult cuDeviceGetCount(int *count) {
     CHECK("cuDeviceGetCount");
-    *count = 1;
+    *count = gpus();
     return CUDA_SUCCESS;
 }
 
 CUresult cuDeviceGet(CUdevice *device, int ordinal) {
     CHECK("cuDeviceGet");
-    if (ordinal != 0) return CUDA_ERROR_INVALID_DEVICE;
-    *device = 0;
+    if (ordinal < 0 || ordinal >= gpus()) return CUDA_ERROR_INVALID_DEVICE;
+    *device = ordinal;
     return CUDA_SUCCESS;
 }
 
@@ -251,8 +258,10 @@ CUresult cuGreenCtxStreamCreate(CUstream *stream, CUgreenCtx context, unsigned i
 #ifndef CHECK_CUDA_H /* gpu_daemon/sms.py: cuda.h calls the newer function by this name */
 CUresult cuDeviceGetUuid(unsigned char uuid[16], CUdevice device) {
     CHECK("cuDeviceGetUuid");
-    if (device) return CUDA_ERROR_INVALID_DEVICE;
-    const char *hex = getenv("FAKE_CUDA_UUID");
+    const char *hex = getenv("FAKE_CUDA_GPUS");
+    if (device < 0 || device >= gpus()) return CUDA_ERROR_INVALID_DEVICE;
+    for (int skip = device; hex && skip; skip--) hex = strchr(hex, ',') + 1;
+    if (!hex) hex = getenv("FAKE_CUDA_UUID");
     memset(uuid, 0, 16);
     for (int i = 0; hex && i < 16; i++) {
         unsigned byte;
@@ -266,7 +275,7 @@ CUresult cuDeviceGetUuid(unsigned char uuid[16], CUdevice device) {
 
 CUresult cuDeviceGetAttribute(int *value, int attribute, CUdevice device) {
     CHECK("cuDeviceGetAttribute");
-    if (device) return CUDA_ERROR_INVALID_DEVICE;
+    if (device < 0 || device >= gpus()) return CUDA_ERROR_INVALID_DEVICE;
     if (attribute != 16) return CUDA_ERROR_INVALID_VALUE; /* CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT */
     *value = sms;
     return CUDA_SUCCESS;
@@ -338,7 +347,7 @@ static int state_of(int pid) {
     return state;
 }
 
-static void hex(const CUuuid *uuid, char *out) {
+static void text(const CUuuid *uuid, char *out) {
     for (int i = 0; i < 16; i++) sprintf(out + 2 * i, "%02x", (unsigned char)uuid->bytes[i]);
 }
 
@@ -349,8 +358,8 @@ static void become(int pid, int state, const CUcheckpointRestoreArgs *args) {
     if (!file) return;
     fprintf(file, "%d\n", state);
     for (unsigned i = 0; args && i < args->gpuPairsCount; i++) {
-        hex(&args->gpuPairs[i].oldUuid, old);
-        hex(&args->gpuPairs[i].newUuid, new);
+        text(&args->gpuPairs[i].oldUuid, old);
+        text(&args->gpuPairs[i].newUuid, new);
         fprintf(file, "%s %s\n", old, new);
     }
     fclose(file);
@@ -367,17 +376,16 @@ static CUresult move(const char *call, int pid, int from, int to, const CUcheckp
 
 /* Every GPU of the host exactly once on this side of the pairs. */
 static int named(const CUcheckpointRestoreArgs *args, int new) {
-    const char *gpus = getenv("FAKE_CUDA_GPUS");
     unsigned count = 0;
-    for (const char *at = gpus; at && *at; at = strchr(at, ',') ? strchr(at, ',') + 1 : "") {
+    for (const char *at = getenv("FAKE_CUDA_GPUS"); at && *at; at = strchr(at, ',') ? strchr(at, ',') + 1 : "") {
         unsigned times = 0;
         count++;
         for (unsigned i = 0; i < args->gpuPairsCount; i++) {
-            char text[33], plain[33] = "";
-            hex(new ? &args->gpuPairs[i].newUuid : &args->gpuPairs[i].oldUuid, text);
+            char told[33], plain[33] = "";
+            text(new ? &args->gpuPairs[i].newUuid : &args->gpuPairs[i].oldUuid, told);
             for (const char *c = at; *c && *c != ',' && strlen(plain) < 32; c++)
                 if (*c != '-') strncat(plain, c, 1);
-            times += !strcmp(text, plain);
+            times += !strcmp(told, plain);
         }
         if (times != 1) return 0;
     }

@@ -38,6 +38,8 @@ class FakeDaemon:
         self.fence: set[int] = set()
         self.hold = False
         self.durable = False
+        self.frozen = False
+        """The driver holds what a replica has on a device: a `thaw` brings nothing back before this is False."""
         self.lazy = 0
         self.store = "there"
         """Or "away": it says so; or "silent": it answers nothing."""
@@ -208,6 +210,11 @@ class FakeDaemon:
         return {}
 
     def _on_gave_back(self, index: int, writer: Any, message: Message, payload: bytes) -> Message:
+        return {}
+
+    def _on_thaw(self, index: int, writer: Any, message: Message, payload: bytes) -> Message:
+        if not self.frozen:
+            self._send(writer, {"type": "thawed"})
         return {}
 
     def _on_status(self, index: int, writer: Any, message: Message, payload: bytes) -> Message:

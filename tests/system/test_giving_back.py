@@ -3,6 +3,7 @@ cell that is granted one, before its first line."""
 
 from __future__ import annotations
 
+import queue
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,3 +85,60 @@ def test_while_a_cell_without_a_gpu_runs_it_gives_back_after_that(daemon: FakeDa
     kernel.shell(msg_id, "nbos_committed")
     assert said(daemon, "gave_back")["moved"] == 2 * GIB
     assert kernel.value("where", 3) == "'SIM-1'"
+
+
+def rest(daemon: FakeDaemon, number: int = 1) -> None:
+    """The daemon is about to have it checkpointed."""
+    daemon.push(0, {"type": "give_back", "ask": "checkpoint", "number": number, "why": "somebody waits"})
+
+
+def test_whatever_is_asked_of_a_process_that_rests_waits_until_it_is_thawed(daemon: FakeDaemon, kernel: Kernel) -> None:
+    daemon.frozen = True
+    rest(daemon)
+    assert said(daemon, "gave_back")["number"] == 1
+    ask(daemon)  # an offload would call CUDA, too
+    msg_id = kernel.client.complete("simgpu.allo")
+    said(daemon, "thaw", 2)
+    with pytest.raises(queue.Empty):
+        kernel.client.get_shell_msg(timeout=0)
+    assert len([message for message in daemon.seen if message["type"] == "gave_back"]) == 1
+    daemon.frozen = False
+    assert "allocate" in kernel.shell(msg_id, "complete_reply")[-1]["content"]["matches"]
+
+
+def test_a_cell_bids_for_what_is_frozen_and_runs_as_if_nothing_had_been(daemon: FakeDaemon, kernel: Kernel) -> None:
+    rest(daemon)
+    said(daemon, "gave_back")
+    daemon.hold = True
+    msg_id = kernel.send("import gc; assert gc.isenabled()", 2, wait=True)
+    said(daemon, "bid", 2)
+    daemon.push(0, {"type": "thawed"})
+    daemon.answer_held(0)
+    kernel.shell(msg_id, "nbos_committed")
+    assert kernel.value("w.where", 3) == "'SIM-1'"
+
+
+def test_it_rests_only_once_the_cell_and_its_append_are_over(daemon: FakeDaemon, kernel: Kernel) -> None:
+    msg_id = kernel.send("import time; time.sleep(1)", 2)
+    said(daemon, "bid", 2)
+    rest(daemon)
+    kernel.shell(msg_id, "nbos_committed")
+    said(daemon, "gave_back")
+    kinds = [message["type"] for message in daemon.seen]
+    assert kinds.index("gave_back") > len(kinds) - 1 - kinds[::-1].index("append")
+
+
+def test_another_executors_entry_is_applied_only_when_it_is_thawed(daemon: FakeDaemon, kernel: Kernel) -> None:
+    other = Kernel(daemon, 1)
+    try:
+        other.ready()
+        daemon.frozen = True
+        rest(daemon)
+        said(daemon, "gave_back")
+        other.run("a = 1", 2)
+        said(daemon, "thaw", 2)
+        assert daemon.applied[0] == 1
+        daemon.frozen = False
+        assert kernel.value("a", 3) == "1"
+    finally:
+        other.close()

@@ -55,7 +55,7 @@ async def test_who_waits_says_what_for_and_gets_it_when_it_is_given_back(client:
     await asked(warm)
     await told(other, "it waits for 6.0 GiB of GPU 0 that an idle notebook left there and may give back")
     left = (await warm.send("status"))["gpu"]["left"]
-    assert left == [{"replica": 0, "devices": {"0": 6 * GIB}, "stays": ""}]
+    assert left == [{"replica": 0, "devices": {"0": 6 * GIB}, "away": 0, "stays": ""}]
     assert not waiting.done()
     await warm.send("gave_back", ask="offload", left={uuid: 0}, away=6 * GIB, moved=6 * GIB, stays="", seconds=0.5)
     assert (await waiting)["answer"] == "lead"

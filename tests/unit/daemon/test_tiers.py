@@ -12,7 +12,7 @@ from gpu_daemon.book import Holder
 from gpu_daemon.ledger import Busy, Ledger, Request
 from gpu_daemon.queue import Admit, Arrive, Brings, Ended, FairQueue, Leave, Room
 from gpu_daemon.simulated import simulated
-from gpu_daemon.tiers import Ask, Died, Gave, GivingBack, Measured, Policy, Told, Woke
+from gpu_daemon.tiers import Ask, Died, Froze, Gave, GivingBack, Measured, Policy, Told, Woke
 from nbos_cluster.records import GrantRecord, Resources
 
 DEVICES = simulated("h", 2, "H200", tpcs=4, memory=100)
@@ -189,6 +189,16 @@ def test_what_comes_back_is_reserved_with_the_grant_that_it_comes_back_under() -
     assert not isinstance(host.ledger.fit(Resources(gpus=1)), Busy), "its claim was lost: nothing came"
 
 
+def test_what_stayed_and_what_comes_back_both_count() -> None:
+    host = Host()
+    host.cell("a", left=40, tpcs=1, memory=40)
+    request = Request("a", "a", "a", 0, 1, Resources(tpcs=1, memory=10), away=30)
+    (step,) = host.queue.handle(Arrive(request, host.now))
+    assert isinstance(step, Admit)
+    assert isinstance(host.ledger.fit(Resources(tpcs=1, memory=31)), Busy)
+    assert not isinstance(host.ledger.fit(Resources(tpcs=1, memory=30)), Busy)
+
+
 def test_what_another_library_holds_is_known_from_nvml() -> None:
     host = Host()
     request = Request("a", "a", "a", 0, 1, Resources(gpus=1))
@@ -203,8 +213,8 @@ def test_what_another_library_holds_is_known_from_nvml() -> None:
 
 @dataclass
 class Process:
-    """The truth about one replica: bytes on devices, those of them that torch does not know, bytes in host memory, its
-    running grant."""
+    """The truth about one replica: bytes on devices, those of them that torch does not know, bytes in host memory, and
+    those that the driver holds, its running grant; what the daemon has on its disk of what it has on devices."""
 
     on: dict[str, int] = field(default_factory=dict)
     library: dict[str, int] = field(default_factory=dict)
@@ -212,6 +222,11 @@ class Process:
     frozen: int = 0
     grant: GrantRecord | None = None
     asked: list[Ask] = field(default_factory=list)
+    disk: dict[str, int] = field(default_factory=dict)
+    noted: bool = False
+    """The disk says that it is being frozen, or is frozen."""
+    wants: Resources | None = None
+    """What its cell asks for, while room for what the driver holds is asked for first."""
 
 
 KERNELS = ["a", "b", "c", "d", "e"]
@@ -224,22 +239,54 @@ class Tiers(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.queue = FairQueue(Ledger("h", DEVICES))
-        self.giving = GivingBack(self.queue.ledger, Policy(within=10.0, again=30.0))
-        self.giving.checkpoints = ""
+        self.start()
         self.now, self.names = 0.0, 0
         self.processes = {kernel: Process() for kernel in KERNELS}
         self.waiting: dict[str, str] = {}
 
     # -- the daemon's side --------------------------------------------------------------------------------------------
 
+    def start(self) -> None:
+        self.queue = FairQueue(Ledger("h", DEVICES))
+        self.giving = GivingBack(self.queue.ledger, Policy(within=10.0, again=30.0))
+        self.giving.checkpoints = ""
+
+    def save(self, kernel: str) -> None:
+        self.processes[kernel].disk = dict(self.queue.ledger.left(self.holder(kernel)))
+
     def do(self, event: Arrive | Leave | Ended | Brings | Room) -> None:
         for step in self.queue.handle(event):
             assert isinstance(step, Admit), step
             kernel = step.grant.kernel
             del self.waiting[kernel]
-            self.begin(self.processes[kernel], step.grant)
+            if self.processes[kernel].frozen:
+                self.thaw(kernel, step.grant)
+            else:
+                self.begin(self.processes[kernel], step.grant)
         self.ask()
+
+    def thaw(self, kernel: str, room: GrantRecord) -> None:
+        """What the driver held is on the device for which room was found; then its cell asks for what it wants."""
+        process, first = self.processes[kernel], room.shares[0].uuid
+        assert first in self.queue.ledger.homes[self.holder(kernel)], "it cannot be restored there"
+        process.disk = {first: process.frozen}
+        process.on, process.frozen, process.noted = {first: process.frozen}, 0, False
+        self.giving.handle(Woke(self.holder(kernel), first))
+        self.queue.ledger.homes[self.holder(kernel)] = frozenset([first])
+        self.save(kernel)
+        wanted, process.wants = process.wants, None
+        self.do(Ended(room.grant, self.now))
+        if wanted is not None:
+            self.arrive(kernel, wanted)
+
+    def arrive(self, kernel: str, resources: Resources) -> None:
+        process = self.processes[kernel]
+        self.names += 1
+        name = self.waiting[kernel] = f"g{self.names}"
+        if process.frozen:
+            process.wants, resources = resources, Resources(tpcs=1, memory=1)
+        away = max(process.parked, process.frozen)
+        self.do(Arrive(Request(name, OWNER[kernel], kernel, 0, 1, resources, away=away), self.now))
 
     def ask(self) -> None:
         for ask in self.giving.decide(self.queue.shortage(self.now), self.now):
@@ -253,11 +300,7 @@ class Tiers(RuleBasedStateMachine):
     def begin(self, process: Process, grant: GrantRecord) -> None:
         """What waits in host memory is on the granted device before the first line."""
         process.grant, first = grant, grant.shares[0].uuid
-        back = process.parked + process.frozen
         process.on[first] = process.on.get(first, 0) + process.parked
-        if process.frozen:
-            process.on, process.frozen, process.library = {first: back}, 0, {}
-            self.giving.handle(Woke((grant.kernel, grant.replica), first))
         process.parked = 0
 
     def holder(self, kernel: str) -> Holder:
@@ -271,11 +314,9 @@ class Tiers(RuleBasedStateMachine):
         checkpointing = any(ask.tier == "checkpoint" for ask in process.asked)
         if process.grant is not None or kernel in self.waiting or checkpointing:
             return
-        resources = Resources(tpcs=tpcs, memory=memory) if tpcs else Resources(gpus=1 + two)
-        self.names += 1
-        self.waiting[kernel] = f"g{self.names}"
-        away = process.parked + process.frozen
-        self.do(Arrive(Request(self.waiting[kernel], OWNER[kernel], kernel, 0, 1, resources, away=away), self.now))
+        if max(process.on.values(), default=0) + process.parked > 100:
+            self.it_dies(kernel)  # its user is told to restart it: no device has room for what comes back
+        self.arrive(kernel, Resources(tpcs=tpcs, memory=memory) if tpcs else Resources(gpus=1 + two))
 
     @rule(kernel=st.sampled_from(KERNELS), part=st.floats(0, 1), library=st.booleans())
     def a_cell_ends(self, kernel: str, part: float, library: bool) -> None:
@@ -292,6 +333,7 @@ class Tiers(RuleBasedStateMachine):
         told = {uuid: size - process.library.get(uuid, 0) for uuid, size in process.on.items()}
         process.grant, process.asked = None, []
         self.giving.handle(Told(self.holder(kernel), OWNER[kernel], self.now, told, peak=told))
+        self.save(kernel)
         self.do(Ended(grant.grant, self.now))
 
     @rule(kernel=st.sampled_from(KERNELS), stays=st.floats(0, 1))
@@ -305,26 +347,90 @@ class Tiers(RuleBasedStateMachine):
             left = {uuid: int(size * stays) for uuid, size in known.items()}
             process.on = {uuid: size - known[uuid] + left[uuid] for uuid, size in process.on.items()}
             process.parked += sum(known.values()) - sum(left.values())
-            if kernel in self.waiting and process.parked <= 100:
-                self.queue.handle(Brings(self.waiting[kernel], process.parked + process.frozen, self.now))
+            if kernel in self.waiting and max(process.on.values(), default=0) + process.parked <= 100:
+                self.queue.handle(Brings(self.waiting[kernel], process.parked, self.now))
             elif kernel in self.waiting:
                 self.do(Leave(self.waiting.pop(kernel), self.now))
             reason = "something holds it" if any(process.on.values()) else ""
             self.gave(Gave(self.holder(kernel), "offload", self.now, left, reason))
         elif stays < 0.5 and kernel not in self.waiting and len([s for s in process.on.values() if s]) == 1:
-            process.frozen, process.on, process.library = sum(process.on.values()), {}, {}
+            self.freeze(process, kernel, remaps=stays < 0.25)
             self.gave(Gave(self.holder(kernel), "checkpoint", self.now, {}, away=process.frozen))
         else:
             self.gave(Gave(self.holder(kernel), "checkpoint", self.now, None, "the driver refuses"))
 
+    @precondition(lambda self: not self.waiting)
+    @rule(kernel=st.sampled_from(KERNELS), freezes=st.floats(0, 1))
+    def somebody_wants_all_that_is_left(self, kernel: str, freezes: float) -> None:
+        """Steps that are rare by themselves: what offload leaves is asked of the driver."""
+        for other in KERNELS:
+            self.a_cell_ends(other, 1.0, False)
+        self.bids(kernel, 0, 0, True)
+        for stays in (1.0, freezes):
+            for other, process in list(self.processes.items()):
+                if process.asked:
+                    self.it_answers(other, stays)
+
+    def freeze(self, process: Process, kernel: str, remaps: bool) -> None:
+        home = next(uuid for uuid, size in process.on.items() if size)
+        process.frozen, process.on, process.library, process.noted = process.on[home], {}, {}, True
+        homes = [device.uuid for device in DEVICES] if remaps else [home]
+        self.queue.ledger.homes[self.holder(kernel)] = frozenset(homes)
+
     def gave(self, event: Gave) -> None:
         self.giving.handle(event)
+        self.save(event.holder[0])
         self.do(Room(self.now))
+
+    @rule(kernel=st.sampled_from(KERNELS), got=st.sampled_from(["noted", "frozen"]))
+    def the_daemon_is_killed(self, kernel: str, got: str) -> None:
+        """Perhaps while it froze this process. The next one finds who lives, and what the disk says of them."""
+        process = self.processes[kernel]
+        if (
+            process.asked
+            and process.asked[0].tier == "checkpoint"
+            and process.grant is None
+            and any(process.on.values())
+        ):
+            process.noted = True
+            if got == "frozen" and len([size for size in process.on.values() if size]) == 1:
+                self.freeze(process, kernel, remaps=False)
+        homes = dict(self.queue.ledger.homes)
+        self.start()
+        self.waiting.clear()
+        for name, one in self.processes.items():
+            whose, one.asked, one.wants = self.holder(name), [], None
+            self.giving.handle(Told(whose, OWNER[name], self.now, one.disk))
+            if one.noted:
+                self.giving.handle(Froze(whose, one.frozen or sum(one.on.values())))
+            elif one.grant is None:  # it says hello, and NVML is looked at, before anything is decided
+                told = {uuid: size - one.library.get(uuid, 0) for uuid, size in one.on.items()}
+                self.giving.handle(Told(whose, OWNER[name], self.now, told, peak=told))
+                self.giving.handle(Measured(whose, dict(one.on)))
+            if whose in homes:
+                self.queue.ledger.homes[whose] = homes[whose]
+            if one.grant is not None:
+                assert self.queue.restore(one.grant, self.now) == ""
+        self.ask()
+
+    @rule(kernel=st.sampled_from(KERNELS))
+    def it_is_looked_at_again(self, kernel: str) -> None:
+        """The driver says how a process stands that an earlier daemon was freezing; or it is ended."""
+        process = self.processes[kernel]
+        if not process.noted or kernel in self.waiting:
+            return
+        if process.frozen:
+            self.giving.handle(Froze(self.holder(kernel), process.frozen, certain=True))
+            self.save(kernel)
+            self.do(Room(self.now))
+        else:
+            self.it_dies(kernel)
 
     @rule(kernel=st.sampled_from(KERNELS))
     def it_dies(self, kernel: str) -> None:
         process, self.processes[kernel] = self.processes[kernel], Process()
         self.giving.handle(Died(self.holder(kernel)))
+        self.queue.ledger.homes.pop(self.holder(kernel), None)
         if kernel in self.waiting:
             self.do(Leave(self.waiting.pop(kernel), self.now))
         if process.grant is not None:
@@ -366,9 +472,12 @@ class Tiers(RuleBasedStateMachine):
     def teardown(self) -> None:
         """When every cell ends and every process gives back (or is ended, where it cannot), all who wait get in."""
         for _ in range(60):
-            for kernel, process in list(self.processes.items()):
+            for kernel in KERNELS:
+                self.it_is_looked_at_again(kernel)
+                process = self.processes[kernel]
                 if sum(map(bool, process.library.values())) > 1 and process.grant is None:
                     self.it_dies(kernel)
+                process = self.processes[kernel]
                 if process.grant is not None:
                     self.a_cell_ends(kernel, 1.0, False)
                 while process.asked and process.grant is None:

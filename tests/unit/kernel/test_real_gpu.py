@@ -18,6 +18,8 @@ sys.path.insert(0, str(FOLDER))
 import gpu_figures  # noqa: E402
 import real_gpu  # noqa: E402
 
+from tests.fakes import cuda  # noqa: E402
+
 
 def test_without_a_gpu_it_says_why_and_ends_with_2() -> None:
     command = [sys.executable, str(FOLDER / "real_gpu.py")]
@@ -70,6 +72,12 @@ elif asked["do"] == "sweep" and asked["work"] == "gemm":
 elif asked["do"] == "give back":
     found = {"out": 5e10, "back": 4e10, "left": 2**21, "same": asked["gib"] == 1, "stayed": {"a graph": 8}}
     print(json.dumps(found if asked["gib"] < 40 else {"skipped": "3 GiB free"}))
+elif asked["do"] == "hold" and asked["gib"] < 40:
+    print(json.dumps({"bytes": asked["gib"] << 30}), flush=True)
+    sys.stdin.readline()
+    print(json.dumps({"same": asked["gib"] == 1}))
+elif asked["do"] == "hold":
+    print(json.dumps({"skipped": "3 GiB free"}))
 elif asked["do"] == "run":
     print(json.dumps({"late": False, "rate": 5.0, "sms": asked["tpcs"]}))
 else:
@@ -108,6 +116,34 @@ def test_bytes_that_differ_are_not_overlooked() -> None:
     ]
     assert "BYTES DIFFER" in real_gpu.given_back(10)[0][2]
     assert real_gpu.given_back(40) == [["left out", "3 GiB free", ""]]
+
+
+@pytest.fixture
+def states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the played driver, which the real helper asks, keeps the states of processes."""
+    folder = tmp_path / "states"
+    folder.mkdir()
+    monkeypatch.setenv("LD_LIBRARY_PATH", cuda.built().name)
+    monkeypatch.setenv("FAKE_CUDA_CHECKPOINTS", str(folder))
+    return folder
+
+
+@pytest.mark.usefixtures("side")
+def test_a_process_is_checkpointed_restored_and_its_bytes_compared(states: Path) -> None:
+    ((size, speed, same),) = real_gpu.checkpointed(1)
+    assert (size, "GB/s out, " in speed, same.split(";")[0]) == ("1 GiB", True, "every byte the same")
+    assert [file.read_text().split()[0] for file in states.iterdir()] == ["0"], "it runs again"
+    assert "BYTES DIFFER" in real_gpu.checkpointed(10)[0][2]
+    assert real_gpu.checkpointed(40) == [["left out", "3 GiB free", ""]]
+
+
+@pytest.mark.usefixtures("side")
+def test_a_checkpoint_that_the_driver_refuses_is_a_row(states: Path) -> None:
+    (states / "fail").write_text("cuCheckpointProcessLock:800")
+    rows: list[list[str]] = []
+    real_gpu.attempt(rows, "checkpoint", lambda: real_gpu.checkpointed(1), time.monotonic() + 60)
+    assert rows[1][0] == "failed"
+    assert "cuCheckpointProcessLock" in rows[1][1]
 
 
 @pytest.mark.usefixtures("side")

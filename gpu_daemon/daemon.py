@@ -100,6 +100,7 @@ class Daemon:
         self._health = HealthWatch(self._site, watched or Watched(), self._health_changed, self._looked)
         self._watch = watch
         self._freezer = freezer
+        self._bidding.giving.changed = self._left_changed
         if watch is not None:
             watch.measured = self._bidding.giving.measured
             self._bidding.giving.pids = watch.pids
@@ -111,6 +112,7 @@ class Daemon:
         self._since = time.time()
         self._host_rev: int | None = None
         """Revision of this host's record as the watch saw it last, 0 while there is none; None: not seen yet."""
+        self._telling: asyncio.TimerHandle | None = None
         self._stop = asyncio.Event()
 
     def stop(self) -> None:
@@ -236,6 +238,16 @@ class Daemon:
         if self._host_rev is not None and not self._site.stopping:
             self._publish_host(urgent=False)
 
+    def _left_changed(self) -> None:
+        """Once for all that changes within a second, since each cell may leave something else."""
+        if self._host_rev is not None and not self._site.stopping and self._telling is None:
+            self._telling = asyncio.get_running_loop().call_later(1.0, self._tell_left)
+
+    def _tell_left(self) -> None:
+        self._telling = None
+        if not self._site.stopping:
+            self._publish_host(urgent=False)
+
     def _publish_host(self, urgent: bool = True) -> None:
         site = self._site
         record = HostRecord(
@@ -254,6 +266,7 @@ class Daemon:
             closed=self._health.closed,
             reopened=self._health.reopened,
             warm=self._runtime.warm(),
+            left=self._bidding.giving.leftovers(),
             clocks=site.power.caps() if site.power is not None else {},
         )
         self._publisher.put(keys.host(site.host), record, urgent, guard=self._host_as_seen)

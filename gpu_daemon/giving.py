@@ -20,7 +20,7 @@ from gpu_daemon.requests import GaveBack
 from gpu_daemon.rundir import read_json
 from gpu_daemon.site import Site, log
 from gpu_daemon.tiers import GIB, TIERS, Ask, Died, Froze, Gave, GivingBack, Measured, Row, Told, Woke
-from nbos_cluster.records import GrantRecord
+from nbos_cluster.records import GrantRecord, Leftover
 
 CONTEXT = GIB
 """What a checkpoint has besides tensors: CUDA's context, libraries' workspaces. As the watchdog's slack."""
@@ -45,6 +45,8 @@ class Giving:
         self._settled = asyncio.Event()
         """Set, and made anew, when a checkpoint is over."""
         self._thawing = asyncio.Lock()
+        self.changed: Callable[[], None] = lambda: None
+        """Called when what processes have has changed."""
         self.bids: Callable[[ReplicaId], bool] = lambda _: False
         """Whether a bid of this replica is open."""
         self._saved: dict[ReplicaId, dict[str, int]] = {}
@@ -293,6 +295,21 @@ class Giving:
         if left != self._saved.get(replica.id, {}) and replica.folder.is_dir():
             self._saved[replica.id] = left
             self._site.rundir.save_left(replica.id, left)
+            self.changed()
+
+    def leftovers(self) -> tuple[Leftover, ...]:
+        """For the host's record: of processes that hold no grant."""
+        found = []
+        for row in self.tiers.rows():
+            replica = self._site.replicas.get(ReplicaId(*row.holder))
+            if replica is None or self._site.ledger.holds_any(row.holder):
+                continue
+            kernel, index = row.holder
+            what, tier = dict(row.left), row.tier
+            if replica.frozen is not None:
+                what, tier = {replica.frozen.uuid: replica.frozen.size}, "checkpoint"
+            found += [Leftover(uuid, kernel, index, row.owner, size, tier) for uuid, size in what.items()]
+        return tuple(found)
 
     def rows(self) -> list[Row]:
         """What lies where, for people."""

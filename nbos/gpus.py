@@ -108,6 +108,9 @@ def tables(found: Report, now: float) -> list[str]:
     processes = [row for name, gpu in there for row in _process_rows(name, gpu)]
     if processes:
         lines += ["", *columns(["PROCESS", "HOST", "GPU", "MEMORY", "OF"], processes)]
+    left = [_left_row(name, gpu, one) for name, gpu in there for one in gpu["left"]]
+    if left:
+        lines += ["", *columns(["LEFT BY", "KERNEL", "REPLICA", "HOST", "GPU", "MEMORY", "NOW"], left)]
     waiting = [_waiting_row(one, now) for one in found["waiting"]]
     if waiting:
         lines += ["", *columns(["WAITING", "KERNEL", "CELL", "ASKS FOR", "FOR", "PLACE", "WHY"], waiting)]
@@ -161,6 +164,20 @@ def _process_rows(host: str, gpu: Report) -> list[list[str]]:
         whose = "nobody here" if not process["kernel"] else f"{process['owner']}, kernel {process['kernel'][:NAME]}"
         rows.append([str(process["pid"]), host, str(gpu["index"]), memory, whose])
     return rows
+
+
+LEFT = {
+    "warm": "on the GPU",
+    "offload": "on the GPU: what offload leaves",
+    "checkpoint": "in host memory: a checkpoint",
+    "restart": "on the GPU: its process is being ended",
+}
+
+
+def _left_row(host: str, gpu: Report, left: Mapping[str, Any]) -> list[str]:
+    """What an idle notebook's process has, which counts until somebody needs the room."""
+    where = [host, str(gpu["index"]), show_size(left["memory"])]
+    return [left["owner"], left["kernel"][:NAME], str(left["replica"]), *where, LEFT.get(left["tier"], left["tier"])]
 
 
 def _waiting_row(one: Report, now: float) -> list[str]:

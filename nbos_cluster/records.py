@@ -106,10 +106,23 @@ class WarmRecord(Record, frozen=True):
     refused: dict[str, str] = {}
 
 
+class Leftover(Record, frozen=True):
+    """What an idle replica's process has on a device; tier `checkpoint`: what the driver holds of it in host memory,
+    and brings back to a device before its next cell. Otherwise `tier` is the last that it went through since its
+    cell."""
+
+    uuid: str
+    kernel: str
+    replica: int
+    owner: str
+    memory: int
+    tier: Literal["warm", "offload", "checkpoint", "restart"] = "warm"
+
+
 class HostRecord(Record, frozen=True, tag="host"):
     """readings: of real devices, refreshed as often as the daemon looks. closed: devices (UUID) that an admin took out
     of use, and why. reopened: how often an admin has said of a device that it may be used again. clocks: by device
-    (UUID) whose clocks the daemon has locked: to how many MHz, of how many."""
+    (UUID) whose clocks the daemon has locked: to how many MHz, of how many. left: what idle processes have."""
 
     name: str
     address: str
@@ -127,6 +140,7 @@ class HostRecord(Record, frozen=True, tag="host"):
     reopened: dict[str, int] = {}
     warm: tuple[WarmRecord, ...] = ()
     clocks: dict[str, tuple[int, int]] = {}
+    left: tuple[Leftover, ...] = ()
 
 
 class DeviceShare(Record, frozen=True):

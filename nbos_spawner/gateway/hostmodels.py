@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from nbos_cluster.records import Device, GrantRecord, HostRecord, Reading
+from nbos_cluster.records import Device, GrantRecord, HostRecord, Leftover, Reading
 
 from .auth import Caller
 from .copy import ClusterCopy
@@ -35,6 +35,7 @@ def host_model(host: HostRecord, copy: ClusterCopy, caller: Caller, replicas: Ma
         "warm": [msgspec.structs.asdict(warm) for warm in host.warm],
         "devices": [
             device_model(device, grants, readings.get(device.uuid), caller, host.clocks.get(device.uuid))
+            | {"left": [left_model(one) for one in host.left if one.uuid == device.uuid and _is_of(caller, one.owner)]}
             for device in host.devices
         ],
         "grants": [msgspec.to_builtins(grant) for grant in grants if _is_of(caller, grant.owner)],
@@ -69,6 +70,11 @@ def device_model(
         "clock": list(clock) if clock is not None else None,
         "reading": reading_model(reading, caller) if reading is not None else None,
     }
+
+
+def left_model(left: Leftover) -> dict[str, Any]:
+    fields = ("kernel", "replica", "owner", "memory", "tier")
+    return {name: getattr(left, name) for name in fields}
 
 
 def reading_model(reading: Reading, caller: Caller) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from nbos_cluster import keys, records
 from nbos_cluster.etcd import Etcd
+from nbos_cluster.records import HostRecord
 from tests.fakes import cuda
 from tests.fakes.nvml import PlayedNVML, gpu
 from tests.system.daemon.conftest import MakeHost
@@ -89,6 +91,12 @@ async def test_what_stays_after_an_offload_is_checkpointed_and_back_before_the_n
     waiting = await site.freeze()
     assert (await waiting)["answer"] == "lead"
     assert state(states, site.pid) == "2"
+
+    async def shown() -> bool:
+        record = records.decode((await client.get(keys.host("a"))).value, HostRecord)
+        return [(one.kernel, one.tier, one.memory) for one in record.left] == [("warm", "checkpoint", 2 * GIB)]
+
+    await eventually(shown, "the host's record says where it is", 10)
     assert (await site.warm.bid(2))["code"] == "busy", "a cell without a GPU might call CUDA, too"
     own = asyncio.create_task(site.warm.bid(2, wait=True))
 

@@ -16,6 +16,7 @@ from nbos_cluster.records import (
     GPUProcess,
     GrantRecord,
     HostRecord,
+    Leftover,
     QueueTicket,
     Reading,
     Resources,
@@ -99,6 +100,20 @@ def test_others_processes_are_counted_only() -> None:
     assert device["reading"]["others"] == 1
     (device,) = status_model(cluster(), Caller("bob", "user", admin=False))["hosts"][0]["devices"]
     assert (device["reading"]["processes"], device["reading"]["others"]) == ([], 2)
+
+
+def test_what_idle_notebooks_left_is_shown_to_their_owner_and_admins() -> None:
+    left = (
+        Leftover("GPU-0", "kernel-of-ada", 1, "ada", 6 << 30),
+        Leftover("GPU-0", "k2", 0, "bob", 2 << 30, "checkpoint"),
+    )
+    copy = cluster()
+    copy.apply_hosts(put(keys.host("a"), replace(copy.hosts["a"], left=left)), now=0.0)
+    text = shown(copy)
+    assert row(text, "on the GPU") == "ada kernel-o 1 a 0 6G on the GPU"
+    assert row(text, "host memory") == "bob k2 0 a 0 2G in host memory: a checkpoint"
+    (device,) = status_model(copy, ADA)["hosts"][0]["devices"]
+    assert [one["owner"] for one in device["left"]] == ["ada"]
 
 
 def test_the_dashboard_shows_how_a_device_is() -> None:

@@ -42,6 +42,7 @@ numbers = st.integers(-(2**62), 2**62)
 LEAVES: dict[object, st.SearchStrategy[object]] = {
     int: numbers,
     dict[str, int]: st.dictionaries(st.text(max_size=9), numbers, max_size=4),
+    dict[str, tuple[int, int]]: st.dictionaries(st.text(max_size=9), st.tuples(numbers, numbers), max_size=4),
     float: st.floats(allow_nan=False),
     tuple[int, ...]: st.lists(numbers, max_size=4).map(tuple),
     tuple[tuple[int, str], ...]: st.lists(st.tuples(numbers, st.text(max_size=9)), max_size=4).map(tuple),

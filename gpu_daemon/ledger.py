@@ -112,6 +112,8 @@ class Ledger:
         """One device of each size."""
         self._ill = frozenset(uuid for uuid, book in self._books.items() if not book.device.healthy)
         self._story: deque[tuple[str, object]] = deque(maxlen=50)
+        self._warm: dict[Holder, set[str]] = {}
+        """The devices on which a replica's process has something."""
         self.stuck: set[Holder] = set()
         """Replicas whose processes do not give back what they left."""
         self.homes: dict[Holder, frozenset[str]] = {}
@@ -152,13 +154,18 @@ class Ledger:
         twin = Ledger(self.host)
         twin._books = {uuid: book.copy() for uuid, book in self._books.items()}
         twin.homes = dict(self.homes)
+        twin._warm = {holder: set(uuids) for holder, uuids in self._warm.items()}
         twin._active = Counter(self._active)
         twin._grants, twin._ill, twin.stuck = dict(self._grants), self._ill, set(self.stuck)
         return twin
 
     def left(self, holder: Holder) -> dict[str, int]:
         """Bytes that the replica's process has, by device."""
-        return {uuid: book.left[holder] for uuid, book in self._books.items() if holder in book.left}
+        return {uuid: self._books[uuid].left[holder] for uuid in self._warm.get(holder, ())}
+
+    def particular(self, holder: Holder) -> bool:
+        """Whether a device may do for this replica that does not for others, or the other way round."""
+        return holder in self._warm or holder in self.homes
 
     # -- questions ----------------------------------------------------------------------------------------------------
 
@@ -408,7 +415,14 @@ class Ledger:
         self._story.append((f"{holder} has", dict(left)))
         for uuid, book in self._books.items():
             if left.get(uuid, 0) != book.left.get(holder, 0):
-                book.set_left(holder, left.get(uuid, 0))
+                self._set_left(book, holder, left.get(uuid, 0))
+
+    def _set_left(self, book: Book, holder: Holder, size: int) -> None:
+        book.set_left(holder, size)
+        found = self._warm.setdefault(holder, set())
+        found.add(book.uuid) if size > 0 else found.discard(book.uuid)
+        if not found:
+            del self._warm[holder]
 
     def set_health(self, uuid: str, healthy: bool, reason: str = "", passing: bool = False) -> None:
         """A device failed or recovered. Its grants stand; nobody new gets a part of it while it is unhealthy. passing:
@@ -434,6 +448,8 @@ class Ledger:
                     taken, who = taken | bits, (record.kernel, record.replica)
                     granted[who] = granted.get(who, 0) + share.memory
                     holders.add(name)
+            if any((uuid in uuids) != (who in book.left) for who, uuids in self._warm.items()):
+                raise self._error(f"who has something on {uuid} was noted wrong")
             for who, size in granted.items():
                 memory[who] = max(size, memory.get(who, 0))
             if holders != set(book.holders) or book.free != ((1 << book.device.tpcs) - 1) & ~taken:
@@ -456,7 +472,7 @@ class Ledger:
             book = self._books[share.uuid]
             book.enter(record.grant, share, holder)
             if away:
-                book.set_left(holder, away + book.left.get(holder, 0))
+                self._set_left(book, holder, away + book.left.get(holder, 0))
 
     def _fit_whole(self, ask: _Ask, books: Sequence[Book]) -> Fit | Busy:
         resources, holder = ask.resources, ask.holder

@@ -279,8 +279,7 @@ class FairQueue:
 
     def _particular(self, request: Request) -> tuple[Holder, int]:
         """What makes it fit where another of its shape does not: memory that its own process has, or brings."""
-        ledger, holder = self.ledger, request.holder
-        return (holder if holder in ledger.homes or ledger.left(holder) else NOBODY), request.away
+        return (request.holder if self.ledger.particular(request.holder) else NOBODY), request.away
 
     def _try(self, waiting: Waiting, closed: frozenset[str], now: float) -> GrantRecord | Busy | Impossible:
         """Reserve what the request gets now; it is `coming` where borrowers are on it."""

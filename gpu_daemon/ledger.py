@@ -163,6 +163,11 @@ class Ledger:
         """Bytes that the replica's process has, by device."""
         return {uuid: self._books[uuid].left[holder] for uuid in self._warm.get(holder, ())}
 
+    @property
+    def anything_left(self) -> bool:
+        """Whether any process has something on a device after its grant."""
+        return bool(self._warm)
+
     def particular(self, holder: Holder) -> bool:
         """Whether a device may do for this replica that does not for others, or the other way round."""
         return holder in self._warm or holder in self.homes
@@ -205,6 +210,8 @@ class Ledger:
     def shortage(self, request: Request, closed: Collection[str] = (), kept: Kept | None = None) -> Shortage | None:
         """The devices on which the request lacks nothing but memory that others' processes have after their grants,
         and how much; None where it lacks something else."""
+        if not self._warm:
+            return None
         books, kept, count = self._suitable(request.resources), kept or {}, max(request.resources.gpus, 1)
         if isinstance(books, Impossible) or not request.resources.wants_gpu:
             return None

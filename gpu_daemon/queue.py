@@ -335,6 +335,8 @@ class FairQueue:
 
     def shortage(self, now: float) -> tuple[Request, Shortage] | None:
         """The first request, in order, that would go in if other processes gave back what they left on a device."""
+        if not self.ledger.anything_left:
+            return None
         for place, name in enumerate(self.order(now)):
             waiting = self._waiting[name]
             request, kept = waiting.request, self._kept(waiting, now)

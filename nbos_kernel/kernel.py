@@ -15,7 +15,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -25,22 +24,20 @@ from traitlets import Type, Unicode
 
 from nbos_cluster.wire import FORMAT
 
-from . import __version__, binding, lost, magics, oversize
+from . import __version__, binding, lost, magics
 from .blobchannel import BlobChannel, BlobFailed, Target
-from .capture import names
 from .departure import Departure
 from .entries import has_blobs
 from .execution import Execution
 from .gpu import budget
-from .gpu.gate import gate
 from .iopub import MEMBERS_TOPIC
 from .lazy.kernel import PERMANENT, LoadingKernel
 from .lazy.loading import BlobMissing, Lazy, NotLoadedError
 from .link import DaemonAway, Link
 from .replay import hush, marking
 from .replica import Replica
-from .reports import gpuview, stateview
 from .reports.reporter import Reporter
+from .reports.views import Views
 from .settings import RecordingShell
 
 Message = dict[str, Any]
@@ -115,7 +112,8 @@ class NBOSKernel(LoadingKernel):
         self.load_before_callbacks()
         self.shell.settings = self.replica.settings
         marking.install(self.shell, self.replica.records)
-        self.shell.register_magics(magics.NBOSMagics(self.shell, self._status, self._survey, self._gpu))
+        views = Views(self.shell, self.link, self.execution, self.replica, self.reporter)
+        self.shell.register_magics(magics.NBOSMagics(self.shell, views.status, views.survey, views.gpu))
         self._execute_sleep = (
             0.0  # outputs and reply take different sockets here and in the router: waiting orders nothing
         )
@@ -416,51 +414,6 @@ class NBOSKernel(LoadingKernel):
         if reply.get("ok"):
             return {"status": "ok", **content}
         return {"status": "error", "ename": str(reply.get("error")), "evalue": str(reply.get("reason", "")), **content}
-
-    def _status(self) -> Message:
-        """For `%nbos status`, on the main thread, within a cell."""
-        greeting = self.execution.greeting
-        known = {"kernel": greeting.get("kernel", ""), "replica": greeting.get("replica", -1)}
-        known |= {"host": greeting.get("host", ""), "last": self.replica.applied, "members": [], "executor": -1}
-        try:
-            if not self.link.connected:
-                raise DaemonAway(self.link.since())
-            reply, _ = self.link.request({"type": "status"}).future.result(timeout=2.0)
-        except (TimeoutError, DaemonAway) as err:
-            return {**known, "lost": self.replica.lost, "error": str(err) or "the daemon did not answer within 2 s"}
-        members = reply.get("members") or {}
-        known |= {key: reply[key] for key in ("last", "executor", "queue", "gpu") if key in reply}
-        known["members"] = members.get("members", []) if isinstance(members, dict) else members
-        everything = {**(reply.get("lost") or {}), **self.replica.lost}
-        everything.pop(oversize.MORE, None)  # here all are named
-        return {**known, "lost": everything}
-
-    def _gpu(self) -> str:
-        """For `%nbos gpu`, within a cell."""
-        now, uses = time.monotonic(), self.replica.uses
-        borrower = self.execution.loans.borrower
-        running = uses.running(now, binding.peak(), borrower)
-        return gpuview.text(
-            self._status(), uses.rows, running, binding.grant(), binding.held(), borrower.moves, gate.armed
-        )
-
-    def _survey(self) -> Message:
-        """For `%nbos state`; within a cell, or in a subshell while a replication is under way."""
-        replica, reporter = self.replica, self.reporter
-        return stateview.survey(
-            stateview.Sources(
-                capture=replica.capture,
-                ledger=reporter.ledger,
-                namespace=self.shell.user_ns,
-                variables=lambda: names.user_variables(self.shell.user_ns, self.shell.user_ns_hidden),
-                status=self._status(),
-                room=reporter.room(),
-                progress=reporter.progress,
-                more=replica.lazy.rows(),
-                replayed=replica.records.covered,
-                now=time.monotonic(),
-            )
-        )
 
 
 def _numbered(request: Message) -> bool:

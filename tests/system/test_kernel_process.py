@@ -282,5 +282,6 @@ def test_an_error_does_not_abort_what_is_queued(kernel: Kernel) -> None:
 
 
 def test_exit_ends_the_process(daemon: FakeDaemon, kernel: Kernel) -> None:
+    assert kernel.value("1 + 1", 1) == "2", "it is connected"
     daemon.push(0, {"type": "exit", "reason": "the kernel was deleted"})
     until(lambda: kernel.process.poll() is not None, "the process ended")

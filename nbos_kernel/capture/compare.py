@@ -34,6 +34,19 @@ MOST_ITEMS = 256
 """Items of a container that are looked at for this."""
 
 
+class _Examined:
+    """What was pickled in this comparison, by the first name of each; the long ones apart, as they are few."""
+
+    def __init__(self) -> None:
+        self.all: dict[str, tuple[Unit, Pickled]] = {}
+        self.long: dict[str, Pickled] = {}
+
+    def add(self, unit: Unit, pickled: Pickled) -> None:
+        self.all[unit.names[0]] = (unit, pickled)
+        if len(pickled.stream) > LONG:
+            self.long[unit.names[0]] = pickled
+
+
 class Comparison:
     """Fills `found` from one look at the namespace. `outside`: what functions name that stand in no variable."""
 
@@ -91,7 +104,7 @@ class Comparison:
 
     def _compare_objects(self, objects: dict[str, Any]) -> None:
         """Examine what could have changed; what is found in it may name more."""
-        examined: dict[str, tuple[Unit, Pickled]] = {}
+        examined = _Examined()
         within: dict[str, list[str]] = {}
         done: set[str] = set()
         storages = arrays.Storages()
@@ -101,7 +114,7 @@ class Comparison:
             for unit in self._as_units(name, objects):
                 done.update(unit.names)
                 self._found.examined += 1
-                larger = _part_of(unit, objects, examined)
+                larger = _part_of(unit, objects, examined.long)
                 if larger:
                     within.setdefault(larger, []).append(unit.names[0])
                     continue
@@ -109,8 +122,8 @@ class Comparison:
                 if isinstance(pickled, str):
                     unit = self._fall_apart(unit, objects, storages, pickled, examined)
                 else:
-                    examined[unit.names[0]] = (unit, pickled)
-        self._emit_groups(list(examined.values()), within, objects, storages)
+                    examined.add(unit, pickled)
+        self._emit_groups(list(examined.all.values()), within, objects, storages)
 
     def _fall_apart(
         self,
@@ -118,7 +131,7 @@ class Comparison:
         objects: Mapping[str, Any],
         storages: arrays.Storages,
         reason: str,
-        examined: dict[str, tuple[Unit, Pickled]],
+        examined: _Examined,
     ) -> Unit:
         """One of a unit's variables cannot be pickled: each for itself, so that only that one is lost."""
         for name in unit.names:
@@ -128,7 +141,7 @@ class Comparison:
                 self._note_lost((name,), pickled)
                 self._found.units.append(alone)
             else:
-                examined[name] = (alone, pickled)
+                examined.add(alone, pickled)
         return unit
 
     def _touched(self, objects: Mapping[str, Any]) -> list[str]:
@@ -261,13 +274,13 @@ def identity_of(name: str, value: Any) -> int:
     return 0 if hidden.is_pseudo(name) else id(value)  # a pseudo-variable's value is gathered anew each time
 
 
-def _part_of(unit: Unit, objects: Mapping[str, Any], examined: Mapping[str, tuple[Unit, Pickled]]) -> str:
+def _part_of(unit: Unit, objects: Mapping[str, Any], long: Mapping[str, Pickled]) -> str:
     """Under which name a long pickle was made that the only variable of `unit` is a part of, or holds nothing but parts
     of; most often none was."""
     if len(unit.names) == 1 and not hidden.is_pseudo(unit.names[0]):
         value = objects[unit.names[0]]
-        for first, (_, pickled) in examined.items():
-            if len(pickled.stream) > LONG and (_shared(value, pickled) or _consists_of_parts(value, pickled)):
+        for first, pickled in long.items():
+            if _shared(value, pickled) or _consists_of_parts(value, pickled):
                 return first
     return ""
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import queue
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -192,6 +194,53 @@ def give_back(torch: Any, gib: int) -> dict[str, Any]:
     return {"out": moved.bytes / out, "back": moved.bytes / back, "left": left, "same": same, "stayed": moved.left}
 
 
+BURST, IDLE = 8, 0.02
+"""Calls of a burst, and seconds between two."""
+
+
+def burst(torch: Any, seconds: float) -> dict[str, Any]:
+    """Bursts with pauses, each after a line that allows it: seconds from asking to the end (`gpu_stealing.py`)."""
+    call = gemm(torch)
+    per_call(torch, call, 0.2)
+    print(json.dumps({"ready": True}), flush=True)
+    sys.stdin.readline()
+    took = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        time.sleep(IDLE)
+        began = time.perf_counter()
+        print(json.dumps({"ask": True}), flush=True)
+        sys.stdin.readline()
+        for _ in range(BURST):
+            call()
+        torch.cuda.synchronize()
+        took.append(time.perf_counter() - began)
+        print(json.dumps({"over": True}), flush=True)
+    return {"took": took}
+
+
+def borrow(torch: Any, slices: Any) -> dict[str, Any]:
+    """Steps of work until told to end; between two it goes where a line says, and says when it is there."""
+    call = gemm(torch)
+    per_call(torch, call, 0.2)
+    print(json.dumps({"ready": True}), flush=True)
+    steps, lines = 0, queue.SimpleQueue[str]()
+    threading.Thread(target=lambda: [lines.put(line) for line in sys.stdin], daemon=True).start()
+    while True:
+        while not lines.empty():
+            told = json.loads(lines.get())
+            if "end" in told:
+                return {"steps": steps}
+            if "count" in told:
+                steps = 0
+            else:
+                use(torch, slices, told["tpcs"])  # waits for what was launched
+                print(json.dumps({"on": True}), flush=True)
+        call()
+        torch.cuda.synchronize()
+        steps += 1
+
+
 def main() -> None:
     import torch
 
@@ -212,6 +261,12 @@ def main() -> None:
         found = give_back(torch, asked["gib"])
     elif asked["do"] == "hold":
         found = hold(torch, asked["gib"])
+    elif asked["do"] == "burst":
+        use(torch, slices, asked["tpcs"])
+        found = burst(torch, asked["seconds"])
+    elif asked["do"] == "borrow":
+        use(torch, slices, asked["tpcs"])
+        found = borrow(torch, slices)
     elif asked["do"] == "sweep":
         found = {}
         for size in asked["sizes"]:

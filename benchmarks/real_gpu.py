@@ -3,6 +3,7 @@
 - confinement: the SM numbers that kernels see in a slice, and whether disjoint slices have disjoint ones, in one
   process and in two;
 - neighbours: two processes on the same and on disjoint slices, beside each alone, taking turns and under MPS;
+- stealing: an important tenant with bursts, and a steady one that has its TPCs while it is idle, under MPS;
 - giving back: 1, 10 and 40 GiB of tensors to pinned host memory and back into the same tensors, bytes compared; and
   the same by the driver's checkpoint of the whole process, asked as a host's daemon asks for it;
 - speed by TPCs: l(t) = m/t + b for a GEMM, attention, a memory-bound operation and a small network, and the smallest
@@ -32,6 +33,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from gpu_figures import confinement, fit, ranges, seconds, slowdown, smallest, table
+from gpu_stealing import Ended, stealing
 
 SIDE = Path(__file__).with_name("gpu_side.py")
 MPS = "nvidia-cuda-mps-control"
@@ -130,6 +132,13 @@ def neighbours(tpcs: int, environment: dict[str, str], long: float) -> list[list
         shared = len(set(one["sms"]) & set(two["sms"]))
         rows.append([name, both, f"{shared} SMs in common{late}"])
     return rows
+
+
+def stolen(tpcs: int, environment: dict[str, str], long: float) -> list[list[str]]:
+    try:
+        return stealing(lambda asked: start(asked, environment), tpcs, 4 * long)
+    except Ended as err:
+        raise Failed(str(err)) from err
 
 
 def speeds(tpcs: int, work: str, long: float) -> list[list[str]]:
@@ -237,6 +246,7 @@ def main() -> None:
             places = environment
             attempt(rows, "confinement under MPS", lambda: confined(tpcs, places), deadline)
             attempt(rows, "two processes side by side (MPS): a GEMM", lambda: neighbours(tpcs, places, long), deadline)
+            attempt(rows, "idle TPCs lent (MPS): bursts of GEMMs", lambda: stolen(tpcs, places, long), deadline)
     for work in WORK:
         attempt(rows, f"seconds by TPCs: {work}", lambda work=work: speeds(tpcs, work, long), deadline)  # type: ignore[misc]
     for gib in (1, 10, 40):

@@ -16,6 +16,7 @@ FOLDER = Path(__file__).parents[3] / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
 import gpu_figures  # noqa: E402
+import gpu_stealing  # noqa: E402
 import real_gpu  # noqa: E402
 
 from tests.fakes import cuda  # noqa: E402
@@ -78,6 +79,26 @@ elif asked["do"] == "hold" and asked["gib"] < 40:
     print(json.dumps({"same": asked["gib"] == 1}))
 elif asked["do"] == "hold":
     print(json.dumps({"skipped": "3 GiB free"}))
+elif asked["do"] == "burst":
+    print(json.dumps({"ready": True}), flush=True)
+    sys.stdin.readline()
+    for _ in range(20):
+        print(json.dumps({"ask": True}), flush=True)
+        sys.stdin.readline()
+        with open(asked["log"], "a") as log:
+            log.write("burst\\n")
+        print(json.dumps({"over": True}), flush=True)
+    print(json.dumps({"took": [0.01] * 20}))
+elif asked["do"] == "borrow":
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        told = json.loads(line)
+        if "end" in told:
+            print(json.dumps({"steps": 60}), flush=True)
+        elif "tpcs" in told:
+            with open(asked["log"], "a") as log:
+                log.write(f"{len(told['tpcs'])}\\n")
+            print(json.dumps({"on": True}), flush=True)
 elif asked["do"] == "run":
     print(json.dumps({"late": False, "rate": 5.0, "sms": asked["tpcs"]}))
 else:
@@ -116,6 +137,22 @@ def test_bytes_that_differ_are_not_overlooked() -> None:
     ]
     assert "BYTES DIFFER" in real_gpu.given_back(10)[0][2]
     assert real_gpu.given_back(40) == [["left out", "3 GiB free", ""]]
+
+
+@pytest.mark.usefixtures("side")
+def test_a_burst_begins_once_the_borrower_has_left_and_it_is_lent_to_again_afterwards(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    rows = gpu_stealing.stealing(lambda asked: real_gpu.start({**asked, "log": str(log)}, {}), 10, 2.0)
+    assert [row[0] for row in rows] == ["the important tenant alone", "quotas", "quotas + stealing"]
+    assert rows[2][1:] == ["p50 10.00 ms, p99 10.00 ms (1.00 × alone)", "the other: 30.0 steps a second"]
+    assert log.read_text().split() == ["burst"] * 40 + ["10", "4", "burst"] * 20 + ["10"]
+
+
+@pytest.mark.usefixtures("side")
+def test_a_tenant_that_ends_early_is_a_row() -> None:
+    rows: list[list[str]] = []
+    real_gpu.attempt(rows, "lent", lambda: real_gpu.stolen(10, {}, 0.1), time.monotonic() + 60)
+    assert rows[1] == ["failed", "KeyError: 'log'", ""]
 
 
 @pytest.fixture

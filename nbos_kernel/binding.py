@@ -246,8 +246,9 @@ def running_torch() -> Any:
 
 
 def _choose(torch: Any, shares: list[Share]) -> str:
-    count = torch.cuda.device_count()
-    found = {f"GPU-{torch.cuda.get_device_properties(i).uuid}": i for i in range(count)}
+    seen = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+    granted = {share.uuid.partition("-")[2]: share.uuid for share in shares}  # torch tells no prefix: GPU-, MIG-
+    found = {granted.get(uuid, f"GPU-{uuid}"): number for number, uuid in enumerate(seen)}
     found = {_moved.get(uuid, uuid): number for uuid, number in found.items()}
     leftovers.know(list(found))
     numbers = [found[share.uuid] for share in shares if share.uuid in found]

@@ -80,6 +80,15 @@ def test_a_running_torch_gets_the_device_and_the_slices_memory(monkeypatch: pyte
     assert len(calls) == 4
 
 
+def test_an_instance_of_mig_is_known_by_its_uuid_once_cuda_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setitem(sys.modules, "torch", running_torch(calls))
+    assert binding.bind(grant("MIG-b")) == ""
+    assert calls[0] == ("device", 1)
+    assert "cannot see" in binding.bind(grant("MIG-c"))
+    binding.unbind()
+
+
 def test_a_whole_device_is_bound_to_its_budget_too(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     monkeypatch.setitem(sys.modules, "torch", running_torch(calls))

@@ -101,8 +101,12 @@ class Engine:
 
     def _new_client(self, timeout: int | None) -> Any:
         if self._base_url:
-            return docker.APIClient(base_url=self._base_url, version=OLDEST_API, timeout=timeout)
-        return docker.from_env(version=OLDEST_API, timeout=timeout).api
+            client = docker.APIClient(base_url=self._base_url, version=OLDEST_API, timeout=timeout)
+        else:
+            client = docker.from_env(version=OLDEST_API, timeout=timeout).api
+        # With it, REQUESTS_CA_BUNDLE in the daemon's environment would count for more than the CA in DOCKER_CERT_PATH.
+        client.trust_env = False
+        return client
 
     # -- images -------------------------------------------------------------------------------------------------------
 

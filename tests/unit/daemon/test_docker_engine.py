@@ -20,7 +20,7 @@ from nbos_cluster import certs
 class Answers(BaseHTTPRequestHandler):
     """As much of an Engine as says its version."""
 
-    def do_GET(self) -> None:  # noqa: N802 - the name is http.server's
+    def do_GET(self) -> None:
         body = json.dumps({"Version": "20.10.99"}).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -34,7 +34,7 @@ class Answers(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def docker_host(tmp_path: Path) -> Iterator[str]:
-    """Address of an Engine whose certificate is signed by tmp_path/engine/ca.pem, and which wants one signed by that."""
+    """Address of an Engine whose certificate is signed by engine/ca.pem, and which wants one signed by that."""
     ca = certs.make_ca(tmp_path / "engine")
     own = certs.issue(tmp_path / "engine", "server", ["127.0.0.1"], client=False, server=True)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(ca))

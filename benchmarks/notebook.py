@@ -118,7 +118,9 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=3)
     parser.add_argument("--no-learning", dest="learn", action="store_false", help="nothing is imported ahead")
     options = parser.parse_args()
-    with nbos_hub(options=[] if options.learn else ["--no-learning"]) as hub:
+    # As many hosts as replicas: the next kernel starts where the one before was learnt from.
+    given = ["--hosts", str(options.replicas), *([] if options.learn else ["--no-learning"])]
+    with nbos_hub(options=given) as hub:
         results = list(rounds(hub, options.rounds, options.think, options.replicas, options.learn))
     for name, warm in (("cold (nothing learnt)", False), ("warm (modules imported ahead)", True)):
         if some := [one for one in results if bool(one.ahead) == warm]:

@@ -322,10 +322,9 @@ class DirectoryStore(BlobStore):
 def _draft(path: Path, data: memoryview) -> FileDraft:
     draft = FileDraft(path, data)
     draft.begin()
-    # After the writing: what changed meanwhile is found here, or at the latest by who reads it.
-    if (actual := address(data)) != path.name:
+    if draft.address != path.name:
         draft.drop()
-        raise wrong_bytes(path.name, actual)
+        raise wrong_bytes(path.name, draft.address)
     return draft
 
 

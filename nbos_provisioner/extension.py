@@ -25,6 +25,8 @@ from .websocket import NBOSWebsocketConnection
 
 PROVISIONER = "nbos-provisioner"
 KERNELS = Path(__file__).parent / "kernels"
+SERVER_FIRST = 1.0
+"""Seconds after its start that the server, and the page that opens it, have for themselves."""
 
 
 def load(app: Any) -> None:
@@ -112,6 +114,7 @@ def keep_outputs(app: Any, manager: NBOSKernelManager) -> None:
 
 
 async def adopt(manager: NBOSKernelManager) -> None:
+    manager.prepare_router(SERVER_FIRST)
     try:
         await manager.adopt()
     except GatewayError as err:

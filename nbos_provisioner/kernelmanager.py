@@ -15,17 +15,23 @@ from typing import Any
 
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
 from tornado import web
-from traitlets import Float, Unicode
+from traitlets import Bool, Float, Unicode
 
 from .filing import Filing
 from .gateway import Gateway, GatewayError
+from .spare_router import SpareRouter
 from .websocket import Offline, is_nbos
 
 
 class NBOSKernelManager(AsyncMappingKernelManager):
     nbos_kernel_name = Unicode("nbos-python3", config=True, help="Kernelspec under which living kernels come back")
     adopt_patience = Float(5.0, config=True, help="Seconds the server's start may wait for the gateway")
+    start_router_ahead = Bool(
+        True, config=True, help="Keep one router process started, so that a new notebook need not wait for one (16 MB)"
+    )
 
+    nbos_spare_router: SpareRouter | None = None
+    """Asked by the provisioner for its kernel's router; None: it starts one."""
     nbos_filing: Filing | None = None
     """Set by the extension."""
 
@@ -58,6 +64,12 @@ class NBOSKernelManager(AsyncMappingKernelManager):
         for channel, stream in channels.items():
             stream.on_recv(partial(offline.take, channel))
 
+    def prepare_router(self, delay: float = 0.0) -> None:
+        """Called once, by the extension: have a router wait for the next notebook. On the server's event loop."""
+        if self.start_router_ahead and self.nbos_spare_router is None:
+            self.nbos_spare_router = SpareRouter(self.log)
+            self.nbos_spare_router.prepare(delay)
+
     async def shutdown_all(self, now: bool = False) -> None:
         """Called when the server ends (SIGTERM, Ctrl-C): let NBOS kernels go, shut the others down."""
         for kernel_id in list(self._pending_kernels):
@@ -65,6 +77,9 @@ class NBOSKernelManager(AsyncMappingKernelManager):
             if kernel_id not in self:
                 # A start that failed stays pending in jupyter_client, and would end this with a 404.
                 del self._pending_kernels[kernel_id]
+        spare, self.nbos_spare_router = self.nbos_spare_router, None
+        if spare is not None:
+            await spare.close()
         mine = {kernel_id: km for kernel_id, km in self._kernels.items() if is_nbos(km)}
         await asyncio.gather(*(self._detach(kernel_id, km) for kernel_id, km in mine.items()))
         await self._async_shutdown_all(now=now)

@@ -19,6 +19,7 @@ from traitlets import Float, Integer, TraitError, Unicode, default, validate
 from .gateway import Gateway, GatewayError
 from .notices import LINE_AFTER
 from .router_process import RouterProcess
+from .spare_router import start_router
 
 FORWARDED_ENV = ("JPY_SESSION_NAME",)
 """Of the server's environment a kernel gets only this; a replica lives on another machine."""
@@ -136,7 +137,8 @@ class NBOSProvisioner(KernelProvisionerBase):
         """The router starts while the gateway places the replicas."""
         if self._router is not None:
             await self._router.close()
-        self._router = RouterProcess(self.log, self._heard)
+        spare = getattr(self.parent.parent, "nbos_spare_router", None) if self.parent is not None else None
+        self._router = RouterProcess(self.log, self._heard, spare.take if spare is not None else start_router)
         spawned = asyncio.create_task(self._router.spawn())
         try:
             model = await gateway.create(self.kernel_id, self._request(kwargs))

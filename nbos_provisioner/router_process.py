@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import sys
 import time
-from collections.abc import Callable
+from asyncio.subprocess import Process
+from collections.abc import Awaitable, Callable
 from typing import Any
+
+from .spare_router import end_router, start_router
 
 START_PATIENCE = 20.0
 RESTARTS, WITHIN = 5, 60.0
@@ -24,13 +26,21 @@ class RouterFailed(RuntimeError):
 
 
 class RouterProcess:
-    def __init__(self, log: logging.Logger, on_event: Callable[[dict[str, Any]], None]) -> None:
+    """start: gives a process that waits for its configuration."""
+
+    def __init__(
+        self,
+        log: logging.Logger,
+        on_event: Callable[[dict[str, Any]], None],
+        start: Callable[[], Awaitable[Process]] = start_router,
+    ) -> None:
         self.log = log
         self.on_event = on_event
+        self._start = start
         self.ports: dict[str, int] = {}
         self.pid = 0
         self.failed = False
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: Process | None = None
         self._config: dict[str, Any] = {}
         self._members: dict[str, Any] | None = None
         self._task: asyncio.Task[None] | None = None
@@ -38,14 +48,8 @@ class RouterProcess:
         self._deaths: list[float] = []
 
     async def spawn(self) -> None:
-        """Start the process; it waits for its configuration, so this needs no key yet."""
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "nbos_provisioner.router",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-        )
+        """Have the process; it waits for its configuration, so this needs no key yet."""
+        self._process = await self._start()
         self.pid = self._process.pid
 
     async def configure(self, config: dict[str, Any]) -> None:
@@ -78,13 +82,7 @@ class RouterProcess:
         process = self._process
         if process is None:
             return
-        if process.stdin is not None:
-            process.stdin.close()
-        try:
-            await asyncio.wait_for(process.wait(), 5.0)
-        except TimeoutError:
-            process.kill()
-            await process.wait()
+        await end_router(process)
         self._process = None
 
     def _write(self, line: dict[str, Any]) -> None:

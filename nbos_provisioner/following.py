@@ -62,6 +62,7 @@ class Follower:
                 self._wanted.clear()
             self._found.put(model)
             os.write(self._writer, b"!")
+            # The gateway holds what is less than a ready replica for as long; whatever answers, no more often.
             time.sleep(max(0.0, began + FIRST_PAUSE - time.monotonic()))
 
     def _get(self) -> dict[str, Any]:

@@ -34,6 +34,10 @@ _DESCRIPTION = (Path(__file__).parent / "openapi.json").read_bytes()
 LONGEST_WAIT = 25
 """Seconds that `wait=ready` holds a request open; below the usual time-outs of proxies."""
 
+NEWS_AFTER = 0.5
+"""Seconds that a request is held open at least for what is news, but not that a replica is ready: of a kernel that is
+being started there is some every few milliseconds, and whoever asks wants to hear of the replica at once."""
+
 
 class JsonHandler(RequestHandler):
     """Answers and refusals as JSON."""
@@ -172,7 +176,9 @@ class KernelHandler(AuthenticatedHandler):
         self.kernels.find(self.caller, kernel_id)
         if wait:
             patience = LONGEST_WAIT if within is None else within
-            await self.watch.until(lambda: self._worth_telling(kernel_id, seen), patience)
+            calm = min(NEWS_AFTER, patience)
+            if not await self.watch.until(lambda: self._worth_telling(kernel_id, None), calm):
+                await self.watch.until(lambda: self._worth_telling(kernel_id, seen), patience - calm)
         self.answer(self.model(kernel_id))
 
     def _number(self, name: str, most: int, what: str) -> int | None:

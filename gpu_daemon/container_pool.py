@@ -31,6 +31,9 @@ LOOK_EVERY = 5.0
 """Seconds between two looks at the host's memory and the demand."""
 IMAGES_EVERY = 30.0
 """Seconds between two looks whether a name stands for another image by now."""
+HEAD_START = 1.0
+"""Seconds that a start has before the container that it took is made again: the Engine's work for that, and the
+imports of the new one, would take the processor from the kernel's first cell."""
 ENDS = "the daemon ends"
 BACK_WITHIN = 3.0
 """Seconds in which a container that waited before the daemon's restart must report."""
@@ -61,7 +64,7 @@ class ContainerPool:
         # Where containers depend on their owner, there are none for anybody.
         anybody = kind_of("", "?", containers.options).owner == ""
         always = tuple(map(str, kinds)) if anybody else ()
-        self._warming = Warming(replace(options.policy, images=always))
+        self._warming = Warming(replace(options.policy, images=always, head_start=HEAD_START))
         self._kinds = {str(kind): kind for kind in kinds}
         self._options, self._containers, self._devices, self._ip, self._slots = options, containers, devices, ip, slots
         self._spares: dict[str, list[Spare]] = {}
@@ -73,6 +76,7 @@ class ContainerPool:
         """Those that make a container: cancelled, they could leave one behind."""
         self._refused: set[tuple[str, ...]] = set()
         self._closing = self._begun = False
+        self._timer: asyncio.TimerHandle | None = None
         self._early: list[warming.Event] = []
         """What happened before it was known what waits."""
         self.network = ""
@@ -110,6 +114,8 @@ class ContainerPool:
     async def close(self, leave: bool) -> None:
         """leave: those that wait stay for the next daemon."""
         self._closing = True
+        if self._timer is not None:
+            self._timer.cancel()
         for task in self._tasks - self._firm:
             task.cancel()
         for coming in self._coming.values():
@@ -215,7 +221,17 @@ class ContainerPool:
                     spare = self._spares[name].pop()
                     self._unwatch(spare)
                     self._discard(spare)
+        self._set_timer()
         self.changed()
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        now = _now()
+        if (due := self._warming.due(now)) is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(due - now, lambda: self._handle(warming.Tick(_now())))
 
     async def _make(self, kind: Kind) -> None:
         began, name = _now(), str(kind)

@@ -23,6 +23,8 @@ GIVE_UP_AFTER = 5
 """Quick deaths in a row after which the replica is called failed. It is tried again nevertheless."""
 HEAD_START = 4.0
 """Seconds that the first replica of a fresh kernel has the machine for itself."""
+FIRST_CELL = 0.3
+"""Seconds more, once it is ready: the first cell was sent long ago, and is now connected to, claimed and run."""
 
 RESTARTED = "the kernel is restarted"
 UNWANTED = "the replica is not wanted on this host any more"
@@ -215,7 +217,7 @@ class Fleet:
             return [Publish(id, "starting")]
         replica.wanted = True
         if event.usable and replica.phase == "waiting" and not replica.quick_deaths and not replica.reason:
-            replica.due = min(replica.due, event.now)
+            replica.due = min(replica.due, event.now + FIRST_CELL)
         if replica.incarnation == event.incarnation:
             return []
         replica.incarnation, replica.quick_deaths, replica.due = event.incarnation, 0, event.now

@@ -46,7 +46,8 @@ class Publisher:
     def __init__(self, site: Site) -> None:
         self._site = site
         self._wanted: dict[str, tuple[bytes, Guard]] = {}
-        self._dirty: set[str] = set()
+        self._dirty: dict[str, bool] = {}
+        """Keys to be written, and whether that is urgent."""
         self._urgent = asyncio.Event()
         self._wake = asyncio.Event()
         self._said = ""
@@ -65,12 +66,12 @@ class Publisher:
 
     def write_all_again(self) -> None:
         """The lease is a new one: everything under the old one is gone."""
-        self._dirty = set(self._wanted)
+        self._dirty = dict.fromkeys(self._wanted, True)
         self._mark("", True)
 
     def _mark(self, key: str, urgent: bool) -> None:
         if key:
-            self._dirty.add(key)
+            self._dirty[key] = urgent or self._dirty.get(key, False)
         self._wake.set()
         if urgent:
             self._urgent.set()
@@ -99,19 +100,21 @@ class Publisher:
     def _again(self, refused: set[str]) -> None:
         """Records whose guard did not hold: the local copy is behind, what it lacks is on its way."""
         if refused:
-            self._dirty |= refused
+            self._dirty |= dict.fromkeys(refused, True)
             asyncio.get_running_loop().call_later(RETRY, self._mark, "", True)
 
     async def _flush(self) -> set[str]:
         """The keys that were refused."""
         refused: set[str] = set()
         while self._dirty:
-            key = self._dirty.pop()
+            # What is urgent first: a router waits for the record of a replica that is ready.
+            key = max(self._dirty, key=self._dirty.__getitem__)
+            del self._dirty[key]
             try:
                 if not await self._write(key):
                     refused.add(key)
             except BaseException:
-                self._dirty |= refused | {key}
+                self._dirty |= dict.fromkeys({*refused, key}, True)
                 raise
         return refused
 

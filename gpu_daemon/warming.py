@@ -4,8 +4,10 @@ to make and which to drop goes out.
 Guarantees: never more than `most` spares, those in the making counted; none is made while memory is short, and then
 spares go at once, those of the images least asked for first; a spare is dropped for want of demand only after it was
 too many for `calm` seconds, so that a pause between two notebooks drops none; making that fails is tried again after
-a pause that doubles. By demand, as many are kept as starts arrive while one is made (Little's law: rate × seconds),
-with so many more that an arrival finds one with the stated confidence, if arrivals are independent (Poisson).
+a pause that doubles; a start has the machine for itself for `head_start` seconds before what it took is made again,
+however many more starts come meanwhile. By demand, as many are kept as starts arrive until one that was taken is made
+again (Little's law: rate × seconds), with so many more that an arrival finds one with the stated confidence, if
+arrivals are independent (Poisson).
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ class Policy:
     """kind: `fixed`: `keep` of each popular image; `demand`: by demand, and at least `keep`; `off`: none.
 
     images: those that are always popular. most: of all images together. confidence: of finding a spare. window:
-    seconds over which starts are counted. calm: see above. reserve: bytes of the host's memory that spares leave free.
+    seconds over which starts are counted. calm, head_start: see above. reserve: bytes of the host's memory that spares
+    leave free.
     """
 
     kind: Literal["off", "fixed", "demand"] = "demand"
@@ -42,6 +45,7 @@ class Policy:
     window: float = 600.0
     calm: float = 60.0
     reserve: int = 1 << 30
+    head_start: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,14 @@ class Memory:
     now: float
 
 
-Event = Arrived | Made | Failed | Gone | Found | Expected | Memory
+@dataclass(frozen=True)
+class Tick:
+    """`due` has come."""
+
+    now: float
+
+
+Event = Arrived | Made | Failed | Gone | Found | Expected | Memory | Tick
 
 
 @dataclass(frozen=True)
@@ -134,6 +145,8 @@ class _Image:
     measured: bool = False
     failures: int = 0
     not_before: float = -math.inf
+    rests_until: float = -math.inf
+    """Until then a start has the machine for itself."""
     surplus_since: float | None = None
 
     @property
@@ -164,6 +177,9 @@ class Warming:
             case Arrived(image, now):
                 known = self._images.setdefault(image, _Image(weighed=now))
                 known.weight, known.weighed = self._weight(known, now) + 1.0, now
+                if now >= known.rests_until:
+                    # Not put off further by each start: a rush would have none made.
+                    known.rests_until = now + self.policy.head_start
             case Made(image, seconds, size, _):
                 self._on_made(self._known(image), seconds, size)
             case Failed(image, now):
@@ -186,6 +202,11 @@ class Warming:
         self._story.extend(out)
         self.validate_state()
         return out
+
+    def due(self, now: float) -> float | None:
+        """When to tell `Tick`, at the latest; None when nothing waits for the clock but what `Memory` is enough for."""
+        rests = [known.rests_until for known in self._images.values() if known.rests_until > now]
+        return min(rests, default=None)
 
     def ready(self, image: str) -> int:
         return self._images[image].ready if image in self._images else 0
@@ -280,7 +301,7 @@ class Warming:
 
     def _make_up(self, image: str, target: int, now: float) -> list[Instruction]:
         known = self._images[image]
-        if self.short or now < known.not_before:
+        if self.short or now < max(known.not_before, known.rests_until):
             return []
         # After a failure one at a time.
         missing = min(target - known.held, 1 - known.making if known.failures else target)
@@ -323,7 +344,9 @@ class Warming:
             return 0
         if policy.kind == "fixed":
             return policy.keep
-        return max(policy.keep, enough(weight / policy.window * known.seconds, policy.confidence, policy.most))
+        # From one that is taken to the next that waits.
+        seconds = policy.head_start + known.seconds
+        return max(policy.keep, enough(weight / policy.window * seconds, policy.confidence, policy.most))
 
     def _weight(self, known: _Image, now: float) -> float:
         return known.weight * math.exp(-max(0.0, now - known.weighed) / self.policy.window)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from gpu_daemon.fleet import (
+    FIRST_CELL,
+    HEAD_START,
     Died,
     Fleet,
     Forget,
@@ -37,11 +39,21 @@ def running(*indexes: int) -> Fleet:
     return fleet
 
 
-def test_the_first_replica_starts_alone_and_the_others_when_it_is_usable() -> None:
+def test_the_first_replica_starts_alone_and_the_others_soon_after_it_is_usable() -> None:
     fleet = Fleet()
     assert starts(fleet.handle(wanted(0, 1))) == [K0]
     assert starts(fleet.handle(Tick(1))) == []
-    assert starts(fleet.handle(wanted(0, 1, now=2, usable=True))) == [K1]
+    assert starts(fleet.handle(wanted(0, 1, now=2, usable=True))) == []
+    assert starts(fleet.handle(wanted(0, 1, now=2.2, usable=True))) == []
+    assert fleet.next_due() == 2 + FIRST_CELL, "no later record puts it off"
+    assert starts(fleet.handle(Tick(2 + FIRST_CELL))) == [K1]
+
+
+def test_the_others_do_not_wait_longer_because_the_first_is_usable_late() -> None:
+    fleet = Fleet()
+    fleet.handle(wanted(0, 1))
+    fleet.handle(wanted(0, 1, now=HEAD_START - 0.1, usable=True))
+    assert starts(fleet.handle(Tick(HEAD_START))) == [K1]
 
 
 def test_the_others_start_after_four_seconds_even_if_the_first_is_not_usable() -> None:

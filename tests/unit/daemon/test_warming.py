@@ -25,6 +25,7 @@ from gpu_daemon.warming import (
     Make,
     Memory,
     Policy,
+    Tick,
     Warming,
     enough,
 )
@@ -42,10 +43,13 @@ class World(RuleBasedStateMachine):
         more=st.integers(0, 4),
         size=st.integers(1, 400),
         free=st.integers(0, 4000),
+        head_start=st.sampled_from([0.0, 1.0, 50.0]),
     )
-    def begin(self, kind: str, keep: int, more: int, size: int, free: int) -> None:
-        self.policy = Policy(kind=kind, keep=keep, most=max(1, keep + more), reserve=GIB)  # type: ignore[arg-type]
+    def begin(self, kind: str, keep: int, more: int, size: int, free: int, head_start: float) -> None:
+        bounds = {"keep": keep, "most": max(1, keep + more), "reserve": GIB}
+        self.policy = Policy(kind=kind, head_start=head_start, **bounds)  # type: ignore[arg-type]
         self.warming = Warming(self.policy)
+        self.rests: dict[str, float] = {}
         self.now = 0.0
         self.size = size * MIB
         self.others = 0
@@ -63,6 +67,7 @@ class World(RuleBasedStateMachine):
         steps = self.warming.handle(event)
         for step in steps:
             if isinstance(step, Make):
+                assert self.now >= self.rests.get(step.image, 0), "made beside a start that has the machine for itself"
                 self.making[step.image] += 1
             else:
                 assert self.waiting[step.image] > 0, "a spare is dropped that is not there"
@@ -78,6 +83,8 @@ class World(RuleBasedStateMachine):
 
     @rule(image=st.sampled_from(IMAGES))
     def arrives(self, image: str) -> None:
+        if self.now >= self.rests.get(image, 0):
+            self.rests[image] = self.now + self.policy.head_start
         self.tell(Arrived(image, self.now))
         if self.waiting[image]:
             self.waiting[image] -= 1
@@ -129,6 +136,17 @@ class World(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
         self.look()
+
+    @rule()
+    def rest_is_over(self) -> None:
+        """No longer than the start has the machine for itself; what it took is made then."""
+        due = self.warming.due(self.now)
+        rests = [until for until in self.rests.values() if until > self.now]
+        assert due == min(rests, default=None)
+        if due is not None:
+            self.now = due
+            self.tell(Tick(due))
+            self.look()
 
     @rule()
     def quiet(self) -> None:
@@ -192,9 +210,10 @@ def test_enough_by_example_and_bounded(mean: float, number: int) -> None:
     assert enough(mean, 0.95, 7 if mean > 100 else 20) == number
 
 
-def test_by_demand_an_arrival_finds_a_spare_as_often_as_promised() -> None:
+@pytest.mark.parametrize("head_start", [0.0, 2.0])
+def test_by_demand_an_arrival_finds_a_spare_as_often_as_promised(head_start: float) -> None:
     """Little's law at work: a start every 5 s, 10 s to make one."""
-    policy = Policy(kind="demand", keep=0, most=40, confidence=0.9, window=600)
+    policy = Policy(kind="demand", keep=0, most=40, confidence=0.9, window=600, head_start=head_start)
     warming, _ = started(policy)
     dice, now, found, asked = random.Random(7), 0.0, 0, 0
     due: list[float] = []
@@ -210,12 +229,13 @@ def test_by_demand_an_arrival_finds_a_spare_as_often_as_promised() -> None:
 
     while now < 20_000:
         following = now + dice.expovariate(1 / 5)
-        while due and min(due) <= following:
-            now = min(due)
-            due.remove(now)
-            waiting += 1
-            carry_out(warming.handle(Made("", 10.0, 50 * MIB, now)))
-        now = following
+        while (now := min([*due, warming.due(now) or following, following])) < following:
+            if now in due:
+                due.remove(now)
+                waiting += 1
+                carry_out(warming.handle(Made("", 10.0, 50 * MIB, now)))
+            else:
+                carry_out(warming.handle(Tick(now)))
         carry_out(warming.handle(Arrived("", now)))
         if now > 3000:  # the rate is known by then
             asked += 1
@@ -225,7 +245,7 @@ def test_by_demand_an_arrival_finds_a_spare_as_often_as_promised() -> None:
             carry_out(warming.handle(Gone("", now)))
         carry_out(warming.handle(Memory(64 * GIB, now)))
     assert 0.88 <= found / asked <= 0.98
-    assert warming.wanted("", now) <= 6, "five are enough for two starts in ten seconds"
+    assert warming.wanted("", now) <= 6 + head_start / 2, "five are enough for two starts in ten seconds"
 
 
 def test_what_is_taken_is_made_again_at_once() -> None:
@@ -235,6 +255,16 @@ def test_what_is_taken_is_made_again_at_once() -> None:
     warming.handle(Made("", 1, 0, 1))
     warming.handle(Arrived("", 2))
     assert warming.handle(Gone("", 2)) == [Make("")]
+
+
+def test_what_is_taken_is_made_again_when_its_start_has_had_the_machine_for_itself() -> None:
+    warming, _ = started(Policy(kind="fixed", keep=1, head_start=1))
+    warming.handle(Made("", 1, 0, 1))
+    assert warming.handle(Arrived("", 2)) == warming.handle(Gone("", 2)) == []
+    assert warming.handle(Arrived("", 2.5)) == [], "and no other start puts it off"
+    assert warming.due(2.5) == 3
+    assert warming.handle(Tick(3)) == [Make("")]
+    assert warming.due(3) is None
 
 
 def test_too_many_are_dropped_only_after_a_calm_while() -> None:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.manager import AsyncKernelManager
 from measure import PLAIN_KERNEL, Running
 
+from nbos_provisioner.kernelmanager import NBOSKernelManager
 from tests.system.nbosenv import kernel_environment, kernelspec_name
 
 T = TypeVar("T")
@@ -31,14 +33,24 @@ class Kernels:
     """Kernel managers on a running event loop of their own, as a Jupyter Server keeps them; clients are blocking."""
 
     loop: asyncio.AbstractEventLoop
+    server: NBOSKernelManager
+    """Has a router wait, as in a Jupyter Server with the extension."""
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(120)
 
+    def router_waits(self, timeout: float = 30.0) -> None:
+        """Until one does."""
+        deadline = time.monotonic() + timeout
+        while self.server.nbos_spare_router is None or not self.server.nbos_spare_router.pid:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no router waits after {timeout:g} s")
+            time.sleep(0.05)
+
     @contextlib.contextmanager
     def started(self, name: str) -> Iterator[BlockingKernelClient]:
         """A new kernel by the name of its kernelspec, and a client with open channels. Nothing was asked of it yet."""
-        manager = AsyncKernelManager(kernel_name=name)
+        manager = AsyncKernelManager(kernel_name=name, parent=self.server)
         self.run(manager.start_kernel())
         client = BlockingKernelClient()
         client.load_connection_info(manager.get_connection_info())
@@ -55,9 +67,12 @@ def kernels() -> Iterator[Kernels]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="kernel managers")
     thread.start()
+    here = Kernels(loop, NBOSKernelManager())
+    loop.call_soon_threadsafe(here.server.prepare_router)
     try:
-        yield Kernels(loop)
+        yield here
     finally:
+        here.run(here.server.shutdown_all())
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
 

@@ -2,8 +2,9 @@
 
 A kernel is counted from asking for it until the reply to its first cell, sent as early as a client can send it. Two
 `nbos up` run at once on this machine, one with `--warm 0`; kernels of the three sides are started in turns. The first
-cell is `1 + 1`, or imports a module (--module numpy torch), which the warm side has imported ahead. The pools are full
-before each start: how fast they fill again under a rush is another question (--rush N: so many kernels at once).
+cell is `1 + 1`, or imports a module (--module numpy torch), which the warm side has imported ahead. Before each start
+the pools are full, a router waits (as in any Jupyter Server, for both sides), and what the start before left behind
+(replicas that end) is over: how fast pools fill again under a rush is another question (--rush N: so many at once).
 With --runtime docker replicas are containers of --image; their homes make each container its owner's.
 """
 
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 from direct import OWNER, Kernels, changed_environment, kernels, nbos_environment
 from measure import PLAIN_KERNEL, Running, Table, nbos_hub, percentile, ratio
 
@@ -63,6 +65,18 @@ def filled(hub: Running, timeout: float = 120.0) -> None:
         time.sleep(0.2)
 
 
+def rested(busy: float = 15.0, timeout: float = 30.0) -> None:
+    """Until the processor has been nearly idle for half a second: less than `busy` per cent of it in use."""
+    deadline = time.monotonic() + timeout
+    psutil.cpu_percent()
+    time.sleep(0.5)
+    while (used := psutil.cpu_percent()) >= busy:
+        if time.monotonic() > deadline:
+            print(f"the machine does not come to rest ({used:.0f} % of its processor in use); going on")
+            return
+        time.sleep(0.5)
+
+
 def in_turns(cold: Running, warm: Running, code: str, rounds: int) -> dict[str, list[float]]:
     sides = {"plain": starter(None), "cold": starter(cold), "warm": starter(warm)}
     took: dict[str, list[float]] = {side: [] for side in SIDES}
@@ -70,6 +84,8 @@ def in_turns(cold: Running, warm: Running, code: str, rounds: int) -> dict[str, 
         for _ in range(rounds + 1):
             for side in SIDES:
                 filled(warm)
+                here.router_waits()
+                rested()
                 took[side].append(sides[side](here, code))
     return {side: seconds[1:] for side, seconds in took.items()}  # the first round reads files from the disk
 

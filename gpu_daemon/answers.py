@@ -23,7 +23,7 @@ from gpu_daemon.requests import RequestError
 from gpu_daemon.sessions import Reply, Session, members_message
 from gpu_daemon.site import RECOVERY, Refused, Site, log, plain
 from gpu_daemon.touching import Touching
-from nbos_cluster import keys, records
+from nbos_cluster import files, keys, records
 from nbos_cluster.arena import Arena
 from nbos_cluster.content import ALGORITHM
 from nbos_cluster.etcd import EtcdUnavailable
@@ -61,6 +61,7 @@ class Answers:
             "have_blobs": self._have_blobs,
             "room": self._room,
             "arena": self._arena,
+            "files": self._files,
             "append": self._append,
             "applied": self._applied,
             "release": self._release,
@@ -115,7 +116,12 @@ class Answers:
             "durable": spec.durable,
             "lazy": spec.lazy,
             "touch": self._site.settings.gpu_on_touch,
-            "blobs": {"hash": ALGORITHM, "chunk": BLOB_CHUNK, "keep": self._site.blobs.keep},
+            "blobs": {
+                "hash": ALGORITHM,
+                "chunk": BLOB_CHUNK,
+                "keep": self._site.blobs.keep,
+                "files": self._hands_out_files(session),
+            },
         }, b""
 
     def _check_peer(self, session: Session) -> None:
@@ -169,6 +175,23 @@ class Answers:
         replica.arena = Arena.make()
         session.hand_over(replica.arena)
         return {}, b""
+
+    async def _files(self, session: Session, message: Message, payload: bytes) -> Reply:
+        """Blobs for the replica to read itself, on a connection of its own like the arena."""
+        self._check_peer(session)
+        hashes = requests.texts(message, "hashes", most=files.AT_ONCE)
+        if not self._hands_out_files(session):
+            raise Refused("refused", "this daemon hands out no files")
+        with _blob_errors():
+            handles = await self._site.blobs.open_files(self._owner(session.replica), hashes)
+        try:
+            session.hand_over_files(handles)
+        finally:
+            files.close(handles)
+        return {}, b""
+
+    def _hands_out_files(self, session: Session) -> bool:
+        return self._site.blobs.store.hands_out_files and session.may_hold_files
 
     async def _put_blob(self, session: Session, message: Message, payload: bytes) -> Reply:
         data: bytes | memoryview = payload

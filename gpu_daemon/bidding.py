@@ -21,6 +21,7 @@ from msgspec.structs import replace
 
 from gpu_daemon import ledger, queue
 from gpu_daemon.accounting import Accounting
+from gpu_daemon.ahead import ClaimsAhead
 from gpu_daemon.fleet import ReplicaId
 from gpu_daemon.giving import Giving
 from gpu_daemon.lender import Lender, Terms
@@ -51,6 +52,7 @@ HERE = Resources(tpcs=1, memory=1)
 class Bidding:
     def __init__(self, site: Site, publisher: Publisher, accounting: Accounting, terms: Terms | None = None) -> None:
         self._site, self._accounting = site, accounting
+        self.ahead = ClaimsAhead(site)
         self.giving = Giving(site)
         self.giving.room_changed = self.room_changed
         self.giving.bids = lambda id: id in self._open
@@ -100,12 +102,14 @@ class Bidding:
             bid.end("cancelled", f"execution {n} was cancelled while it waited")
 
     def replica_died(self, replica: LocalReplica) -> None:
+        self.ahead.drop(replica)
         bid = self._open.pop(replica.id, None)
         if bid is not None:
             bid.end("cancelled", "the replica's process ended")
 
     def kernel_changed(self, view: KernelView) -> None:
-        """Ends the waits that the records have decided."""
+        """Ends the waits that the records have decided, and claims that were made ahead of a change."""
+        self.ahead.kernel_changed(view)
         for bid in [b for b in self._open.values() if b.replica.id.kernel == view.kernel]:
             n = bid.request.n
             held = view.claim_of(n)
@@ -122,6 +126,8 @@ class Bidding:
                 bid.end("draining", _moved_away(bid))
 
     def stop(self) -> None:
+        for replica in self._site.replicas.values():
+            self.ahead.drop(replica)
         for bid in self._open.values():
             if bid.request.kind != "touch":  # a running cell's: asked again of the next daemon, where the cell lives on
                 bid.end("draining", f"host {self._site.host} takes no new cells")
@@ -150,6 +156,7 @@ class Bidding:
             if bid.replica.frozen is not None:
                 await self._thaw(bid, spec)
             if bid.request.resources.wants_gpu:
+                self.ahead.drop(bid.replica)  # while it waits for room here, another host may have some
                 grant = await self.reserve(bid, spec)
             held = await self._claim(bid)
             if grant is not None:
@@ -162,6 +169,8 @@ class Bidding:
             return Yielded("unavailable", f"etcd refused the claim: {err}").answer
         finally:
             self.closed(bid)
+            if held is None:
+                self.ahead.drop(bid.replica)
             if grant is not None and held is None:
                 self._site.rundir.save_grant(bid.replica.id, None)
                 self.grant_ended(grant.grant, used=False)
@@ -299,6 +308,12 @@ class Bidding:
     async def _claim(self, bid: OpenBid) -> Held:
         """The election. Raises Yielded."""
         replica, request, site, grant = bid.replica, bid.request, self._site, bid.grant
+        if bid.over:
+            bid.ended.result()
+        follows = self.ahead.follows(replica)
+        if (held := self.ahead.use(replica, request)) is not None:
+            held.follows, replica.held = follows, held
+            return held
         record = ClaimRecord(
             n=request.n,
             replica=replica.id.index,
@@ -311,7 +326,8 @@ class Bidding:
             self.note_grant(replica, grant)
         handle = replica.handle
         token = await self._claim_txn(bid, record, grant)
-        held = Held(request.n, token, record, bid.grant)  # what is lent to it may have changed meanwhile
+        # What is lent to it may have changed meanwhile.
+        held = Held(request.n, token, record, bid.grant, follows=follows)
         if bid.over or replica.handle is not handle:
             # Its process ended while etcd answered: nothing ran, so n is free again for another replica.
             site.spawn(self._withdraw(replica.id.kernel, held), f"withdrawing the claim of {replica.name}")
@@ -337,6 +353,7 @@ class Bidding:
     async def _until_claimed(self, bid: OpenBid, record: ClaimRecord, grant: GrantRecord | None) -> int:
         kernel, n, site = bid.replica.id.kernel, bid.request.n, self._site
         tries = 0
+        await self._withdrawn(bid)
         while True:
             view = site.view(kernel)
             if bid.over:
@@ -361,6 +378,15 @@ class Bidding:
                     self._check(bid)
                 case election.Lost(code, next, reason):
                     raise Yielded("unavailable" if code == "epoch" else code, reason, next)
+
+    async def _withdrawn(self, bid: OpenBid) -> None:
+        """Wait until what this replica gives back is given back. Raises Yielded."""
+        while (task := bid.replica.withdrawing) is not None and not task.done():
+            await asyncio.wait({task, bid.ended}, timeout=ETCD_PAUSE, return_when=asyncio.FIRST_COMPLETED)
+            if bid.over:
+                bid.ended.result()
+            if self._site.away_since is not None and not bid.request.wait:
+                raise Yielded("unavailable", self._site.away_text())
 
     async def _epoch_moves(self, kernel: str, revision: int) -> bool:
         """Wait until the local copy has a newer epoch than that of `revision`."""

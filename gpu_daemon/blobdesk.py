@@ -12,7 +12,7 @@ import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -91,6 +91,13 @@ class BlobDesk:
             data = await self._reading(owner, digest, self.store.get)
             moved(len(data))
         return data
+
+    async def open_files(self, owner: str, digests: Sequence[str]) -> list[int | None]:
+        """Descriptors for reading, of those that can be had so. What they show is not checked. Raises BlobError."""
+        with self._counting("get") as moved:
+            handles = await self._call("blobs could not be opened", self.store.open_files, owner, digests)
+            moved(sum(os.fstat(handle).st_size for handle in handles if handle is not None))
+        return handles
 
     async def have(self, owner: str, digests: Collection[str]) -> set[str]:
         """Which of them are there; they stay for `keep` seconds at least. Raises BlobError."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -103,6 +103,14 @@ class BlobStore(ABC):
     @abstractmethod
     def have(self, owner: str, digests: Iterable[str]) -> set[str]:
         """Which of them are there. Those stay for one period of grace at least, whether anything names them or not."""
+
+    hands_out_files = False
+    """Whether `open_files` gives descriptors."""
+
+    def open_files(self, owner: str, digests: Sequence[str]) -> list[int | None]:
+        """A descriptor for reading each, of a file that holds the blob and nothing else; None for what cannot be had so
+        now (`read_into` says why). The bytes are not checked: whoever reads them does."""
+        return [None] * len(digests)
 
     def free(self) -> int | None:
         """Bytes that can still be stored; None where there is no such bound, or nobody can tell."""

@@ -12,6 +12,7 @@ import time
 
 from msgspec.structs import replace
 
+from gpu_daemon.ahead import Claimed
 from gpu_daemon.bidding import Bidding
 from gpu_daemon.folding import Folding, store_blob
 from gpu_daemon.openbid import waiting
@@ -20,7 +21,7 @@ from gpu_daemon.requests import RequestError, Took
 from gpu_daemon.site import RETRY_LAST, Refused, Site, log
 from gpu_daemon.transactions import abandon_held, end_grant, grant_key, grant_within
 from nbos_cluster import election, statelog
-from nbos_cluster.etcd import EtcdError, EtcdUnavailable
+from nbos_cluster.etcd import EtcdError, EtcdUnavailable, LeaseGone
 from nbos_cluster.kernelview import KernelView
 from nbos_cluster.kv import Txn
 from nbos_cluster.records import ClaimRecord, GrantRecord, LogEntry
@@ -62,12 +63,14 @@ class Commits:
         began = self._site.now()
         entry = replace(entry, replica=replica.id.index, incarnation=replica.incarnation, at=time.time())
         spill = await self._fitting(replica, entry)
-        await self._append_txn(replica, held, spill)
+        ahead = await self._append_txn(replica, held, spill)
         self._site.meters.appended(self._site.now() - began)
         self.end_grant(replica, held, recorded=False)
+        if ahead is not None:
+            self._bidding.ahead.appended(replica, held, ahead)
         if replica.held is held:
             replica.held = None
-        replica.appended = (entry.n, held.token)
+        replica.appended, replica.appended_at = (entry.n, held.token), self._site.now()
         replica.applied = max(replica.applied, entry.n)
         self.folding.consider(replica.id.kernel)
 
@@ -92,19 +95,24 @@ class Commits:
             await store_blob(self._site, owner, digest, data)
         return spill
 
-    async def _append_txn(self, replica: LocalReplica, held: Held, spill: Spill) -> None:
+    async def _append_txn(self, replica: LocalReplica, held: Held, spill: Spill) -> Claimed | None:
+        """What was to be claimed with it; None: nothing."""
         with self._site.telling(lambda why: _tell_next(replica, spill.record.n, why)):
-            await self._until_appended(replica, held, spill)
+            return await self._until_appended(replica, held, spill)
 
-    async def _until_appended(self, replica: LocalReplica, held: Held, spill: Spill) -> None:
+    async def _until_appended(self, replica: LocalReplica, held: Held, spill: Spill) -> Claimed | None:
         kernel, owner, entry = replica.id.kernel, self._owner(replica), spill.record
+        ahead = tried = self._bidding.ahead.wanted(replica, held)
         while True:
             # The token may change while etcd is away: the lease was lost, the claim renewed.
             token, key = held.token, grant_key(held.grant)
             try:
-                txn = election.append(kernel, replace(entry, token=token), token, grant_key=key)
+                txn = election.append(kernel, replace(entry, token=token), token, grant_key=key, ahead=ahead)
                 result = await self._site.blobs.commit(self._site.commit, owner, spill.needs, txn)
                 outcome = election.classify_append(entry.n, token, result)
+            except LeaseGone:
+                ahead = None
+                continue
             except EtcdUnavailable:
                 if replica.handle is None:
                     raise Refused("unavailable", self._site.away_text()) from None
@@ -112,8 +120,13 @@ class Commits:
                 continue
             except EtcdError as err:
                 raise Refused("unavailable", f"etcd refused the entry: {err}") from err
+            if isinstance(outcome, election.EpochMoved):
+                ahead = None
+                continue
             if not isinstance(outcome, election.Fenced):
-                return
+                sure = isinstance(outcome, election.Appended)
+                return None if tried is None or (sure and ahead is None) else Claimed(tried, outcome.revision, sure)
+            ahead = None  # it was for the lease of before
             if outcome.decided or not await self._renewed(replica, held, token):
                 raise Refused("fenced", outcome.reason)
 
@@ -265,6 +278,8 @@ class Commits:
         """Whether the replica holds claim n in etcd; this daemon knows it from then on."""
         view = self._site.view(replica.id.kernel)
         claim = view.claim_of(n) if view is not None and replica.held is None else None
+        if claim is not None and (replica.ahead is not None or claim.token == replica.withdrawn):
+            return False
         if claim is None or (claim.record.replica, claim.record.host) != (replica.id.index, self._site.host):
             return False
         replica.held = Held(n, claim.token, claim.record, self._saved_grant(replica))
@@ -272,6 +287,11 @@ class Commits:
 
     def give_up(self, replica: LocalReplica, n: int, token: int, reason: str) -> None:
         """The replica lives, but will never run n, whose claim it has."""
+        view = self._site.view(replica.id.kernel)
+        claim = view.claim_of(n) if view is not None else None
+        if claim is not None and claim.record.ahead and claim.token == token and replica.held is None:
+            self._bidding.ahead.withdraw(replica, n, token)
+            return
         held, replica.held = replica.held, None
         grant = held.grant if held is not None else self._saved_grant(replica)
         self.drop_saved_grant(replica)

@@ -14,12 +14,13 @@ import os
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from gpu_daemon.blobs import (
     FOLDER,
     BlobError,
+    BlobMissing,
     BlobStore,
     BlobStoreAway,
     BlobStoreFull,
@@ -34,6 +35,7 @@ from gpu_daemon.blobs import (
     wrong_bytes,
 )
 from gpu_daemon.drafts import NEW, FileDraft, name_them
+from gpu_daemon.filesystems import is_local
 from nbos_cluster.content import address, address_of_parts, is_address
 
 OLD, DAMAGED = ".old", ".corrupt"
@@ -58,6 +60,8 @@ class DirectoryStore(BlobStore):
         self.root = root
         self.where = f"the blob store {root}"
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Not from another machine's disk: a replica that waits for one cannot be told that it is away, nor be ended.
+        self.hands_out_files = is_local(root)
 
     # -- blobs --------------------------------------------------------------------------------------------------------
 
@@ -114,6 +118,9 @@ class DirectoryStore(BlobStore):
             self._set_aside(path)
             raise damaged(self.where, digest)
         return data
+
+    def open_files(self, owner: str, digests: Sequence[str]) -> list[int | None]:
+        return [self._handle(self._path(owner, digest), digest) for digest in digests]
 
     def have(self, owner: str, digests: Iterable[str]) -> set[str]:
         there = set()
@@ -267,6 +274,12 @@ class DirectoryStore(BlobStore):
         damaged_before = path.with_name(path.name + DAMAGED).exists()
         raise missing(self.where, digest, " any more: it was damaged there and set aside" if damaged_before else "")
 
+    def _handle(self, path: Path, digest: str) -> int | None:
+        try:
+            return self._open(path, digest)
+        except (OSError, BlobMissing):
+            return None
+
     def _set_aside(self, path: Path) -> None:
         """Out of the way, so that a replica that still has the value can store it again."""
         with contextlib.suppress(OSError):
@@ -309,10 +322,9 @@ class DirectoryStore(BlobStore):
 def _draft(path: Path, data: memoryview) -> FileDraft:
     draft = FileDraft(path, data)
     draft.begin()
-    # After the writing: what changed meanwhile is found here, or at the latest by who reads it.
-    if (actual := address(data)) != path.name:
+    if draft.address != path.name:
         draft.drop()
-        raise wrong_bytes(path.name, actual)
+        raise wrong_bytes(path.name, draft.address)
     return draft
 
 

@@ -14,12 +14,16 @@ import contextlib
 import ctypes
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from gpu_daemon.blobs import Draft
+from nbos_cluster.content import address_of_parts
 
 NEW = ".new-"
+
+STEP = 512 * 1024
+"""Bytes of a piece that is written and then hashed."""
 
 _BEGIN_WRITING = 2  # SYNC_FILE_RANGE_WRITE, include/uapi/linux/fs.h
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -27,18 +31,25 @@ _sync_file_range = getattr(_libc, "sync_file_range", None)
 
 
 class FileDraft(Draft):
-    """A temporary file beside the place where the blob belongs. Raises OSError."""
+    """A temporary file beside the place where the blob belongs; `address` is of what was written. Raises OSError."""
 
     def __init__(self, path: Path, data: memoryview) -> None:
         self.path, self.size, self.handle = path, data.nbytes, -1
         self.handle, self._name = tempfile.mkstemp(dir=path.parent, prefix=NEW)
         try:
-            done = 0
-            while done < data.nbytes:
-                done += os.write(self.handle, data[done:])
+            # Each piece is hashed after it was written: what changes meanwhile is found here, or by who reads it.
+            self.address = address_of_parts(self._written(data))
         except BaseException:
             self.drop()
             raise
+
+    def _written(self, data: memoryview) -> Iterator[memoryview]:
+        """The pieces of `data`, each while the processor's cache still has it."""
+        done = 0
+        while done < data.nbytes:
+            size = os.write(self.handle, data[done : done + STEP])
+            yield data[done : done + size]
+            done += size
 
     def begin(self) -> None:
         """Have the disk begin with it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gpu_daemon import memory
 from gpu_daemon.fleet import ReplicaId
@@ -15,6 +15,7 @@ from nbos_cluster.records import ClaimRecord, GrantRecord, Ports, ReplicaRecord
 from nbos_cluster.wire import Message
 
 if TYPE_CHECKING:
+    from gpu_daemon.ahead import ClaimAhead
     from gpu_daemon.checkpoint.freezer import Frozen
     from gpu_daemon.sessions import Session
 
@@ -37,6 +38,8 @@ class Held:
     old_tokens: set[int] = field(default_factory=set)
     waited: float = 0.0
     """Seconds that it waited in this host's queue for its grant."""
+    follows: bool = False
+    """Its cell was asked for at once after the one before."""
 
     def knows(self, token: object) -> bool:
         return token == self.token or token in self.old_tokens
@@ -57,6 +60,13 @@ class LocalReplica:
     held: Held | None = None
     appended: tuple[int, int] = (-1, 0)
     """n and token of the newest entry that this replica appended."""
+    appended_at: float = float("-inf")
+    """When that was (`Site.now`)."""
+    ahead: ClaimAhead | None = None
+    withdrawing: asyncio.Task[Any] | None = None
+    """Gives back a claim that nothing ran under. Until it is done the replica makes no other."""
+    withdrawn: int = 0
+    """The token of the latest such claim."""
     appending: asyncio.Task[None] | None = None
     applied: int = -1
     arena: Arena | None = None

@@ -13,14 +13,14 @@ import contextlib
 import os
 import socket
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 from gpu_daemon.replica import LocalReplica
 from gpu_daemon.requests import RequestError
 from gpu_daemon.site import RECOVERY, Refused, Site, log, plain
 from nbos_cluster import arena as arena_module
-from nbos_cluster import wire
+from nbos_cluster import files, wire
 from nbos_cluster.arena import Arena
 from nbos_cluster.kernelview import KernelView
 from nbos_cluster.statewire import entry_to_wire, state_to_wire
@@ -73,15 +73,33 @@ class Session:
     @property
     def peer_pid(self) -> int:
         """The process at the other end, as the kernel of the operating system says."""
+        return self._peer()[0]
+
+    def _peer(self) -> tuple[int, int, int]:
         sock = self._writer.get_extra_info("socket")
-        return int(struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
+        pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return pid, uid, gid
 
     def hand_over(self, arena: Arena) -> None:
         """Answer this connection's first message, `arena`, with its descriptor. Nothing was written before it."""
-        sock = self._writer.get_extra_info("socket")
-        with socket.socket(fileno=os.dup(sock.fileno())) as own:
-            own.setblocking(False)
+        with self._apart() as own:
             arena_module.hand_over(own, arena)
+
+    def hand_over_files(self, handles: Sequence[int | None]) -> None:
+        """The same for `files`."""
+        with self._apart() as own:
+            files.hand_over(own, handles)
+
+    def _apart(self) -> socket.socket:
+        own = socket.socket(fileno=os.dup(self._writer.get_extra_info("socket").fileno()))
+        own.setblocking(False)
+        return own
+
+    @property
+    def may_hold_files(self) -> bool:
+        """Whether a descriptor for reading lets its process do no more than it could before, and read."""
+        handle = self.replica.handle
+        return handle is not None and reads_only(handle.container, self._peer()[1], os.geteuid())
 
     # -- out ----------------------------------------------------------------------------------------------------------
 
@@ -235,7 +253,7 @@ class Session:
             self.follow(self.replica.applied)
 
     async def _reply(self, message: Message, payload: bytes) -> Reply:
-        if self.replica.session is not self and message.get("type") not in ("hello", "arena"):
+        if self.replica.session is not self and message.get("type") not in ("hello", "arena", "files"):
             return refusal("malformed", "the first message of a connection is hello")
         try:
             reply, data = await self._answer(self, message, payload)
@@ -267,6 +285,12 @@ class Session:
     def close(self) -> None:
         """End the connection from this side; `run` returns."""
         self._writer.transport.abort()
+
+
+def reads_only(container: str, uid: int, ours: int) -> bool:
+    """Whether a process can do nothing new to a file of ours when it is given a descriptor for reading. Its owner, and
+    root, could open it again for writing (/proc/self/fd); a replica without a container is our user anyway."""
+    return not container or uid not in (0, ours)
 
 
 def refusal(code: str, reason: str) -> Reply:

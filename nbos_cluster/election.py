@@ -3,6 +3,7 @@
 Guarantees, for one kernel (promises 1 and 2):
 - at most one claim of n exists, and none once n is decided;
 - only the holder of the claim, known by its token (the claim's revision), appends entry n;
+- an append may claim n+1 for the same replica (`Ahead`): it happens with the entry, or neither does;
 - n is claimed only while entry n-1 is in the log, so the log has no gap. The newest entry is never folded
   away (`statelog.fold_txn`), and entry 0 is written when the kernel is made (`membership.create`);
 - a restart by the user deletes the claims, so what the old incarnation still runs can no longer be appended.
@@ -63,6 +64,20 @@ class Fenced:
     decided: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class EpochMoved:
+    """The claim stands and nothing was written: n+1 was to be claimed with the entry under an epoch of before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """Claim the next execution with an entry, under this epoch and lease. Its token is the entry's revision."""
+
+    claim: ClaimRecord
+    epoch: Epoch
+    lease: int
+
+
 def claim(
     kernel: str, n: int, *, epoch: Epoch, claim: ClaimRecord, grant: GrantRecord | None = None, lease: int
 ) -> Txn:
@@ -119,9 +134,9 @@ def classify(n: int, result: TxnResult, mine: ClaimRecord | None = None) -> Won 
     return Lost("epoch", None, "the kernel's membership changed meanwhile")
 
 
-def append(kernel: str, entry: LogEntry, token: int, *, grant_key: str = "") -> Txn:
+def append(kernel: str, entry: LogEntry, token: int, *, grant_key: str = "", ahead: Ahead | None = None) -> Txn:
     """Write entry n and end its claim (and, where `grant_key` is given, its grant), if the claim still has
-    `token`.
+    `token`. With `ahead`, claim n+1 as well, if the epoch is still that one; nobody can hold or decide n+1 before.
 
     A grant released earlier is no hindrance. A restart by the user deletes the claim, so the incarnation
     needs no comparison of its own.
@@ -132,15 +147,22 @@ def append(kernel: str, entry: LogEntry, token: int, *, grant_key: str = "") -> 
     success = [op_put(log_key, records.encode(entry)), op_delete(claim_key)]
     if grant_key:
         success.append(op_delete(grant_key))
+    compare = [mod_is(claim_key, token), missing(log_key)]
+    if ahead is not None:
+        if ahead.claim.n != entry.n + 1:
+            raise ValueError(f"entry {entry.n} can claim {entry.n + 1} ahead, not {ahead.claim.n}")
+        compare.append(value_is(keys.epoch(kernel), records.encode(ahead.epoch)))
+        success.append(op_put(keys.claim(kernel, ahead.claim.n), records.encode(ahead.claim), ahead.lease))
     return Txn(
-        [mod_is(claim_key, token), missing(log_key)],
+        compare,
         success,
         [op_get(claim_key), op_get(log_key), op_newest(keys.log(kernel))],
     )
 
 
-def classify_append(n: int, token: int, result: TxnResult) -> Appended | AlreadyThere | Fenced:
-    """What came of `append`; after anything but Fenced, entry n is in the log and is ours."""
+def classify_append(n: int, token: int, result: TxnResult) -> Appended | AlreadyThere | EpochMoved | Fenced:
+    """What came of `append`; after Appended and AlreadyThere, entry n is in the log and is ours. EpochMoved only with
+    `ahead`: append without."""
     if result.succeeded:
         return Appended(result.revision)
     claim_kv, log_kv, newest = (_only(found) for found in result.responses)
@@ -153,6 +175,8 @@ def classify_append(n: int, token: int, result: TxnResult) -> Appended | Already
         return Fenced("the kernel is gone", decided=True)
     if number_of(newest.key) > n:
         return Fenced(f"execution {n} was decided long ago and its entry is folded", decided=True)
+    if claim_kv is not None and claim_kv.mod_revision == token:
+        return EpochMoved()
     if claim_kv is not None:
         return Fenced(_taken(n, claim_kv).reason)
     return Fenced(f"the claim of execution {n} ended with its lease")

@@ -288,6 +288,8 @@ class ClaimRecord(Record, frozen=True, tag="claim"):
     attempt: int = 1
     grant: str = ""
     started: float = 0.0
+    ahead: bool = False
+    """Made together with entry n-1: the cell may not have been asked for yet."""
 
 
 class Frame(Record, frozen=True):

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from nbos_cluster import wire
 from nbos_cluster.arena import SIZE, Arena, Room, fetch
 
+from . import blobfiles
 from .link import Link, Request
 
 IDLE = 20.0
@@ -27,6 +28,9 @@ IDLE = 20.0
 AHEAD = SIZE // 4
 """Bytes of blobs that are asked for before the first has come: enough to keep the daemon busy, and little enough to
 stay in the processor's cache on their way; the arena has room for `put`s beside them."""
+
+STRAIGHT = 1024 * 1024
+"""Bytes of a value from which its files are opened: a connection for them costs more than one small blob."""
 
 AWAY = 10.0
 """Seconds that a blocking read waits for a daemon that is not connected; a restarted one is there within three."""
@@ -36,13 +40,20 @@ _Blob = tuple[Reply, Any, Callable[[], None]]
 """The daemon's reply, where the bytes are, and what to call when they are not needed there any more."""
 
 
-class Target(Protocol):
-    """Where a read puts its bytes, one run after the other: a memoryview, or several places."""
+class Places(Protocol):
+    """Several places that a read fills one after the other, as if they were one run of bytes."""
 
     @property
     def nbytes(self) -> int: ...
 
     def __setitem__(self, where: slice, data: memoryview, /) -> None: ...
+
+    def place(self, at: int, size: int) -> memoryview | None:
+        """The memory of this run itself, where it is one; None: give the bytes."""
+        ...
+
+
+Target = Places | memoryview
 
 
 @dataclass
@@ -59,12 +70,14 @@ class BlobChannel:
         self._lock = threading.Lock()
         self._shared: _Shared | None = None
         self._asked = False
+        self._files = False
         self._trim: threading.Timer | None = None
 
-    def renew(self) -> None:
-        """The daemon may be another one now: shared memory is asked for again when it is needed next."""
+    def renew(self, files: bool = False) -> None:
+        """The daemon may be another one now: shared memory is asked for again when it is needed next. files: it hands
+        out descriptors of blobs."""
         with self._lock:
-            self._shared, self._asked = None, False
+            self._shared, self._asked, self._files = None, False, files
 
     # -- out ----------------------------------------------------------------------------------------------------------
 
@@ -107,11 +120,11 @@ class BlobChannel:
 
         Raises BlobFailed with the daemon's code and reason.
         """
-        work = self._reading(digests, target, chunk)
-        blob: _Blob | None = None
+        work, found = self._whole(digests, target, chunk), None
         try:
             while True:
-                blob = await asyncio.shield(asyncio.wrap_future(work.send(blob)))
+                future = work.send(found)
+                found = await asyncio.shield(asyncio.wrap_future(future))
         except StopIteration as end:
             return int(end.value)
         finally:
@@ -122,17 +135,16 @@ class BlobChannel:
 
         Raises BlobFailed too when the daemon has been away for AWAY seconds.
         """
-        work = self._reading(digests, target, chunk)
-        blob: _Blob | None = None
+        work, found = self._whole(digests, target, chunk), None
         try:
             while True:
-                blob = self._wait(work.send(blob))
+                found = self._wait(work.send(found))
         except StopIteration as end:
             return int(end.value)
         finally:
             work.close()
 
-    def _wait(self, future: Future[_Blob]) -> _Blob:
+    def _wait(self, future: Future[Any]) -> Any:
         away = 0.0
         while not wait([future], timeout=0.5).done:
             away = 0.0 if self._link.connected else away + 0.5
@@ -140,11 +152,45 @@ class BlobChannel:
                 raise BlobFailed("away", self._link.since())
         return future.result()
 
+    def _whole(self, digests: Sequence[str], target: Target, chunk: int) -> Generator[Future[Any], Any, int]:
+        """Yields each future that has to be waited for, and takes its result. Straight from the files, where the daemon
+        hands them out and it is worth it; what is wrong with a blob there the daemon finds out and tells."""
+        filled, left = 0, list(digests)
+        while left:
+            alone = left
+            if self._files and target.nbytes >= STRAIGHT:
+                some = left[: blobfiles.AT_ONCE]
+                count, size = yield self._straight(some, target, filled)
+                filled += size
+                alone = left[count : count + 1] if count < len(some) and self._files else left[count:]
+                left = left[count:]
+                if count == len(some):
+                    continue
+            filled = yield from self._reading(alone, target, chunk, filled)
+            left = left[len(alone) :]
+        return filled
+
+    def _straight(self, digests: Sequence[str], target: Target, at: int) -> Future[tuple[int, int]]:
+        done: Future[tuple[int, int]] = Future()
+
+        def read(future: Future[tuple[int, int]]) -> None:
+            error = future.exception()
+            if isinstance(error, blobfiles.NoFiles):
+                self._files = False
+                self._log.info("NBOS: blobs come through the daemon: %s", error)
+                done.set_result((0, 0))
+            elif error is not None:
+                done.set_exception(error)
+            else:
+                done.set_result(future.result())
+
+        blobfiles.read(self._path, digests, target, at).add_done_callback(read)
+        return done
+
     def _reading(
-        self, digests: Sequence[str], target: Target, chunk: int
+        self, digests: Sequence[str], target: Target, chunk: int, filled: int
     ) -> Generator[Future[_Blob], _Blob | None, int]:
-        """Yields each future that has to be waited for, and takes its result."""
-        filled = 0
+        """How far `target` is filled then."""
         coming: deque[Future[_Blob]] = deque()
         left = deque(digests)
         try:

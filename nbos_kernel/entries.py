@@ -191,6 +191,13 @@ class Missing:
             if size != self.nbytes:
                 raise ValueError(f"a value of {self.nbytes} bytes came as {size} bytes")
 
+    def place(self, at: int, size: int) -> memoryview | None:
+        """Where these bytes belong, if that is all of one place."""
+        number = bisect.bisect_right(self._ends, at)
+        found = self._places[number] if number < len(self._places) else None
+        fits = found is not None and self._ends[number] == at + size and found.nbytes == size
+        return found if fits else None
+
     def __setitem__(self, where: slice, data: bytes | memoryview) -> None:
         """Fill the places as if they were one run of bytes."""
         at, data = where.start or 0, memoryview(data)

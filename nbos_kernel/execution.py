@@ -34,6 +34,7 @@ from .gpu import leftovers
 from .link import DaemonAway, Link
 from .looking import Looking
 from .pace import pace
+from .precedence import Precedence
 from .replica import Replica
 from .reports.reporter import Reporter
 from .touching import Touching
@@ -108,6 +109,7 @@ class Execution:
         self._cancelled: set[str] = set()  # msg_ids
         self._left = asyncio.Event()
         self._loop = asyncio.get_event_loop()
+        self._precedence = Precedence(self._loop)
         self._looking = Looking(replica.capture, self._loop)
         self._appender = Appender(link, replica, channel, blobs, reporter)
         self._reporter = reporter
@@ -237,6 +239,8 @@ class Execution:
     async def catch_up(self) -> None:
         """Apply what the daemon pushed; never while an append of our own is under way."""
         self._looking.disturb()
+        if self._replica.behind:
+            self._precedence.last()
         await self._replica.catch_up(self._appender.applied)
         self._looking.after_entry()
 
@@ -289,6 +293,7 @@ class Execution:
 
     async def _claim(self, asked: Message, kind: str, needs: Needs, ident: Any, parent: Message) -> Running | None:
         self._looking.disturb()
+        self._precedence.first()
         n, msg_id = int(asked["n"]), parent["header"]["msg_id"]
         wait = bool(asked.get("wait"))
         bid = {"type": "bid", "n": n, "attempt": int(asked.get("attempt", 1)), "kind": kind, "resources": needs.now}

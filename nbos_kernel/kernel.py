@@ -150,7 +150,7 @@ class NBOSKernel(LoadingKernel):
         self.execution.greeting = reply
         self.reporter.lazy = int(reply.get("lazy") or 0)
         self.replica.leave_unloaded(int(reply.get("lazy") or 0))
-        self.blobs.renew()
+        self.blobs.renew(files=bool((reply.get("blobs") or {}).get("files")))
         if isinstance(reply.get("members"), dict):
             self._publish_members(reply["members"])
 

@@ -17,6 +17,10 @@ SILENCE = 0.15
 DEBUGGED = 5.0
 """The same for the replica that a debugger is attached to: breakpoints stand nowhere else."""
 
+SUBSHELLS = 1.0
+"""The same for the replica that has subshells: they are its threads, and no other one knows them. Shorter, since
+JupyterLab makes one wherever there are widgets, and a host that hangs should not hold up all of those notebooks."""
+
 FIRST_RETRY = 0.05
 LAST_RETRY = 1.0
 SURE = 0.4

@@ -1,6 +1,8 @@
 """The replicas of one kernel as its router sees them: who is up, who is the current executor, whose output counts.
 
-Guarantees: output passes only from the current executor and under its current fencing token or a newer one of its own;
+Guarantees: output passes only from the current executor, under its current fencing token, a newer one of its own, or,
+until it has said something under the current one, an older one since which it has been the executor: a lead comes on
+another connection than outputs, and may overtake what was said before it;
 what a candidate says before its lead is known is held, in order and bounded, and thrown away when another one leads;
 a replica whose record has gone, as all do when etcd stands still for longer than a lease, is doubted, and not given up
 while its connection stands and it answers: what it says counts, since its token says whether it may.
@@ -42,10 +44,14 @@ class Fleet:
         self.connected_to: dict[int, tuple[str, tuple[tuple[str, int], ...], int]] = {}
         self.executor: int | None = None
         self.token = -1
+        self.since = -1
+        """The executor's oldest token that counts: nobody else has led since, and nothing of it came under a newer."""
         self.epoch = -1
         self.revision = 0
         self.debugged: int | None = None
         """The replica that the debugger is attached to: breakpoints stand there and nowhere else."""
+        self.subshells: dict[str, int] = {}
+        """The replica that each subshell is a thread of: by its id, or by the request that makes it."""
         self.banned: set[tuple[int, int]] = set()
         self.retired: set[int] = set()
         """Members no more, whose connections stand until their processes end: what they said is on its way."""
@@ -66,6 +72,8 @@ class Fleet:
 
     def appoint(self, index: int | None, token: int = -1) -> None:
         """Make `index` the executor. Without a token the next output of it tells which one it has."""
+        if index != self.executor:
+            self.since = token
         self.executor, self.token = index, token
         self.prefix = _PREFIX + b"%d." % token
 
@@ -89,6 +97,7 @@ class Fleet:
         which the lists of members may tell later than its own messages. A retired one has no successor."""
         self.up.discard(index)
         self.doubted.pop(index, None)
+        self.subshells = {name: where for name, where in self.subshells.items() if where != index}
         if index in self.retired:
             return self._part(index)
         if index in self.connected_to:
@@ -112,10 +121,11 @@ class Fleet:
     def admit(self, replica: int, topic: bytes) -> bytes | None:
         """The topic for the client when this message of `replica` is to be passed on."""
         found = token_of(topic)
-        if found is None or replica != self.executor or found[0] < self.token:
+        if found is None or replica != self.executor or found[0] < self.since:
             return None
         if found[0] > self.token:
             self.appoint(replica, found[0])
+        self.since = found[0]
         return found[1]
 
     def hold(self, replica: int, topic: bytes, frames: list[Any]) -> bool:
@@ -235,5 +245,6 @@ class Fleet:
         self.members.clear()
         self._held.clear()
         self.debugged = None
+        self.subshells.clear()
         self.appoint(None)
         return gone

@@ -1,7 +1,8 @@
 """Requests that go to the current executor without a number, and what becomes of them when it is lost.
 
 Guarantees: each one gets at most one reply; when its replica is lost it is asked again where that is harmless
-(completion, inspection, …), and answered with an error where it is not; a busy that the client saw gets its idle.
+(completion, inspection, …), and answered with an error where it is not; a busy that the client saw gets its idle, also
+when another replica has begun to run a cell meanwhile.
 """
 
 from __future__ import annotations
@@ -70,8 +71,15 @@ class Forwarding:
             self.fleet.debugged = replica
         elif command == "disconnect":
             self.fleet.debugged = None
+        if message.msg_type == "create_subshell_request":
+            self.fleet.subshells[message.msg_id] = replica
         if message.msg_type in DIRTYING or command in DIRTYING_DEBUG:
             self.dirty = True
+
+    def asked(self, replica: int, msg_id: str) -> bool:
+        """Whether `msg_id` was sent to `replica`, and is not over: what it says about that is for the client."""
+        entry = self._open.get(msg_id)
+        return entry is not None and entry.replica == replica
 
     def open_work(self) -> bool:
         """Whether something that changes variables is still being handled."""
@@ -86,7 +94,18 @@ class Forwarding:
             del self._open[entry.message.msg_id]
         if entry.message.msg_type == "execute_request":
             self.dirty = True
+        self._subshells(entry, message)
         self.out.append(ToClient(channel, message.wire()))
+
+    def _subshells(self, entry: Forwarded, reply: Message) -> None:
+        known, kind = self.fleet.subshells, entry.message.msg_type
+        if kind == "create_subshell_request":
+            known.pop(entry.message.msg_id, None)
+            made = reply.content.get("subshell_id")
+            if isinstance(made, str):
+                known[made] = entry.replica
+        elif kind == "delete_subshell_request" and reply.content.get("status") == "ok":
+            known.pop(str(entry.message.content.get("subshell_id")), None)
 
     def status(self, msg_id: str, state: str) -> None:
         entry = self._open.get(msg_id)

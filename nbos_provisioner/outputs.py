@@ -1,14 +1,15 @@
 """What replicas publish on iopub, and what of it the clients are given.
 
-Guarantees: only what the current executor says under its current fencing token passes, in its order, without the
-token; a cell's busy and idle are those that the router keeps account of, all other statuses pass as they are.
+Guarantees: what the current executor says within its fencing token passes, in its order, without the token; of another
+replica only what it says about a request that it was given while it was the executor, and has not finished; a cell's
+busy and idle are those that the router keeps account of, all other statuses pass as they are.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from .fleet import Fleet
+from .fleet import Fleet, token_of
 from .forwarding import Forwarding
 from .instructions import Publish
 from .keeping import Keeping
@@ -36,11 +37,13 @@ class Outputs:
         fleet = self._fleet
         if replica == fleet.executor and topic.startswith(fleet.prefix):
             topic = topic[len(fleet.prefix) :]
+            fleet.since = fleet.token
         else:
+            admitted = self._answers(replica, topic, frames)
             # Shell and iopub are two connections: what a candidate says may overtake its lead.
-            if self._runner.asking(replica) and fleet.hold(replica, topic, frames):
+            if admitted is None and self._runner.asking(replica) and fleet.hold(replica, topic, frames):
                 return False
-            admitted = fleet.admit(replica, topic)
+            admitted = fleet.admit(replica, topic) if admitted is None else admitted
             if admitted is None:
                 return False
             topic = admitted
@@ -59,6 +62,14 @@ class Outputs:
             return False
         self._out.append(Publish([topic, *frames[1:]]))
         return False
+
+    def _answers(self, replica: int, topic: bytes, frames: list[Any]) -> bytes | None:
+        """The topic for the client when this is about a request that `replica` was given and is not done with."""
+        found = token_of(topic)
+        if found is None or len(frames) < 7 or text(frames[1]) != DELIMITER:
+            return None
+        asked = self._forwarding.asked(replica, load(frames[4], "parent header").get("msg_id", ""))
+        return found[1] if asked else None
 
     def _status(self, replica: int, topic: bytes, frames: list[Any]) -> bool:
         """Pass on a status, unless the router keeps the account of it."""

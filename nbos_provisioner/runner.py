@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from nbos_cluster.kept import Bounds
 
-from .election import DEBUGGED, Election
+from .election import DEBUGGED, SUBSHELLS, Election
 from .execution import Execution, Phase
 from .fleet import Fleet
 from .instructions import ToClient, ToReplica
@@ -95,6 +95,8 @@ class Runner:
             return self._drop_sync(execution)
         if self.fleet.debugged is not None and self.fleet.debugged == current:
             execution.election.patience = DEBUGGED
+        elif current in self.fleet.subshells.values():
+            execution.election.patience = SUBSHELLS
         preferred = current if current in up else self.fleet.best()
         step = execution.election.step(up, preferred, now, self.fleet.absent())  # type: ignore[arg-type]
         execution.wake = step.wake

@@ -1,4 +1,4 @@
-"""Which tests stay together when pytest runs several at a time (`-n 2`)."""
+"""Which tests stay together when pytest runs several at a time (`-n 2`), and what `python -m tests` learns of a run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from xdist.scheduler import LoadScopeScheduling
 
 TOGETHER = ("tests/browser/", "tests/cluster/", "tests/system/containers/")
 """Folders whose tests share what one session sets up (a browser, images): one process runs all of each."""
+
+FAILURES = "nbos/failures"
 
 
 class ByFile(LoadScopeScheduling):
@@ -19,3 +21,14 @@ class ByFile(LoadScopeScheduling):
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
     return ByFile(config, log)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """What failed, and with which message; a test that fails in its body and in its teardown is one."""
+    failed: dict[str, str] = {}
+    for report in (*terminalreporter.stats.get("failed", ()), *terminalreporter.stats.get("error", ())):
+        crash = getattr(report.longrepr, "reprcrash", None)
+        message = str(crash.message if crash is not None else report.longrepr)
+        failed[report.nodeid] = "\n".join(filter(None, (failed.get(report.nodeid), message)))
+    if config.cache is not None:
+        config.cache.set(FAILURES, failed)

@@ -139,7 +139,7 @@ def _each(call: Callable[[_Job], _Marked], jobs: list[_Job], total: int) -> Iter
     if total <= ALONE:
         return map(call, jobs)
     batches = _batches(jobs)
-    return itertools.chain.from_iterable(_threads().map(lambda batch: [call(job) for job in batch], batches))
+    return itertools.chain.from_iterable(threads().map(lambda batch: [call(job) for job in batch], batches))
 
 
 def _batches(jobs: Iterable[_Job]) -> list[list[_Job]]:
@@ -155,7 +155,8 @@ def _batches(jobs: Iterable[_Job]) -> list[list[_Job]]:
     return batches
 
 
-def _threads() -> ThreadPoolExecutor:
+def threads() -> ThreadPoolExecutor:
+    """For work that hashes and lets other threads run meanwhile; what it does never waits for one of them."""
     global _pool
     with _pool_lock:
         if _pool is None:

@@ -135,6 +135,8 @@ class Judge:
     def _foreign(self, loaded: set[str]) -> str:
         everywhere = (*self._folders, *(os.path.realpath(sysconfig.get_path(n)) for n in ("stdlib", "platstdlib")))
         for name in sys.modules.keys() - loaded:
+            if sys.modules[name] is sys.modules["__main__"]:
+                continue  # this trial, by the name that multiprocessing gives it (`ahead` puts it right)
             file = getattr(sys.modules[name], "__file__", None)
             if isinstance(file, str) and (why := self._elsewhere(file, everywhere)):
                 return f"it loads {name}: {why}"

@@ -47,7 +47,7 @@ GAUGES = (
     Gauge("nbos_gateway_replicas", "Replicas of the cluster, as their daemons tell; missing: none does.", ("state",)),
     Gauge("nbos_gateway_moves", "Replicas that are on their way to another host, by the phase.", ("phase",)),
     Gauge("nbos_gateway_moves_waiting", "Kernels on draining hosts of which no replica is on its way yet."),
-    Gauge("nbos_gateway_claims", "Cells that run now."),
+    Gauge("nbos_gateway_claims", "Cells that run now, or did less than a second ago in a row of quick ones."),
     Gauge("nbos_gateway_grants", "Grants of GPUs that cells hold."),
     Gauge("nbos_gateway_tickets", "Places that cells hold in the hosts' queues; a cell waits on several hosts."),
     Gauge("nbos_gateway_tpcs", "TPCs of all hosts' healthy devices, by model.", ("model",)),

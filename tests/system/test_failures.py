@@ -9,14 +9,18 @@ import os
 import re
 import signal
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
+from nbos_kernel.precedence import BEHIND
 from tests.system.channels import Result
 from tests.system.cluster import Cluster, Notebook, after, gone, paused
 from tests.system.hubclient import eventually
 
 pytestmark = pytest.mark.timeout(240)
+
+AUTOGROUP = Path("/proc/self/autogroup")
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +38,11 @@ async def notebook(cluster: Cluster) -> AsyncIterator[Notebook]:
     await notebook.settled()
     yield notebook
     await notebook.close()
+
+
+def nice(pid: int) -> int:
+    """Of the process's session."""
+    return int(Path(f"/proc/{pid}/autogroup").read_text().split()[-1])
 
 
 def once(result: Result) -> None:
@@ -60,6 +69,20 @@ async def test_every_replica_takes_over_in_turn(notebook: Notebook) -> None:
         await notebook.settled()
         os.kill((await notebook.executor()).pid, signal.SIGKILL)
         assert await notebook.run("y") == str(40 + n)
+
+
+@pytest.mark.skipif(not AUTOGROUP.exists(), reason="this kernel shares the processor among processes only")
+async def test_standbys_use_the_processor_after_the_executor_until_they_take_over(notebook: Notebook) -> None:
+    for _ in range(2):
+        await notebook.run("value = list(range(1000))")
+        first = await notebook.executor()
+        pids = [replica.pid for replica in await notebook.settled()]
+
+        async def in_order(leads: int = first.pid, pids: list[int] = pids) -> bool:
+            return {pid: nice(pid) for pid in pids} == {pid: 0 if pid == leads else BEHIND for pid in pids}
+
+        await eventually(in_order, "the executor first", 10)
+        os.kill(first.pid, signal.SIGKILL)
 
 
 async def test_the_executor_killed_during_a_cell_ends_it_with_an_error_that_says_so(

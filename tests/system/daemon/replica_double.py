@@ -4,7 +4,7 @@ Started by the daemon like a replica: `python replica_double.py --nbos-socket PA
 reconnecting, applies what is pushed, and listens on `<folder>/c` for JSON lines: {"send": message, "payload": hex},
 {"pushed": type}, {"hello": {...}} to change what it says next time, {"raw": hex}, {"eat": bytes}, {"drop": true},
 {"arena": true} to fetch shared memory, {"write": hex, "at": n}, {"read": size, "at": n} to use it,
-{"cells": [first, last]}.
+{"files": [hash…]} to read blobs' files, {"cells": [first, last]}.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nbos_cluster import wire
+from nbos_cluster import files, wire
 from nbos_cluster.arena import fetch
 
 
@@ -119,6 +119,11 @@ class Double:
         if "arena" in order:
             self.arena = await asyncio.to_thread(fetch, self.path)
             return self.arena.size
+        if "files" in order:
+            handles = await asyncio.to_thread(files.ask, self.path, order["files"])
+            contents = [None if h is None else os.pread(h, 1 << 20, 0).hex() for h in handles]
+            files.close(handles)
+            return contents
         if "write" in order:
             data = bytes.fromhex(order["write"])
             self.arena.part(order["at"], len(data))[:] = data

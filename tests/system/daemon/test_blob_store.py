@@ -218,6 +218,16 @@ async def test_blobs_go_through_memory_shared_with_the_daemon(client: Etcd, host
     assert (await get(replica, TWO))["error"] == "missing"
 
 
+async def test_blobs_are_read_from_the_daemons_own_files(client: Etcd, host: MakeHost, tmp_path: Path) -> None:
+    replica = await ready(client, host)
+    assert (await replica.ready())["hello"]["blobs"]["files"]
+    assert (await put(replica, ONE))["ok"]
+    DirectoryStore(tmp_path / "blobs").put("bob", address(TWO), TWO)
+    assert await replica.order(files=[address(TWO), address(ONE)]) == [None, ONE.hex()]
+    file_of(tmp_path / "blobs", ONE).rename(file_of(tmp_path / "blobs", ONE).with_suffix(".old"))
+    assert await replica.order(files=[address(ONE)]) == [ONE.hex()]  # a collection had set it aside
+
+
 async def test_many_large_blobs_at_once_through_the_socket_do_not_break_the_connection(
     client: Etcd, host: MakeHost
 ) -> None:

@@ -42,7 +42,7 @@ async def test_a_daemon_killed_and_restarted_finds_its_replica_claim_and_grant_a
 
 
 async def test_an_answer_lost_with_the_daemon_is_given_again(client: Etcd, host: MakeHost) -> None:
-    a = host("a")
+    a = host("a", lease_ttl=20)
     await create(client, kernel_spec("k", "a"))
     await create(client, kernel_spec("other", "a"))
     replica, other = a.replica("k", 0), a.replica("other", 0)

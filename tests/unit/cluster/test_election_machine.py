@@ -14,7 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gpu_daemon.transactions import grant_within
+from gpu_daemon.transactions import grant_within, withdraw
 from nbos_cluster import election, keys, membership, records, statelog
 from nbos_cluster.election import AlreadyThere, Appended, Fenced, Lost, Won
 from nbos_cluster.kernelview import KernelView
@@ -133,7 +133,7 @@ class ElectionMachine(RuleBasedStateMachine):
         held = len(self.daemons[i].running)
         self.bid(i, 0, value == 0, False)
         if len(self.daemons[i].running) > held:
-            self.append(i, -1, False, value)
+            self.append(i, -1, False, value, value % 2 == 1)
 
     def somebody_runs(self) -> bool:
         return any(daemon.running for daemon in self.daemons)
@@ -143,8 +143,8 @@ class ElectionMachine(RuleBasedStateMachine):
         return busy[0], busy[0].running[which % len(busy[0].running)]
 
     @precondition(somebody_runs)
-    @rule(i=daemons, which=runs, repeat=st.booleans(), value=st.integers(0, 3))
-    def append(self, i: int, which: int, repeat: bool, value: int) -> None:
+    @rule(i=daemons, which=runs, repeat=st.booleans(), value=st.integers(0, 3), ahead=st.booleans())
+    def append(self, i: int, which: int, repeat: bool, value: int, ahead: bool) -> None:
         daemon, run = self.pick(i, which)
         entry = LogEntry(
             n=run.n,
@@ -156,8 +156,19 @@ class ElectionMachine(RuleBasedStateMachine):
             source=f"x{value} = {run.n}",
             components=(component(f"x{value}", run.n),),
         )
-        txn = election.append(K, entry, run.token, grant_key=run.grant)
+        next = self.ahead(daemon, run) if ahead else None
+        txn = election.append(K, entry, run.token, grant_key=run.grant, ahead=next)
         outcome = election.classify_append(run.n, run.token, self.store.commit(txn))
+        if isinstance(outcome, election.EpochMoved):
+            assert next is not None
+            assert self.store.data[keys.epoch(K)].value != records.encode(next.epoch)
+            assert keys.log_entry(K, run.n) not in self.store.data
+            txn = election.append(K, entry, run.token, grant_key=run.grant)
+            next, outcome = None, election.classify_append(run.n, run.token, self.store.commit(txn))
+            assert isinstance(outcome, Appended), "the claim stands"
+        if isinstance(outcome, Appended) and next is not None:
+            assert self.store.data[keys.claim(K, run.n + 1)].mod_revision == outcome.revision
+            daemon.running.append(Running(run.n + 1, outcome.revision, next.claim, next.epoch.incarnation, ""))
         if repeat:
             again = election.classify_append(run.n, run.token, self.store.commit(txn))
             assert isinstance(again, Fenced if isinstance(outcome, Fenced) else AlreadyThere)
@@ -165,8 +176,28 @@ class ElectionMachine(RuleBasedStateMachine):
             held = self.store.data[keys.log_entry(K, run.n)]
             assert records.decode(held.value, LogEntry).token == run.token
             assert run.grant not in self.store.data
-        elif outcome.decided:
+        elif isinstance(outcome, Fenced) and outcome.decided:
             assert self.last() >= run.n
+
+    def ahead(self, daemon: Daemon, run: Running) -> election.Ahead | None:
+        """The next number, claimed with the entry; the daemon's copy of the epoch may be an old one."""
+        epoch = daemon.view.epoch
+        if epoch is None or daemon.lease not in self.store.leases:
+            return None
+        record = ClaimRecord(n=run.n + 1, replica=daemon.index, host=f"host-{daemon.index}", ahead=True)
+        return election.Ahead(record, epoch, daemon.lease)
+
+    @precondition(somebody_runs)
+    @rule(i=daemons, which=runs, repeat=st.booleans())
+    def withdraw(self, i: int, which: int, repeat: bool) -> None:
+        """Nobody asks for the cell: its number is free again, if the claim is still that one."""
+        _, run = self.pick(i, which)
+        claim = self.store.data.get(keys.claim(K, run.n))
+        self.store.commit(withdraw(K, run.n, run.token, None))
+        if repeat:
+            self.store.commit(withdraw(K, run.n, run.token, None))
+        stands = claim is not None and claim.mod_revision != run.token
+        assert (keys.claim(K, run.n) in self.store.data) == stands
 
     @precondition(somebody_runs)
     @rule(i=daemons, which=runs)
@@ -341,14 +372,8 @@ def check_history(history: list[Changes]) -> None:
             key, put = event.kv.key, event.kind == "put"
             if key == keys.epoch(K) and put:
                 incarnation = records.decode(event.kv.value, Epoch).incarnation
-            if key.startswith(keys.claims(K)):
-                n = election.number_of(key)
-                if put:
-                    assert n not in claims, f"execution {n} was claimed twice"
-                    assert n == last + 1, f"execution {n} was claimed while {last} was the last decided"
-                    claims[n] = event.kv.mod_revision
-                else:
-                    claims.pop(n, None)
+            if key.startswith(keys.claims(K)) and not put:
+                claims.pop(election.number_of(key), None)
         for event in changes.events:
             if event.kind == "put" and event.kv.key.startswith(keys.log(K)):
                 entry = records.decode(event.kv.value, LogEntry)
@@ -360,6 +385,12 @@ def check_history(history: list[Changes]) -> None:
                     assert entry.incarnation == incarnation
                 decided.add(entry.n)
                 last = entry.n
+        for event in changes.events:  # last: an entry may claim what comes after it
+            if event.kind == "put" and event.kv.key.startswith(keys.claims(K)):
+                n = election.number_of(event.kv.key)
+                assert n not in claims, f"execution {n} was claimed twice"
+                assert n == last + 1, f"execution {n} was claimed while {last} was the last decided"
+                claims[n] = event.kv.mod_revision
 
 
 TestElection = ElectionMachine.TestCase

@@ -1,5 +1,5 @@
 """Whatever order leads, yields, outputs, losses, duplicates, interrupts and errors come in: one busy, one reply, one
-idle a cell, and every output of the replica that ran it.
+idle a cell, and every output of the replica that ran it; whatever else is said to be busy is idle in the end.
 
 Shell and iopub are two connections: what a replica says on one overtakes what it says on the other.
 """
@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from .world import GRANT, USED, World
+from .world import GRANT, SUBSHELL, USED, World
 
 REPLICA = st.integers(0, 2)
 
@@ -28,7 +28,19 @@ class RouterMachine(RuleBasedStateMachine):
 
     @rule(kind=st.sampled_from(["complete_request", "comm_msg", "kernel_info_request"]))
     def ask(self, kind: str) -> None:
-        self.world.send(kind, {})
+        self.world.ask(kind, {})
+
+    @rule(kind=st.sampled_from(["execute_request", "comm_msg", "complete_request"]))
+    def ask_subshell(self, kind: str) -> None:
+        self.world.ask(kind, {"code": "x"}, subshell=SUBSHELL)
+
+    @rule(kind=st.sampled_from(["create_subshell_request", "delete_subshell_request"]))
+    def change_subshells(self, kind: str) -> None:
+        self.world.ask(kind, {"subshell_id": SUBSHELL}, "control")
+
+    @rule(index=REPLICA)
+    def done(self, index: int) -> None:
+        self.world.done(index)
 
     @rule()
     def interrupt(self) -> None:
@@ -144,6 +156,8 @@ class RouterMachine(RuleBasedStateMachine):
             for msg_id in self.world.sent:
                 counts = {what: self.world.counts[msg_id, what] for what in ("busy", "reply", "idle")}
                 assert counts == {"busy": 1, "reply": 1, "idle": 1}, (msg_id, counts)
+            for msg_id in self.world.asked:
+                assert self.world.states.get(msg_id) != "busy", msg_id
 
 
 TestRouterMachine = RouterMachine.TestCase

@@ -24,7 +24,7 @@ from nbos_provisioner.instructions import (
     ToReplica,
     Up,
 )
-from nbos_provisioner.messages import Signer, parse, split
+from nbos_provisioner.messages import Message, Signer, dump, parse, split
 from nbos_provisioner.router_core import RouterCore
 
 KEY = b"key"
@@ -46,8 +46,13 @@ class Replica:
     running: tuple[Any, int] | None = None
     uncommitted: tuple[Any, int] | None = None
     waiting: list[tuple[Any, int]] = field(default_factory=list)
+    open: dict[str, tuple[str, Any]] = field(default_factory=dict)
+    """Requests without a number that it has begun with: their channel and message."""
+    latest: Any = None
+    """The cell that it ran last."""
 
 
+SUBSHELL = "a subshell"
 GRANT = {"shares": [{"model": "Simulated GPU", "tpcs": [0, 1], "memory": 1 << 30, "whole": False}]}
 USED = {"held": 5.0, "tpcs": 2, "peak": 0}
 
@@ -65,6 +70,12 @@ class World:
         self.claims: dict[int, tuple[int, int, str]] = {}
         self.tokens = 0
         self.sent: list[str] = []
+        self.asked: list[str] = []
+        """Requests without a number."""
+        self.states: dict[str, str] = {}
+        """What was said last of each request: busy, or idle."""
+        self.threads: list[int] = []
+        """Replicas whose threads' words clients were given."""
         self.counts: Counter[tuple[str, str]] = Counter()
         self.replies: list[tuple[str, str]] = []
         self.refusing: set[int] = set()
@@ -134,6 +145,8 @@ class World:
         if message.msg_type == "execute_reply":
             msg_id = message.parent["msg_id"]
             self.counts[msg_id, "reply"] += 1
+            if msg_id not in self.sent:  # of a subshell
+                return
             self.replies.append((msg_id, message.content["status"]))
             if message.content.get("ename") == "NBOSResourceError":
                 self._refused(msg_id)
@@ -148,7 +161,8 @@ class World:
         message = parse(frames)
         parent = message.parent
         if message.msg_type == "status":
-            self.counts[parent["msg_id"], message.content["execution_state"]] += 1
+            state = self.states[parent["msg_id"]] = message.content["execution_state"]
+            self.counts[parent["msg_id"], state] += 1
         elif message.msg_type in ("display_data", "update_display_data"):
             text = message.content["data"]["text/plain"]
             self.shown.append(text)
@@ -156,10 +170,13 @@ class World:
             self.displays[display].append((message.msg_type, parent["msg_id"], text))
         elif message.msg_type == "stream":
             self.notes[parent["msg_id"]].append(message.content["text"])
+        elif message.msg_type == "thread":
+            self.threads.append(message.content["replica"])
         elif message.msg_type == "made":
             made = message.content
             assert made["replica"] == self.core.fleet.executor, "output of a replica that is not the executor"
-            assert made["token"] == self.core.fleet.token, "output under a token that is not the current one"
+            fleet = self.core.fleet
+            assert fleet.since <= made["token"] <= fleet.token, "output under a token that is not the executor's"
             assert made["number"] not in self.numbers[parent["msg_id"]], "an output twice"
             self.numbers[parent["msg_id"]].append(made["number"])
             self.published.append((made["replica"], made["token"], parent["msg_id"]))
@@ -168,10 +185,17 @@ class World:
         self.now += seconds
         self.event(Tick())
 
-    def send(self, msg_type: str, content: dict[str, Any], channel: Any = "shell") -> str:
-        msg_id, frames = self.client.make(msg_type, content)
+    def send(self, msg_type: str, content: dict[str, Any], channel: Any = "shell", subshell: str | None = None) -> str:
+        header = {**self.client.header(msg_type), "subshell_id": subshell}
+        body = [dump(header), dump({}), dump({}), dump(content)]
+        msg_id: str = header["msg_id"]
         self.sent_at[msg_id] = self.now
-        self.event(Client(channel, Signer(KEY).check([b"client", *frames])))
+        self.event(Client(channel, Signer(KEY).check([b"client", b"<IDS|MSG>", self.client.sign(body), *body])))
+        return msg_id
+
+    def ask(self, msg_type: str, content: dict[str, Any], channel: Any = "shell", subshell: str | None = None) -> str:
+        msg_id = self.send(msg_type, content, channel, subshell)
+        self.asked.append(msg_id)
         return msg_id
 
     def execute(self, code: str = "x", *, silent: bool = False) -> str:
@@ -270,14 +294,17 @@ class World:
                 assert number in self.numbers[msg_id], f"output {number} of {msg_id} was lost"
         assert all(numbers == sorted(numbers) for numbers in self.numbers.values())
 
-    def work(self, index: int) -> None:
-        """The replica takes its next message (a running cell keeps its shell occupied)."""
+    def work(self, index: int, msg_id: str = "") -> None:
+        """The replica takes its next message (a running cell keeps its main shell occupied), or the one named."""
         replica = self.replicas[index]
         for position, (channel, frames) in enumerate(replica.inbox):
-            if channel == "shell" and (replica.running or replica.waiting or replica.uncommitted):
+            message = parse(split(frames)[0] + [b"<IDS|MSG>"] + split(frames)[1])
+            occupied = replica.running or replica.waiting or replica.uncommitted
+            if channel == "shell" and occupied and message.subshell is None:
+                continue
+            if msg_id not in ("", message.msg_id):
                 continue
             del replica.inbox[position]
-            message = parse(split(frames)[0] + [b"<IDS|MSG>"] + split(frames)[1])
             self._handle(index, replica, channel, message)
             return
 
@@ -296,10 +323,26 @@ class World:
             self.say(index, "nbos_outcome_reply", self._outcome(content), message, "control")
         elif name == "interrupt_request" and replica.running:
             self.finish(index, "error")
-        elif name.endswith("_request") and not name.startswith("nbos"):
+        elif not name.startswith("nbos") and replica.linked:
             self.show(index, "status", {"execution_state": "busy"}, message)
-            self.say(index, name.replace("_request", "_reply"), {"status": "ok"}, message, channel)
+            replica.open[message.msg_id] = (channel, message)
+            if message.subshell is None:
+                self.done(index)
+
+    def done(self, index: int) -> None:
+        """It has done what it was asked without a number."""
+        replica = self.replicas[index]
+        for channel, message in replica.open.values():
+            kind, content = message.msg_type, {"status": "ok"}
+            if kind == "create_subshell_request":
+                content["subshell_id"] = SUBSHELL
+            if kind.endswith("_request"):
+                self.say(index, kind.replace("_request", "_reply"), content, message, channel)
             self.show(index, "status", {"execution_state": "idle"}, message)
+        replica.open.clear()
+
+    def thread_prints(self, index: int, parent: Message) -> None:
+        self.show(index, "thread", {"replica": index}, parent)
 
     def _next(self) -> int:
         return max(self.log, default=0) + 1
@@ -326,7 +369,7 @@ class World:
             replica.uncommitted = (parent, n)
             return
         self.runs[parent.msg_id] += 1
-        replica.running = (parent, n)
+        replica.running, replica.latest = (parent, n), parent
         self.output(index)
 
     def room(self, index: int) -> None:
@@ -450,11 +493,13 @@ class World:
                 self.work(index)
                 self.finish(index, "ok")
                 self.commit(index)
+                self.done(index)
                 while self.replicas[index].said or self.replicas[index].shown:
                     self.hear(index, "said")
                     self.hear(index, "shown")
             self.tick(0.1)
             core = self.core
-            if not core.queue and core.runner.active is None and core.runner.settling.current is None:
+            done = core.runner.active is None and core.runner.settling.current is None
+            if done and not core.queue and not any(replica.inbox for replica in self.replicas.values()):
                 return
         raise AssertionError(f"does not come to rest: {self.core.runner.active} {list(self.core.queue)}")

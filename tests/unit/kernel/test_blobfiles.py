@@ -1,0 +1,160 @@
+"""A replica reads blobs from the daemon's files: what it counts as read is right, whatever stands on the disk."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from gpu_daemon.blobs import folder_of
+from gpu_daemon.directory_store import DirectoryStore
+from nbos_cluster import files, wire
+from nbos_cluster.content import address
+from nbos_kernel import blobfiles
+from nbos_kernel.entries import Missing
+
+PARTS = [os.urandom(3_000_000), os.urandom(70_001), os.urandom(blobfiles.STEP), os.urandom(1)]
+HASHES = [address(part) for part in PARTS]
+SIZE = sum(map(len, PARTS))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> DirectoryStore:
+    store = DirectoryStore(tmp_path / "blobs")
+    for digest, part in zip(HASHES, PARTS, strict=True):
+        store.put("ann", digest, part)
+    return store
+
+
+Answer = Callable[[socket.socket, list[str]], None]
+
+
+def serve(path: Path, answer: Answer) -> Iterator[str]:
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(path))
+    server.listen()
+
+    def work() -> None:
+        while True:
+            try:
+                sock, _ = server.accept()
+            except OSError:
+                return
+            with sock:
+                answer(sock, wire.receive(sock)[0]["hashes"])
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    yield str(path)
+    server.shutdown(socket.SHUT_RDWR)
+    server.close()
+    thread.join(5)
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, store: DirectoryStore) -> Iterator[str]:
+    def answer(sock: socket.socket, hashes: list[str]) -> None:
+        handles = store.open_files("ann", hashes)
+        files.hand_over(sock, handles)
+        files.close(handles)
+
+    yield from serve(tmp_path / "s", answer)
+
+
+def file_of(store: DirectoryStore, number: int) -> Path:
+    return store.root / folder_of("ann") / HASHES[number]
+
+
+def places() -> tuple[Missing, bytearray]:
+    memory, wanted, at = bytearray(SIZE), Missing(), 0
+    for digest, part in zip(HASHES, PARTS, strict=True):
+        wanted.add(memoryview(memory)[at : at + len(part)], [digest], set())
+        at += len(part)
+    return wanted, memory
+
+
+def test_they_fill_one_run_of_memory_or_several_places(daemon: str) -> None:
+    one = bytearray(SIZE + 5)
+    assert blobfiles.read(daemon, HASHES, memoryview(one), 5).result(10) == (4, SIZE)
+    wanted, several = places()
+    assert blobfiles.read(daemon, HASHES, wanted, 0).result(10) == (4, SIZE)
+    assert one[5:] == several == b"".join(PARTS)
+
+
+def flip(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(70_000)
+        last = file.read(1)
+        file.seek(70_000)
+        file.write(bytes([last[0] ^ 16]))
+
+
+HURT: dict[str, Callable[[Path], object]] = {
+    "flipped": flip,
+    "cut off": lambda path: os.truncate(path, 5000),
+    "longer": lambda path: os.truncate(path, 70_002),
+    "empty": lambda path: os.truncate(path, 0),
+    "gone": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("hurt", HURT)
+def test_reading_stops_in_front_of_what_is_not_as_it_was_stored(daemon: str, store: DirectoryStore, hurt: str) -> None:
+    HURT[hurt](file_of(store, 1))
+    wanted, memory = places()
+    assert blobfiles.read(daemon, HASHES, wanted, 0).result(10) == (1, len(PARTS[0]))
+    assert memory[: len(PARTS[0])] == PARTS[0]
+    assert blobfiles.read(daemon, HASHES, memoryview(memory), 0).result(10) == (1, len(PARTS[0]))
+
+
+def test_a_blob_that_goes_while_it_is_read_is_read_to_its_end(store: DirectoryStore) -> None:
+    (handle,) = store.open_files("ann", HASHES[:1])
+    assert handle is not None
+    file_of(store, 0).unlink()
+    memory = bytearray(len(PARTS[0]))
+    assert blobfiles._fill(handle, memoryview(memory), HASHES[0])
+    assert memory == PARTS[0]
+
+
+def test_what_finds_no_place_is_left_out(daemon: str) -> None:
+    assert blobfiles.read(daemon, HASHES, memoryview(bytearray(SIZE - 1)), 0).result(10)[0] == 3
+    assert blobfiles.read(daemon, HASHES[1:], places()[0], 0).result(10) == (0, 0)
+
+
+def test_no_descriptor_stays_open_and_none_can_write(daemon: str, store: DirectoryStore) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    file_of(store, 2).write_bytes(b"other")
+    for _ in range(3):
+        blobfiles.read(daemon, [*HASHES, address(b"no such")], places()[0], 0).result(10)
+    assert len(os.listdir("/proc/self/fd")) == before
+    (handle,) = files.ask(daemon, HASHES[:1])
+    assert handle is not None
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.pwrite(handle, b"x", 0)
+    os.close(handle)
+
+
+def older(sock: socket.socket, hashes: list[str]) -> None:
+    """A daemon that does not know the question closes the connection."""
+
+
+def wrong(sock: socket.socket, hashes: list[str]) -> None:
+    with open(os.devnull) as file:
+        files.hand_over(sock, [file.fileno(), None])
+
+
+@pytest.mark.parametrize("answer", [older, wrong])
+def test_a_daemon_that_hands_out_none_is_told_apart(tmp_path: Path, answer: Answer) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    serving = serve(tmp_path / "s", answer)
+    path = next(serving)
+    with pytest.raises(blobfiles.NoFiles):
+        blobfiles.read(path, HASHES, places()[0], 0).result(10)
+    assert next(serving, None) is None
+    assert len(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(blobfiles.NoFiles):
+        blobfiles.read(path, HASHES, places()[0], 0).result(10)

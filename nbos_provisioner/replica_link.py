@@ -49,6 +49,7 @@ class ReplicaLink:
         self._welcome = False
         self._beat_at = 0.0
         self._heard = 0.0
+        self._looked = 0.0
         self._watched = False
         self._silence = SILENCE
         self._open(context, identity, keys)
@@ -122,12 +123,18 @@ class ReplicaLink:
         self._heard = now
 
     def watch(self, on: bool, now: float, silence: float = SILENCE) -> bool:
-        """Keep the heartbeat going while `on`; False when the replica has been silent for longer than `silence`."""
+        """Keep the heartbeat going while `on`; False when the replica has been silent for longer than `silence`.
+
+        Called every BEAT at the latest (`wake`). Where it is not, this process itself stood still, and time in which
+        nobody was asked and nobody was heard is not silence.
+        """
         self._silence = silence
         if on and not self._watched:
             self._heard = now
             self._beat_at = now
-        self._watched = on
+        elif on:
+            self._heard += max(0.0, now - self._looked - BEAT)
+        self._watched, self._looked = on, now
         if not on:
             return True
         if now >= self._beat_at:

@@ -6,7 +6,7 @@ import time
 
 import zmq
 
-from nbos_provisioner.replica_link import WELCOME_PATIENCE, ReplicaLink
+from nbos_provisioner.replica_link import BEAT, SILENCE, WELCOME_PATIENCE, ReplicaLink
 
 from .rig import CHANNELS, free_ports
 
@@ -42,6 +42,28 @@ def test_a_replica_whose_outputs_cannot_be_heard_yet_is_not_up() -> None:
             events(link)
         servers[1].send_multipart([b"output"])
         assert link.sockets["iopub"].poll(5000), "an output was missed"
+    finally:
+        link.close()
+        context.destroy(linger=0)
+
+
+def test_time_in_which_the_router_itself_stood_still_is_not_a_replicas_silence() -> None:
+    """The times are what they would be: nobody answers here, and nobody waits."""
+    public, secret = zmq.curve_keypair()
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    ports = dict(zip(CHANNELS, free_ports(5), strict=True))
+    link = ReplicaLink(context, 0, "127.0.0.1", ports, b"router", (public, secret, public))
+    try:
+        assert link.watch(True, 100.0)
+        assert link.watch(True, 100.0 + BEAT)
+        link.heard(100.0 + BEAT)
+        assert link.watch(True, 160.0), "its host was asleep"
+        assert link.watch(True, 160.0 + BEAT)
+        assert not link.watch(True, 160.0 + BEAT + SILENCE)
+        assert link.watch(False, 170.0)
+        assert link.watch(True, 270.0)
+        ticks = [link.watch(True, 270.0 + tick * BEAT) for tick in range(1, 6)]
+        assert ticks == [tick < SILENCE / BEAT for tick in range(1, 6)], "a replica's own silence counts as ever"
     finally:
         link.close()
         context.destroy(linger=0)

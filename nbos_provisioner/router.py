@@ -41,7 +41,7 @@ from .instructions import (
     Up,
 )
 from .members import members_from
-from .memory import Memory
+from .memory import Memory, system_trim
 from .messages import BadMessage, Signer, parse
 from .notices import LINE_AFTER
 from .replica_link import DOUBTED, SILENCE, ReplicaLink
@@ -79,7 +79,8 @@ class Router:
         self._sources: dict[Any, Callable[[], None]] = {}
         self._buffer = b""
         self._lonely_at = time.monotonic()
-        self._memory = Memory()
+        self._memory = Memory(system_trim())
+        self._beats: set[Any] = set()
         self.alive = True
         self._follower = Follower(**config["follow"], log=log) if config.get("follow") else None
         for channel in ("control", "shell", "stdin"):
@@ -120,10 +121,9 @@ class Router:
             if deadline is not None and now >= deadline:
                 self._event(Tick(), now)
             self._care(now)
-            if ready:
+            if any(source not in self._beats for source, _ in ready):
                 self._memory.busy(now)
-            else:
-                self._memory.calm(now)
+            self._memory.calm(now)
         self.front.close()
 
     def _timeout(self) -> int | None:
@@ -270,6 +270,7 @@ class Router:
             self._listen(link.sockets[channel], partial(self._read_replica, link, channel))
         self._listen(link.sockets["iopub"], partial(self._read_output, link))
         self._listen(link.sockets["hb"], partial(self._read_beat, link))
+        self._beats.add(link.sockets["hb"])
         for channel, monitor in link.monitors.items():
             self._listen(monitor, partial(self._read_monitor, link, channel))
 
@@ -279,6 +280,7 @@ class Router:
             return
         for source in [*link.sockets.values(), *link.monitors.values()]:
             self._ignore(source)
+        self._beats.discard(link.sockets["hb"])
         link.close()
 
     def _renew(self, link: ReplicaLink, reason: str, now: float) -> None:

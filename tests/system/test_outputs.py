@@ -181,8 +181,8 @@ async def test_a_cell_that_floods_nobody_holds_no_more_than_the_bound(cluster: C
         return "flooded" in [entry["name"] for entry in (await server.api("GET", "contents"))["content"]]
 
     await eventually(flooded, "the cell has printed all", 120, every=0.5)
-    # Once what was on its way has arrived (what comes after the page falls under the server's limit on rates), and memory
-    # was given back, though the cell still runs.
+    # Once what was on its way has arrived (what comes after the page falls under the server's limit on rates), and
+    # memory was given back, though the cell still runs.
     await eventually(lambda: rests(router), "the router has handled all", 60)
     await settles(lambda: router.memory_info().rss, 140_000_000, 30)
     await put(server, "go")

@@ -46,10 +46,10 @@ class NBOSKernelManager(AsyncMappingKernelManager):
             self.nbos_filing.connected(kernel_id, session)
 
     def kernel_model(self, kernel_id: str) -> dict[str, Any]:
-        """Called for every list of kernels. One that has just been started has no state for a moment: Jupyter Server
-        would answer 500."""
+        """Called for every list of kernels. One that has just been started has no state for a moment (a trait that is
+        None, beside a time of the last activity that cannot even be read): Jupyter Server would answer 500."""
         kernel = self._kernels.get(kernel_id)
-        if kernel is not None and not hasattr(kernel, "execution_state"):
+        if kernel is not None and getattr(kernel, "execution_state", None) is None:
             raise web.HTTPError(404, f"Kernel is being started: {kernel_id}")
         return super().kernel_model(kernel_id)
 

@@ -1,21 +1,19 @@
 """The daemon's answers to a replica's requests (docs/protocol.md, 1): one method a request, found by its type.
 
-Each reads its message through `requests` and hands it to the part of the daemon that knows; blobs go through threads,
-since they are the only answers that wait for a disk.
+Each reads its message through `requests` and hands it to the part of the daemon that knows; those about blobs are in
+`blobanswers`.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from importlib.metadata import PackageNotFoundError, version
 
 from gpu_daemon import requests
 from gpu_daemon.bidding import Bidding
-from gpu_daemon.blobs import BlobError
+from gpu_daemon.blobanswers import BlobAnswers, check_peer
 from gpu_daemon.commits import Commits, free
 from gpu_daemon.pythons import other_python
 from gpu_daemon.replica import LocalReplica
@@ -23,8 +21,7 @@ from gpu_daemon.requests import RequestError
 from gpu_daemon.sessions import Reply, Session, members_message
 from gpu_daemon.site import RECOVERY, Refused, Site, log, plain
 from gpu_daemon.touching import Touching
-from nbos_cluster import files, keys, records
-from nbos_cluster.arena import Arena
+from nbos_cluster import keys, records
 from nbos_cluster.content import ALGORITHM
 from nbos_cluster.etcd import EtcdUnavailable
 from nbos_cluster.kernelview import KernelView
@@ -50,18 +47,13 @@ class Answers:
         self._site, self._bidding, self._commits = site, bidding, commits
         self._heard, self._progressed = heard, progressed
         self._touching = Touching(site, bidding)
+        self._blobs = BlobAnswers(site)
         self._hosts: tuple[float, list[Message]] = (-HOSTS_FRESH, [])
         self._by_type: dict[str, Callable[[Session, Message, bytes], Awaitable[Reply]]] = {
             "hello": self._hello,
             "bid": self._bid,
             "cancel": self._cancel,
             "touch": self._touch,
-            "put_blob": self._put_blob,
-            "get_blob": self._get_blob,
-            "have_blobs": self._have_blobs,
-            "room": self._room,
-            "arena": self._arena,
-            "files": self._files,
             "append": self._append,
             "applied": self._applied,
             "release": self._release,
@@ -70,6 +62,7 @@ class Answers:
             "thaw": self._thaw,
             "status": self._status,
             "outcome": self._outcome,
+            **self._blobs.by_type,
         }
 
     async def __call__(self, session: Session, message: Message, payload: bytes) -> Reply:
@@ -84,7 +77,7 @@ class Answers:
 
     async def _hello(self, session: Session, message: Message, payload: bytes) -> Reply:
         said, replica = requests.hello(message), session.replica
-        self._check_peer(session)
+        check_peer(session)
         self._check_format(replica, said)
         spec = await self._spec(replica)
         self._check_python(replica, said.python)
@@ -104,7 +97,7 @@ class Answers:
             self._bidding.room_changed()
         self._bidding.lender.connected(replica)
         self._heard(replica)
-        view = self._view(replica)
+        view = self._site.known(replica.id.kernel)
         return {
             "kernel": replica.id.kernel,
             "replica": replica.id.index,
@@ -120,16 +113,9 @@ class Answers:
                 "hash": ALGORITHM,
                 "chunk": BLOB_CHUNK,
                 "keep": self._site.blobs.keep,
-                "files": self._hands_out_files(session),
+                "files": self._blobs.hands_out_files(session),
             },
         }, b""
-
-    def _check_peer(self, session: Session) -> None:
-        replica = session.replica
-        if replica.handle is None or not replica.handle.owns(session.peer_pid):
-            raise Refused(
-                "refused", f"process {session.peer_pid} is not {replica.name}; only the replica may use its socket"
-            )
 
     def _check_format(self, replica: LocalReplica, said: requests.HelloRequest) -> None:
         if OLDEST <= said.format <= FORMAT:
@@ -147,7 +133,7 @@ class Answers:
 
     def _check_python(self, replica: LocalReplica, python: str) -> None:
         """Functions travel as bytecode, which only the same minor version of Python runs."""
-        trouble = other_python(self._view(replica), replica.id.index, python)
+        trouble = other_python(self._site.known(replica.id.kernel), replica.id.index, python)
         if trouble:
             replica.end(trouble)
             raise Refused("refused", trouble)
@@ -166,77 +152,6 @@ class Answers:
     async def _touch(self, session: Session, message: Message, payload: bytes) -> Reply:
         request, token = requests.touch(message)
         return await self._touching.touch(session.replica, request, token), b""
-
-    async def _arena(self, session: Session, message: Message, payload: bytes) -> Reply:
-        """The whole conversation of a connection of its own: no reply besides the frame with the descriptor."""
-        self._check_peer(session)
-        replica = session.replica
-        replica.drop_arena()
-        replica.arena = Arena.make()
-        session.hand_over(replica.arena)
-        return {}, b""
-
-    async def _files(self, session: Session, message: Message, payload: bytes) -> Reply:
-        """Blobs for the replica to read itself, on a connection of its own like the arena."""
-        self._check_peer(session)
-        hashes = requests.texts(message, "hashes", most=files.AT_ONCE)
-        if not self._hands_out_files(session):
-            raise Refused("refused", "this daemon hands out no files")
-        with _blob_errors():
-            handles = await self._site.blobs.open_files(self._owner(session.replica), hashes)
-        try:
-            session.hand_over_files(handles)
-        finally:
-            files.close(handles)
-        return {}, b""
-
-    def _hands_out_files(self, session: Session) -> bool:
-        return self._site.blobs.store.hands_out_files and session.may_hold_files
-
-    async def _put_blob(self, session: Session, message: Message, payload: bytes) -> Reply:
-        data: bytes | memoryview = payload
-        if "at" in message:
-            data = self._place(session, message, "size")
-        with _blob_errors():
-            await self._site.blobs.put(self._owner(session.replica), requests.text(message, "hash"), data)
-        return {}, b""
-
-    async def _get_blob(self, session: Session, message: Message, payload: bytes) -> Reply:
-        owner, digest = self._owner(session.replica), requests.text(message, "hash")
-        with _blob_errors():
-            if "at" in message:
-                place = self._place(session, message, "room")
-                return {"size": await self._site.blobs.read_into(owner, digest, place)}, b""
-            data = await self._site.blobs.get(owner, digest)
-            return {"size": len(data)}, data
-
-    async def _have_blobs(self, session: Session, message: Message, payload: bytes) -> Reply:
-        hashes = requests.texts(message, "hashes", most=MAX_HASHES)
-        with _blob_errors():
-            blobs = self._site.blobs
-            there, free = await asyncio.gather(blobs.have(self._owner(session.replica), hashes), blobs.free())
-        return {"have": sorted(there), "free": free, "where": blobs.store.where}, b""
-
-    async def _room(self, session: Session, message: Message, payload: bytes) -> Reply:
-        """What is left in the store, and of memory on the hosts of the other replicas, as their daemons told last."""
-        blobs, view = self._site.blobs, self._view(session.replica)
-        with _blob_errors():
-            free = await blobs.free()
-        others = {i: record for i, record in sorted(view.replicas.items()) if i != session.replica.id.index}
-        standbys = [{"replica": i, "host": r.host, "free": r.memory or None} for i, r in others.items()]
-        return {"store": {"where": blobs.store.where, "free": free}, "standbys": standbys}, b""
-
-    def _place(self, session: Session, message: Message, size: str) -> memoryview:
-        """The part of the arena that a request names."""
-        arena = session.replica.arena
-        if arena is None:
-            raise Refused(
-                "no_arena", "this daemon shares no memory with the replica (it was restarted); ask for it anew"
-            )
-        try:
-            return arena.part(requests.number(message, "at"), requests.number(message, size))
-        except ValueError as err:
-            raise RequestError(str(err)) from err
 
     async def _append(self, session: Session, message: Message, payload: bytes) -> Reply:
         entry = message.get("entry")
@@ -286,7 +201,7 @@ class Answers:
         return {}, b""
 
     async def _status(self, session: Session, message: Message, payload: bytes) -> Reply:
-        view = self._view(session.replica)
+        view = self._site.known(session.replica.id.kernel)
         lost: dict[str, str] = {}
         for record in view.replicas.values():
             lost.update(record.lost)
@@ -390,10 +305,10 @@ class Answers:
 
     async def _end_unused(self, session: Session) -> None:
         replica = session.replica
-        view = self._view(replica)
+        view = self._site.known(replica.id.kernel)
         n = replica.held.n if replica.held is not None else view.last + 1
-        await self._site.until(lambda: n in session.used or self._view(replica).last >= n, UNUSED_CLAIM)
-        claim = self._view(replica).claim_of(n)
+        await self._site.until(lambda: n in session.used or self._site.known(replica.id.kernel).last >= n, UNUSED_CLAIM)
+        claim = self._site.known(replica.id.kernel).claim_of(n)
         if replica.session is not session or n in session.used or claim is None:
             return
         log.warning("%s holds the claim of execution %d and does not run it", replica.name, n)
@@ -407,21 +322,9 @@ class Answers:
 
         if not await self._site.until(known, KNOWN_WITHIN):
             raise Refused("unavailable", f"the records of kernel {replica.id.kernel} are not known (yet)")
-        spec = self._view(replica).spec
+        spec = self._site.known(replica.id.kernel).spec
         assert spec is not None
         return spec
-
-    def _view(self, replica: LocalReplica) -> KernelView:
-        view = self._site.view(replica.id.kernel)
-        if view is None or view.spec is None:
-            raise Refused("gone", f"kernel {replica.id.kernel} is gone")
-        return view
-
-    def _owner(self, replica: LocalReplica) -> str:
-        """From the kernel's record, never from the message: a replica reaches its own owner's blobs only."""
-        spec = self._view(replica).spec
-        assert spec is not None
-        return spec.owner
 
     async def _host_list(self) -> list[Message]:
         """All hosts, for people; at most once in two seconds from etcd, the last known while that is away."""
@@ -436,15 +339,6 @@ class Answers:
                 [_host(records.decode(kv.value, HostRecord)) for kv in found if _is_host(kv.key)],
             )
         return self._hosts[1]
-
-
-@contextlib.contextmanager
-def _blob_errors() -> Iterator[None]:
-    try:
-        yield
-    except BlobError as err:
-        log.warning("%s", err)
-        raise Refused(err.code, str(err)) from err
 
 
 def _nbos() -> str:

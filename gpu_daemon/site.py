@@ -124,6 +124,13 @@ class Site:
     def view(self, kernel: str) -> KernelView | None:
         return self.views.views.get(kernel)
 
+    def known(self, kernel: str) -> KernelView:
+        """The kernel's records, with its spec. Raises Refused when it was deleted."""
+        view = self.view(kernel)
+        if view is None or view.spec is None:
+            raise Refused("gone", f"kernel {kernel} is gone")
+        return view
+
     # -- tasks --------------------------------------------------------------------------------------------------------
 
     def spawn(self, work: Coroutine[Any, Any, T], what: str) -> asyncio.Task[T]:

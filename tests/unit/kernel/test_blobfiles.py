@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 import socket
 import threading
@@ -10,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from gpu_daemon.blobs import folder_of
+from gpu_daemon.blobs import BlobError, folder_of
 from gpu_daemon.directory_store import DirectoryStore
 from nbos_cluster import files, wire
 from nbos_cluster.content import address
 from nbos_kernel import blobfiles
+from nbos_kernel.blobchannel import BlobChannel, BlobFailed
 from nbos_kernel.entries import Missing
+from nbos_kernel.link import Request
 
 PARTS = [os.urandom(3_000_000), os.urandom(70_001), os.urandom(blobfiles.STEP), os.urandom(1)]
 HASHES = [address(part) for part in PARTS]
@@ -158,3 +162,59 @@ def test_a_daemon_that_hands_out_none_is_told_apart(tmp_path: Path, answer: Answ
     assert len(os.listdir("/proc/self/fd")) == before
     with pytest.raises(blobfiles.NoFiles):
         blobfiles.read(path, HASHES, places()[0], 0).result(10)
+
+
+class Asked:
+    """A link to a daemon that gives blobs out of `store`, and remembers which."""
+
+    connected = True
+
+    def __init__(self, store: DirectoryStore) -> None:
+        self.store, self.digests = store, list[str]()
+
+    def request(self, message: dict[str, str], payload: bytes = b"") -> Request:
+        request = Request(message, payload)
+        self.digests.append(message["hash"])
+        try:
+            data = self.store.get("ann", message["hash"])
+            request.future.set_result(({"ok": True, "size": len(data)}, data))
+        except BlobError as err:
+            request.future.set_result(({"ok": False, "error": err.code, "reason": str(err)}, b""))
+        return request
+
+
+def channel(path: str, link: Asked) -> BlobChannel:
+    found = BlobChannel(link, path, logging.getLogger("test"))  # type: ignore[arg-type]
+    found.renew(files=True)
+    found._asked = True  # no shared memory
+    return found
+
+
+def test_what_the_files_do_not_give_comes_through_the_daemon_and_only_that(daemon: str, store: DirectoryStore) -> None:
+    link, (wanted, memory) = Asked(store), places()
+    file_of(store, 1).rename(file_of(store, 1).with_suffix(".kept"))
+    get, store.get = store.get, lambda owner, digest: PARTS[HASHES.index(digest)]  # type: ignore[method-assign]
+    assert channel(daemon, link).read_now(HASHES, wanted) == SIZE
+    assert memory == b"".join(PARTS)
+    assert link.digests == [HASHES[1]]
+    store.get = get  # type: ignore[method-assign]
+    with pytest.raises(BlobFailed, match="is not in the blob store") as failed:
+        channel(daemon, link).read_now(HASHES, places()[0])
+    assert failed.value.code == "missing"
+
+
+def test_a_damaged_file_is_set_aside_by_the_daemon_that_is_asked_for_it(daemon: str, store: DirectoryStore) -> None:
+    flip(file_of(store, 1))
+    with pytest.raises(BlobFailed, match="damaged") as failed:
+        asyncio.run(channel(daemon, Asked(store)).read(HASHES, memoryview(bytearray(SIZE))))
+    assert failed.value.code == "corrupt"
+    assert not file_of(store, 1).exists()
+
+
+def test_where_no_files_are_handed_out_all_comes_through_the_daemon(tmp_path: Path, store: DirectoryStore) -> None:
+    serving, link, memory = serve(tmp_path / "s", older), Asked(store), bytearray(SIZE)
+    blobs = channel(next(serving), link)
+    assert asyncio.run(blobs.read(HASHES, memoryview(memory))) == SIZE
+    assert memory == b"".join(PARTS)
+    assert link.digests == HASHES
+    assert next(serving, None) is None

@@ -30,5 +30,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         crash = getattr(report.longrepr, "reprcrash", None)
         message = str(crash.message if crash is not None else report.longrepr)
         failed[report.nodeid] = "\n".join(filter(None, (failed.get(report.nodeid), message)))
-    if config.cache is not None:
-        config.cache.set(FAILURES, failed)
+    if (cache := getattr(config, "cache", None)) is not None:  # there is none with -p no:cacheprovider
+        cache.set(FAILURES, failed)

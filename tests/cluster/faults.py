@@ -4,6 +4,7 @@ can be repeated.
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 from tests.cluster.machines import HOSTS, MEMBERS, Machines
 from tests.system.cluster import after
+from tests.system.hubclient import eventually
 
 KINDS = (
     "host dead",
@@ -78,13 +80,13 @@ async def done(fault: Fault, machines: Machines) -> AsyncIterator[None]:
                     if member != fault.where:
                         await stack.enter_async_context(machines.dead(member))
             case "daemon killed":
-                machines.kill(fault.where, "gpu_daemon", "--config")
+                await _kill(machines, fault.where, "gpu_daemon", "--config")
             case "host's Engine killed":
-                machines.kill(fault.where, "dockerd", "--host")
+                await _kill(machines, fault.where, "dockerd", "--host")
             case "gateway killed":
-                machines.kill("hub", "nbos_spawner.gateway")
+                await _kill(machines, "hub", "nbos_spawner.gateway")
             case "hub killed":
-                machines.kill("hub", "jupyterhub", "--config")
+                await _kill(machines, "hub", "jupyterhub", "--config")
             case "replica killed":
                 machines.inside(
                     fault.where,
@@ -95,3 +97,17 @@ async def done(fault: Fault, machines: Machines) -> AsyncIterator[None]:
                 )
         await after(fault.seconds)
         yield
+
+
+async def _kill(machines: Machines, service: str, *words: str) -> None:
+    """Also a process that the fault before has ended: it is being started again, and nobody need have noticed."""
+
+    async def there() -> bool:
+        try:
+            await asyncio.to_thread(machines.process, service, *words)
+        except LookupError:
+            return False
+        return True
+
+    await eventually(there, f"{words[0]} runs on {service}", 30, every=0.2)
+    machines.kill(service, *words)

@@ -299,13 +299,18 @@ def _consists_of_parts(value: Any, pickled: Pickled) -> bool:
 
 
 def _items(value: Any) -> list[Any]:
-    """What a list, tuple or array of objects holds; nothing of any other value, or of a large one."""
+    """What a list, tuple or array of objects (for a view: the array that it is one of) holds; nothing of any other
+    value, or of a large one."""
     if type(value) in (list, tuple):
         return list(value) if len(value) <= MOST_ITEMS else []
     numpy: Any = sys.modules.get("numpy")
-    if type(value) is getattr(numpy, "ndarray", None) and value.base is None and value.dtype == object:
-        return list(value.flat) if value.size <= MOST_ITEMS else []
-    return []
+    kind = getattr(numpy, "ndarray", None)
+    if type(value) is not kind or value.dtype != object:
+        return []
+    owner = arrays.owner(value)
+    if type(owner) is not kind or owner.base is not None or owner.dtype != object or owner.size > MOST_ITEMS:
+        return []
+    return list(owner.flat)
 
 
 def _grew(value: Any, roots: Roots) -> bool:

@@ -120,7 +120,15 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     return made
 
 
-@pytest.mark.parametrize("kept", ["[whole[7], 5, whole[8]]", "(whole[7], 5)", "np.array([[whole[7], 5]], object)"])
+OF_PARTS = [
+    "[whole[7], 5, whole[8]]",
+    "(whole[7], 5)",
+    "np.array([[whole[7], 5]], object)",
+    "np.array([[whole[7], 5]], object).T.T",
+]
+
+
+@pytest.mark.parametrize("kept", OF_PARTS)
 def test_a_container_of_nothing_but_parts_is_pickled_with_them_only(kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made, pair = alone(monkeypatch), Pair()
     pair.cell(f"{WHOLE}held = {kept}")
@@ -128,6 +136,14 @@ def test_a_container_of_nothing_but_parts_is_pickled_with_them_only(kept: str, m
     pair.cell("whole[7].append('more')")
     first = "held[0]" if not kept.startswith("np") else "held[0, 0]"
     assert pair.on_standby(f"{first} is whole[7] and {first} == [7, 'more']")
+
+
+def test_views_of_one_array_of_parts_stay_views_of_one() -> None:
+    pair = Pair()
+    pair.cell(f"{WHOLE}owner = np.array([[whole[7], whole[8], 5]], object)\nheld = owner.squeeze()\nlast = held[1:]")
+    assert pair.on_standby("held[1] is whole[8] and last[0] is whole[8]")
+    pair.cell("last[0] = whole[9]")
+    assert pair.on_standby("held[1] is whole[9] and last.base is held.base is owner")
 
 
 def test_a_container_of_a_part_and_of_what_cannot_be_pickled_is_lost_alone() -> None:

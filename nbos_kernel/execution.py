@@ -239,7 +239,9 @@ class Execution:
     async def catch_up(self) -> None:
         """Apply what the daemon pushed; never while an append of our own is under way."""
         self._looking.disturb()
-        if self._replica.behind:
+        if self._replica.far_behind:
+            self._precedence.first()  # who joins, or gets too little of a busy host, must be able to lead some time
+        elif self._replica.behind:
             self._precedence.last()
         await self._replica.catch_up(self._appender.applied)
         self._looking.after_entry()

@@ -43,6 +43,9 @@ from .tables import whole as complete
 Message = dict[str, Any]
 _ABSENT = object()
 
+FEW = 5
+"""Entries that may wait to be applied while cells follow each other at once."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Taken:
@@ -152,6 +155,12 @@ class Replica:
     def behind(self) -> bool:
         """Whether something has arrived that is not applied yet."""
         return bool(self._queue)
+
+    @property
+    def far_behind(self) -> bool:
+        """Whether a whole state has arrived, or more entries than quick cells leave behind each other."""
+        waiting = list(self._queue)  # the link's thread adds to it
+        return len(waiting) > FEW or any(message["type"] == "state" for message, _ in waiting)
 
     async def catch_up(self, done: Callable[[int, dict[str, str]], None]) -> None:
         """Apply what has arrived, in order; then `done(n, lost)`, once for all."""

@@ -4,13 +4,32 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import Any
 
 from nbos_cluster import membership
 from nbos_cluster.etcd import Etcd
 from nbos_cluster.kernelview import Held
 from tests.system.daemon.conftest import MakeHost
-from tests.system.daemon.site import Replica, create, grants_of, kernel_spec, view_of
+from tests.system.daemon.site import Host, Replica, create, grants_of, kernel_spec, view_of
 from tests.system.etcdserver import eventually
+
+
+async def on_one_host(client: Etcd, host: MakeHost, **config: Any) -> tuple[Host, Replica]:
+    a = host("a", **config)
+    await create(client, kernel_spec("k", "a"))
+    replica = a.replica("k", 0)
+    await replica.ready()
+    return a, replica
+
+
+async def on_two_hosts(client: Etcd, host: MakeHost, **config: Any) -> tuple[Host, Replica, Replica]:
+    """The first one's daemon, and the replicas."""
+    a, b = host("a", **config), host("b", **config)
+    await create(client, kernel_spec("k", "a", "b"))
+    replicas = a.replica("k", 0), b.replica("k", 1)
+    for replica in replicas:
+        await replica.ready()
+    return a, *replicas
 
 
 async def claimed(client: Etcd, n: int) -> Held | None:
@@ -38,11 +57,7 @@ async def free_again(client: Etcd, n: int) -> None:
 async def test_a_cell_that_follows_at_once_runs_under_the_claim_of_the_entry_before(
     client: Etcd, host: MakeHost
 ) -> None:
-    a, b = host("a"), host("b")
-    await create(client, kernel_spec("k", "a", "b"))
-    first, second = a.replica("k", 0), b.replica("k", 1)
-    await first.ready()
-    await second.ready()
+    _, first, second = await on_two_hosts(client, host)
     assert (await first.append(1, (await first.bid(1))["token"]))["ok"]
     assert await claimed(client, 2) is None, "one cell is no row"
     held = await in_a_row(client, first, 2, 3)
@@ -55,11 +70,7 @@ async def test_a_cell_that_follows_at_once_runs_under_the_claim_of_the_entry_bef
 
 
 async def test_a_number_that_nobody_asks_for_is_given_back_to_all(client: Etcd, host: MakeHost) -> None:
-    a, b = host("a"), host("b")
-    await create(client, kernel_spec("k", "a", "b"))
-    first, second = a.replica("k", 0), b.replica("k", 1)
-    await first.ready()
-    await second.ready()
+    _, first, second = await on_two_hosts(client, host)
     await in_a_row(client, first, 1, 2)
     await free_again(client, 3)
     await second.ready(applied=2)
@@ -68,11 +79,8 @@ async def test_a_number_that_nobody_asks_for_is_given_back_to_all(client: Etcd, 
 
 
 async def test_a_replica_that_dies_gives_its_number_back_at_once(client: Etcd, host: MakeHost) -> None:
-    a, b = host("a", lease_ttl=60), host("b", lease_ttl=60)
-    await create(client, kernel_spec("k", "a", "b"))
-    first, second = a.replica("k", 0), b.replica("k", 1)
+    _, first, second = await on_two_hosts(client, host, lease_ttl=60)
     pid = (await first.ready())["pid"]
-    await second.ready()
     await in_a_row(client, first, 1, 2)
     os.kill(pid, signal.SIGKILL)
     await free_again(client, 3)
@@ -81,10 +89,7 @@ async def test_a_replica_that_dies_gives_its_number_back_at_once(client: Etcd, h
 
 
 async def test_a_cell_that_wants_a_gpu_is_claimed_together_with_it(client: Etcd, host: MakeHost) -> None:
-    a = host("a")
-    await create(client, kernel_spec("k", "a"))
-    replica = a.replica("k", 0)
-    await replica.ready()
+    _, replica = await on_one_host(client, host)
     held = await in_a_row(client, replica, 1, 2)
     lead = await replica.bid(3, gpus=1)
     assert lead["token"] > held.token
@@ -96,10 +101,7 @@ async def test_a_cell_that_wants_a_gpu_is_claimed_together_with_it(client: Etcd,
 
 async def test_a_number_that_its_replica_yielded_is_claimed_anew(client: Etcd, host: MakeHost) -> None:
     """Not taken for its own still, whatever the daemon's copy of the records says at that moment."""
-    a = host("a")
-    await create(client, kernel_spec("k", "a"))
-    replica = a.replica("k", 0)
-    await replica.ready()
+    _, replica = await on_one_host(client, host)
     for n in (3, 6, 9):
         held = await in_a_row(client, replica, n - 2, n - 1)
         assert (await replica.bid(n, gpus=99))["code"] == "impossible"
@@ -112,10 +114,7 @@ async def test_a_number_that_its_replica_yielded_is_claimed_anew(client: Etcd, h
 
 
 async def test_a_daemon_that_starts_again_neither_loses_nor_decides_the_number(client: Etcd, host: MakeHost) -> None:
-    a = host("a", lease_ttl=60)
-    await create(client, kernel_spec("k", "a"))
-    replica = a.replica("k", 0)
-    await replica.ready()
+    a, replica = await on_one_host(client, host, lease_ttl=60)
     held = await in_a_row(client, replica, 1, 2)
     a.kill()
     a.start()
@@ -138,11 +137,7 @@ async def test_a_daemon_that_starts_again_neither_loses_nor_decides_the_number(c
 async def test_a_host_that_was_paused_past_its_lease_does_not_run_the_number_that_another_took(
     client: Etcd, host: MakeHost
 ) -> None:
-    a, b = host("a"), host("b")
-    await create(client, kernel_spec("k", "a", "b"))
-    first, second = a.replica("k", 0), b.replica("k", 1)
-    await first.ready()
-    await second.ready()
+    a, first, second = await on_two_hosts(client, host)
     await in_a_row(client, first, 1, 2)
     assert a.process is not None
     a.process.send_signal(signal.SIGSTOP)
@@ -161,10 +156,7 @@ async def test_a_host_that_was_paused_past_its_lease_does_not_run_the_number_tha
 
 
 async def test_a_restart_by_the_user_ends_it(client: Etcd, host: MakeHost) -> None:
-    a = host("a")
-    await create(client, kernel_spec("k", "a"))
-    replica = a.replica("k", 0)
-    await replica.ready()
+    _, replica = await on_one_host(client, host)
     await in_a_row(client, replica, 1, 2)
     assert (await client.commit(membership.restart(await view_of(client, "k")))).succeeded
 

@@ -321,10 +321,10 @@ async def test_a_lease_lives_until_it_is_stopped(etcd: EtcdServer) -> None:
     async with etcd.client() as client:
         lease = Lease(client, ttl=2, on_new=on_new)
         await lease.start()
+        assert await client.lease_alive(lease.id) > 0
         born = time.monotonic()
         await eventually(lambda: time.monotonic() - born > 4, "two lifetimes have passed")
         assert await client.get("/l/1") is not None
-        assert await client.lease_alive(lease.id) > 0
         assert lease.sure
         await lease.stop()
         assert await client.get("/l/1") is None

@@ -57,7 +57,9 @@ async def inside(cluster: Cluster) -> AsyncIterator[Notebook]:
 async def containers_of(notebook: Notebook) -> dict[int, str]:
     """By replica. Labels do not tell of one that was started ahead, its process does."""
     of_cluster = containers(cluster=f"up-{StateDir(notebook.cluster.state_dir).mark}")
-    pids = {inspect(container)["State"]["Pid"]: container for container in of_cluster}
+    # Of those that end meanwhile nothing is known.
+    known = json.loads(docker("inspect", *of_cluster, check=False) or "[]")
+    pids = {one["State"]["Pid"]: one["Id"] for one in known}
     return {r.index: pids[r.pid] for r in await replicas(notebook.cluster.hub, notebook.kernel) if r.pid in pids}
 
 

@@ -21,7 +21,7 @@ from nbos_cluster import membership
 from nbos_cluster.etcd import Etcd
 from tests.fakes.nvml import PlayedNVML, gpu, mig
 from tests.system.containers.conftest import MakeHost
-from tests.system.containers.engine import IMAGE, containers, docker, inspect, variant
+from tests.system.containers.engine import IMAGE, docker, inspect, variant
 from tests.system.containers.host import DockerHost, attach, begin, docker_kernel, reason_of, record_of
 from tests.system.containers.registry import Registry
 from tests.system.daemon.site import create
@@ -253,7 +253,7 @@ async def test_a_home_that_belongs_to_somebody_else_is_told(client: Etcd, host: 
 
 async def test_a_named_volume_keeps_the_home(client: Etcd, host: MakeHost, tmp_path: Path) -> None:
     volume = f"nbos-test-{os.getpid()}-{time.monotonic_ns()}"
-    host(volumes={volume + "-{username}": "{home}"})
+    a = host(volumes={volume + "-{username}": "{home}"})
     try:
         kernel = await begin(client, tmp_path, "a", owner="ann@Lab")
         await run(kernel.run, "open('kept', 'w').write('x')", 1)
@@ -264,8 +264,7 @@ async def test_a_named_volume_keeps_the_home(client: Etcd, host: MakeHost, tmp_p
         assert await run(kernel.value, "open('kept').read()", 3) == "'x'"
         kernel.close()
     finally:
-        for container in containers(owner="ann@Lab"):
-            docker("rm", "--force", container)
+        a.end()  # before its containers' volume goes: the daemon would make another one
         for name in docker("volume", "ls", "--quiet", f"--filter=name={volume}").split():
             docker("volume", "rm", name)
 

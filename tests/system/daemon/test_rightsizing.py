@@ -13,7 +13,7 @@ import zmq
 from gpu_daemon.rightsizing import BASE
 from nbos_cluster.etcd import Etcd
 from tests.system.daemon.conftest import MakeHost
-from tests.system.daemon.site import Replica, create, kernel_spec
+from tests.system.daemon.site import Replica, create, kernel_spec, view_of
 from tests.system.etcdserver import eventually
 from tests.system.fake_daemon import Client
 
@@ -94,6 +94,12 @@ async def test_a_real_kernels_simulated_work_is_made_smaller_unless_it_says_exac
     file = a.folder("k", 0) / "connection.json"
     await eventually(file.exists, f"{file} is there")
     kernel = await asyncio.to_thread(lambda: Client(str(file)).ready())
+
+    async def applied() -> bool:
+        record = (await view_of(client, "k")).replicas.get(0)
+        return record is not None and record.applied == 0
+
+    await eventually(applied, "it has the state to begin with")
     work = "from nbos_kernel import grant, simgpu\nsimgpu.run(work=0.2, serial=0.2)\ng = grant()\n"
     for n in range(1, 11):
         assert (await asyncio.to_thread(kernel.run, "%%gpu tpcs=32\n" + work, n))["content"]["status"] == "ok"

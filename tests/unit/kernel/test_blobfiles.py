@@ -134,7 +134,7 @@ def test_no_descriptor_stays_open_and_none_can_write(daemon: str, store: Directo
     file_of(store, 2).write_bytes(b"other")
     for _ in range(3):
         blobfiles.read(daemon, [*HASHES, address(b"no such")], places()[0], 0).result(10)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
     (handle,) = files.ask(daemon, HASHES[:1])
     assert handle is not None
     with pytest.raises(OSError, match="Bad file descriptor"):
@@ -159,7 +159,7 @@ def test_a_daemon_that_hands_out_none_is_told_apart(tmp_path: Path, answer: Answ
     with pytest.raises(blobfiles.NoFiles):
         blobfiles.read(path, HASHES, places()[0], 0).result(10)
     assert next(serving, None) is None
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before  # what earlier tests left to the collector may go meanwhile
     with pytest.raises(blobfiles.NoFiles):
         blobfiles.read(path, HASHES, places()[0], 0).result(10)
 

@@ -163,7 +163,7 @@ class Keeping:
             self._say(cell, kind, content)
         if cell.ended:
             self._say(cell, "status", {"execution_state": "idle"})
-        if cell.ended and cell.reply is not None:
+        if cell.reply is not None:  # which may have come while nobody listened, also before the cell's idle
             frames = self._made(cell, "execute_reply", cell.reply)
             self.out.append(ToClient("shell", [cell.session.encode(), *frames]))
 

@@ -41,6 +41,10 @@ class ClaimAhead:
     epoch: int
     timer: asyncio.TimerHandle
 
+    def answers(self, n: int, attempt: int, lease: int, epoch: int) -> bool:
+        """Whether it is the claim of this bid, under the lease that surely lives now (0: none), in the epoch of now."""
+        return (n, attempt, lease, epoch) == (self.claim.n, 1, self.lease, self.epoch)
+
 
 @dataclass(frozen=True)
 class Claimed:
@@ -64,12 +68,13 @@ class ClaimsAhead:
         site, view = self._site, self._site.view(replica.id.kernel)
         if not held.follows or held.claim.grant or site.stopping or site.draining:
             return None
-        if site.lease is None or not site.lease.sure or view is None or view.spec is None or view.epoch is None:
+        lease = site.lease.sure_id if site.lease is not None else 0
+        if not lease or view is None or view.spec is None or view.epoch is None:
             return None
         if moving.leaves(view.spec, replica.id.index):
             return None
         record = ClaimRecord(n=held.n + 1, replica=replica.id.index, host=site.host, started=time.time(), ahead=True)
-        return election.Ahead(record, view.epoch, site.lease.id)
+        return election.Ahead(record, view.epoch, lease)
 
     def appended(self, replica: LocalReplica, held: Held, claimed: Claimed) -> None:
         """The entry of `held` stands."""
@@ -79,7 +84,7 @@ class ClaimsAhead:
         ahead = claimed.ahead
         timer = asyncio.get_running_loop().call_later(UNUSED, self.drop, replica)
         view = self._site.view(replica.id.kernel)
-        epoch = view.epoch_rev if view is not None and view.epoch == ahead.epoch else 0
+        epoch = view.epoch_rev if view is not None and view.epoch == ahead.epoch else -1
         replica.ahead = ClaimAhead(ahead.claim, claimed.token, ahead.lease, epoch, timer)
 
     def use(self, replica: LocalReplica, request: BidRequest) -> Held | None:
@@ -87,9 +92,8 @@ class ClaimsAhead:
         ahead, site, view = replica.ahead, self._site, self._site.view(replica.id.kernel)
         if ahead is None:
             return None
-        valid = site.lease is not None and site.lease.sure and site.lease.id == ahead.lease
-        same = view is not None and view.epoch_rev == ahead.epoch
-        if not (valid and same and (request.n, request.attempt) == (ahead.claim.n, 1)):
+        lease = site.lease.sure_id if site.lease is not None else 0
+        if not ahead.answers(request.n, request.attempt, lease, view.epoch_rev if view is not None else 0):
             self.drop(replica)
             return None
         ahead.timer.cancel()

@@ -49,6 +49,11 @@ class Lease:
         """Whether the lease cannot have ended yet, by this machine's clock."""
         return time.monotonic() < self._valid_until
 
+    @property
+    def sure_id(self) -> int:
+        """The lease's id while it cannot have ended; 0 otherwise."""
+        return self.id if self.sure else 0
+
     async def start(self) -> None:
         """Resume or grant the lease, tell `on_new`, and keep it alive. Raises EtcdUnavailable when etcd is
         away."""

@@ -32,3 +32,14 @@ async def test_an_answer_that_took_a_third_of_the_lease_says_that_others_may_hav
     await lease._turn()
     assert lease.still_at <= time.monotonic()
     assert lease.id == 7, "its own has not ended"
+
+
+async def test_a_lease_is_sure_for_its_time_after_it_was_asked_for() -> None:
+    etcd: Any = SlowEtcd()
+    lease = Lease(etcd, ttl=30.0)
+    assert lease.sure_id == 0
+    await lease._turn()
+    assert lease.sure_id == 7
+    etcd.seconds, lease.ttl = 0.02, 0.01
+    await lease._turn()
+    assert (lease.id, lease.sure_id) == (7, 0), "it may have ended while the answer was on its way"

@@ -179,6 +179,8 @@ class BlobChannel:
                 self._files = False
                 self._log.info("NBOS: blobs come through the daemon: %s", error)
                 done.set_result((0, 0))
+            elif isinstance(error, blobfiles.Stuck):
+                done.set_exception(BlobFailed("away", str(error)))
             elif error is not None:
                 done.set_exception(error)
             else:

@@ -1,8 +1,9 @@
 """Blobs read by the replica itself, from the files that the daemon hands it descriptors of (docs/protocol.md).
 
 Guarantees: what is counted as read has the address it was asked for, compared in the memory that it is used from; every
-descriptor is closed; a read ends, with what there is, within `PATIENCE`. Whatever is wrong with a blob here (gone,
-damaged, a disk that cannot read) is left to the daemon to find and to tell: this only stops in front of it.
+descriptor is closed; a read ends within `PATIENCE`, with `Stuck` where the disk has not answered: it may still write
+to the memory that it was given, which is then nobody else's. Whatever else is wrong with a blob here (gone, damaged, a
+disk that cannot read) is left to the daemon to find and to tell: this only stops in front of it.
 
 A piece is hashed while it still lies in the processor's cache, and pieces of several blobs are read at the same time.
 """
@@ -20,7 +21,7 @@ from nbos_cluster import content, files
 from .capture import buffers
 
 PATIENCE = 45.0
-"""Seconds that a disk may take for AT_ONCE blobs; the daemon, asked afterwards, has the same patience with it."""
+"""Seconds that a disk may take for AT_ONCE blobs, as the daemon's patience with it."""
 
 STEP = 512 * 1024
 """Bytes of a piece: half of what the cache of a core holds at least."""
@@ -36,10 +37,14 @@ class NoFiles(Exception):
     """The daemon hands out none, or not any more."""
 
 
+class Stuck(Exception):
+    """The disk has not answered; what was to be filled must not be used."""
+
+
 def read(path: str, digests: Sequence[str], target: Places | memoryview, at: int) -> Future[tuple[int, int]]:
     """Fill `target` from `at` on with the first of these blobs. The result: how many, and how many bytes they had.
 
-    The future fails with NoFiles when blobs are to be asked for in another way.
+    The future fails with NoFiles when blobs are to be asked for in another way, and with Stuck.
     """
     done: Future[tuple[int, int]] = Future()
 
@@ -71,8 +76,9 @@ def _read(path: str, digests: Sequence[str], target: Places | memoryview, at: in
             at += size
     finally:
         files.close(handles[len(jobs) :])  # each job closes its own
-    wait(jobs, PATIENCE)
-    count = next((number for number, job in enumerate(jobs) if not (job.done() and job.result())), len(jobs))
+    if wait(jobs, PATIENCE).not_done:
+        raise Stuck(f"the disk of the blob store has not answered for {PATIENCE:g} s")
+    count = next((number for number, job in enumerate(jobs) if not job.result()), len(jobs))
     return count, sum(sizes[:count])
 
 

@@ -142,6 +142,23 @@ def test_no_descriptor_stays_open_and_none_can_write(daemon: str, store: Directo
     os.close(handle)
 
 
+def test_what_a_disk_may_still_write_to_is_not_used(daemon: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else filled it, the late bytes would come on top."""
+    answers, fill = threading.Event(), blobfiles._fill
+
+    def late(handle: int, place: memoryview, digest: str) -> bool:
+        answers.wait(10)
+        return fill(handle, place, digest)
+
+    monkeypatch.setattr(blobfiles, "_fill", late)
+    monkeypatch.setattr(blobfiles, "PATIENCE", 0.05)
+    try:
+        with pytest.raises(blobfiles.Stuck, match="has not answered"):
+            blobfiles.read(daemon, HASHES, places()[0], 0).result(10)
+    finally:
+        answers.set()
+
+
 def older(sock: socket.socket, hashes: list[str]) -> None:
     """A daemon that does not know the question closes the connection."""
 

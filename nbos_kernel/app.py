@@ -45,6 +45,7 @@ class NBOSKernelApp(IPKernelApp):
             )
             self.exit(1)
         super().init_sockets()
+        self.stdin_socket.router_mandatory = 1  # a question to a router that is not connected yet is not dropped
 
     def init_poller(self) -> None:
         """No parent poller: a replica outlives the daemon that started it."""

@@ -15,9 +15,11 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import zmq
 from ipykernel.jsonutil import json_clean
 from ipykernel.zmqshell import ZMQInteractiveShell
 from traitlets import Type, Unicode
@@ -51,6 +53,9 @@ THAW_PAUSE = 0.5
 
 SOON = 0.05
 """Seconds after which it is looked again whether device memory can be given back now."""
+
+ASK_AGAIN = 0.02
+"""Seconds until a question for input is sent again that could not reach the router."""
 
 DIRECT = (
     "this is one replica of an NBOS kernel; cells go through the kernel's router (the ports that the Jupyter Server "
@@ -340,6 +345,16 @@ class NBOSKernel(LoadingKernel):
         """A message of NBOS's own on the shell channel, with `parent` as its request."""
         stream = self.shell_channel_thread.manager.get_subshell_to_shell_channel_socket(None)
         self.session.send(stream, kind, content, parent, ident=ident)
+
+    def _input_request(self, *args: Any, **kwargs: Any) -> str:
+        """A cell may ask before the connection that carries questions is up: the router has one for each channel."""
+        while True:
+            try:
+                return str(super()._input_request(*args, **kwargs))
+            except zmq.ZMQError as err:
+                if err.errno != zmq.EHOSTUNREACH:
+                    raise
+            time.sleep(ASK_AGAIN)
 
     def fence(self, token: int) -> None:
         self.iopub_thread.fence(token)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from jupyter_client.blocking.client import BlockingKernelClient
 
 from .fake_daemon import FakeDaemon, Kernel
 
@@ -141,10 +142,25 @@ def test_a_waiting_cell_shows_its_place_and_leaves_the_queue(daemon: FakeDaemon,
 
 def test_input_is_asked_and_answered(kernel: Kernel) -> None:
     msg_id = kernel.send("name = input('who? ')", 1)
-    request = kernel.client.get_stdin_msg(timeout=10)
+    request = kernel.client.get_stdin_msg(timeout=15)
     assert request["content"]["prompt"] == "who? "
     kernel.client.input("me")
     kernel.shell(msg_id, *ENDS)
+    assert kernel.value("name", 2) == "'me'"
+
+
+def test_a_question_waits_for_whoever_connects_late(kernel: Kernel) -> None:
+    late, kernel.client = kernel.client, BlockingKernelClient(connection_file=kernel.file)
+    kernel.client.load_connection_file()
+    kernel.client.start_channels(stdin=False)
+    late.stop_channels()
+    kernel.ready()
+    kernel.send("print('asks', flush=True); name = input('who? ')", 1)
+    while kernel.iopub()["msg_type"] != "stream":
+        pass
+    request = kernel.client.get_stdin_msg(timeout=15)  # connects now
+    assert request["content"]["prompt"] == "who? "
+    kernel.client.input("me")
     assert kernel.value("name", 2) == "'me'"
 
 

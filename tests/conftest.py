@@ -9,6 +9,8 @@ from xdist.scheduler import LoadScopeScheduling
 TOGETHER = ("tests/browser/", "tests/cluster/", "tests/system/containers/")
 """Folders whose tests share what one session sets up (a browser, images): one process runs all of each."""
 
+ONE_TRY = "tests/cluster/test_random_faults.py"
+
 FAILURES = "nbos/failures"
 
 
@@ -23,12 +25,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
     return ByFile(config, log)
 
 
+def one_try(report: pytest.TestReport) -> bool:
+    """Whether its failure says something even if it is never seen again: what it does is drawn by chance."""
+    return "hypothesis" in report.keywords or report.nodeid.startswith(ONE_TRY)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """What failed, and with which message; a test that fails in its body and in its teardown is one."""
     failed: dict[str, str] = {}
+    drawn: set[str] = set()
     for report in (*terminalreporter.stats.get("failed", ()), *terminalreporter.stats.get("error", ())):
         crash = getattr(report.longrepr, "reprcrash", None)
         message = str(crash.message if crash is not None else report.longrepr)
+        drawn |= {report.nodeid} if one_try(report) else set()
         failed[report.nodeid] = "\n".join(filter(None, (failed.get(report.nodeid), message)))
     if (cache := getattr(config, "cache", None)) is not None:  # there is none with -p no:cacheprovider
-        cache.set(FAILURES, failed)
+        cache.set(FAILURES, {"failed": failed, "drawn": sorted(drawn)})

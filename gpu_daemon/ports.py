@@ -6,10 +6,8 @@ import contextlib
 import random
 import socket
 
+from nbos_cluster.ports import PORT_RANGE
 from nbos_cluster.records import Ports
-
-PORT_RANGE = (15000, 32000)
-"""Below Linux's ephemeral ports, so that no outgoing connection takes a dead replica's port before it is back."""
 
 
 def numbers(ports: Ports) -> dict[str, int]:

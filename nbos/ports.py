@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import socket
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import psutil
+
+from nbos_cluster.ports import PORT_RANGE
 
 from .state import read_json, write_json
 
@@ -51,22 +54,23 @@ def check_public(ip: str, port: int) -> None:
         )
 
 
+def _choose(ip: str, taken: Collection[int]) -> int:
+    for port in random.sample(range(*PORT_RANGE), 200):
+        if port not in taken and is_free(ip, port):
+            return port
+    raise PortInUse(
+        f"no free port was found between {PORT_RANGE[0]} and {PORT_RANGE[1]} on {ip}; end what listens there"
+    )
+
+
 def keep_ports(file: Path, names: Iterable[str], ip: str = "127.0.0.1") -> dict[str, int]:
     """A port for each name: the one `file` remembers while it is free, else a new one, remembered."""
     kept = {name: port for name, port in read_json(file).items() if isinstance(port, int)}
     chosen: dict[str, int] = {}
-    held: list[socket.socket] = []
-    try:
-        for name in names:
-            port = kept.get(name, 0)
-            if not port or port in chosen.values() or not is_free(ip, port):
-                probe = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-                held.append(probe)  # kept open so that the next one is another
-                probe.bind((ip, 0))
-                port = probe.getsockname()[1]
-            chosen[name] = port
-    finally:
-        for probe in held:
-            probe.close()
+    for name in names:
+        port = kept.get(name, 0)
+        if not port or port in chosen.values() or not is_free(ip, port):
+            port = _choose(ip, chosen.values())
+        chosen[name] = port
     write_json(file, chosen)
     return chosen

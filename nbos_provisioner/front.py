@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import errno
 import threading
-from typing import Any, cast
+from typing import Any
 
 import zmq
+
+from nbos_cluster.ports import PORT_RANGE
 
 from .messages import MAX_MESSAGE, Signer
 from .replica_link import HIGH_WATER
@@ -44,11 +46,13 @@ class Front:
         socket.curve_server = True
         wanted = ports.get(channel, 0)
         try:
-            socket.bind(f"tcp://{self.ip}:{wanted or '*'}")
+            if wanted:
+                socket.bind(f"tcp://{self.ip}:{wanted}")
+            else:
+                wanted = socket.bind_to_random_port(f"tcp://{self.ip}", *PORT_RANGE)
         except zmq.ZMQError as err:
             raise OSError(f"cannot listen on {self.ip}:{wanted} for {channel}: {err}") from err
-        endpoint = cast(bytes, socket.getsockopt(zmq.LAST_ENDPOINT))
-        self.ports[channel] = int(endpoint.rsplit(b":", 1)[1])
+        self.ports[channel] = wanted
         return socket
 
     def welcome(self, signer: Signer) -> bool:

@@ -19,10 +19,10 @@ from typing import Any
 
 from nbos_cluster.etcd import TLSFiles
 from tests.cluster.history import admin_files
-from tests.system.cluster import free_port
 from tests.system.containers.engine import base_image, docker, made_from
 from tests.system.hubclient import Hub, eventually
 from tests.system.nbosenv import ROOT
+from tests.system.ports import free_port
 
 NETWORK = "172.30.78"
 HOSTS = ("host-1", "host-2", "host-3")

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,14 +22,9 @@ import psutil
 from tests.system.channels import Channels
 from tests.system.hubclient import Hub, Server, eventually
 from tests.system.nbosenv import Replica, entered, environment, executor, model, nbos_status, settled
+from tests.system.ports import free_port
 
 KERNEL = "nbos-python3"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Cluster:

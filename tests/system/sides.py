@@ -12,7 +12,6 @@ import contextlib
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from tornado.httpclient import AsyncHTTPClient
 
 from tests.system.hubclient import Hub, Server
 from tests.system.nbosenv import DISPLAY_NAME, entered, environment
+from tests.system.ports import free_port
 
 PLAIN_KERNEL = "python3"
 
@@ -87,12 +87,6 @@ class Running:
 
     def tail(self, lines: int = 40) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

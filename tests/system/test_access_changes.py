@@ -18,8 +18,9 @@ from nbos_cluster.etcd import Etcd, EtcdError, LeaseGone
 from nbos_cluster.etcdauth import AuthError
 from nbos_cluster.kv import Snapshot
 
-from .etcdserver import EtcdServer, free_port
+from .etcdserver import EtcdServer
 from .guarded import Guarded, first
+from .ports import free_port
 
 
 async def test_a_second_set_up_changes_nothing_and_a_third_puts_right(guarded: Guarded) -> None:

@@ -13,7 +13,8 @@ from nbos import cli
 from nbos_cluster import keys
 from nbos_cluster.etcd import Etcd, EtcdError, EtcdUnavailable, TLSFiles
 
-from .etcdserver import etcd_program, eventually, free_port
+from .etcdserver import etcd_program, eventually
+from .ports import free_port
 
 MEMBERS = ("one", "two", "three")
 

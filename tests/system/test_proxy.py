@@ -18,9 +18,9 @@ from tornado.testing import bind_unused_port
 from tornado.web import Application, RequestHandler
 from tornado.websocket import WebSocketHandler, websocket_connect
 
-from tests.system.cluster import free_port
 from tests.system.hubclient import HubError, call, eventually
 from tests.system.nbosenv import environment
+from tests.system.ports import free_port
 
 
 @dataclass

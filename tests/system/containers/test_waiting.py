@@ -199,7 +199,7 @@ async def test_the_reason_why_none_waits_is_told(client: Etcd, host: MakeHost) -
 
 
 async def expect(client: Etcd, owner: str) -> int:
-    lease = await client.lease_grant(60)
+    lease = await client.lease_grant(240)
     await client.put(keys.expected(owner), records.encode(ExpectedRecord(owner=owner)), lease)
     return lease
 
@@ -221,6 +221,7 @@ async def test_where_homes_are_owners_only_the_one_who_is_expected_gets_it(
     kernel.close()
     assert (await client.commit(membership.delete("k"))).succeeded
     await eventually(lambda: len(a.containers()) - len(waiting(a)) == 0, "bob's kernel is gone")
+    assert anns in waiting(a)
     kernel = await begin(client, tmp_path, "a", owner="ann")
     assert await container_of(client) == anns
     await run(kernel.run, "open('mine', 'w').close()", 1)

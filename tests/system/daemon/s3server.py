@@ -12,7 +12,7 @@ from typing import Any
 import obstore
 from obstore.store import S3Store
 
-from tests.system.etcdserver import free_port
+from tests.system.ports import free_port
 
 
 class S3Server:

@@ -12,7 +12,9 @@ from typing import Any
 import zmq
 from tornado import httpserver, netutil, web
 
-from .rig import free_ports, start_double
+from tests.system.ports import free_ports
+
+from .rig import start_double
 
 CHANNELS = ("shell", "iopub", "stdin", "control", "hb")
 TOKEN = "the-token"

@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from typing import Any
 
 import zmq
 from jupyter_client import BlockingKernelClient
+
+from tests.system.ports import free_ports
 
 REPOSITORY = Path(__file__).parents[3]
 CHANNELS = ("shell", "iopub", "stdin", "control", "hb")
@@ -31,14 +32,6 @@ def wait_for(condition: Callable[[], Any], seconds: float = 20.0, what: str = ""
             return value
         time.sleep(0.01)
     raise AssertionError(f"not within {seconds} s: {what or condition}")
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def start_double(root: Path, index: int, ports: dict[str, int], keys: dict[str, str]) -> subprocess.Popen[bytes]:

@@ -7,8 +7,9 @@ import time
 import zmq
 
 from nbos_provisioner.replica_link import BEAT, SILENCE, WELCOME_PATIENCE, ReplicaLink
+from tests.system.ports import free_ports
 
-from .rig import CHANNELS, free_ports
+from .rig import CHANNELS
 
 
 def bound(context: zmq.Context[zmq.Socket[bytes]], kind: int, port: int, secret: bytes) -> zmq.Socket[bytes]:

@@ -33,7 +33,7 @@ class NBOSDockerSpawner(NBOSSpawnerMixin, DockerSpawner):
     hosts = Dict(
         help="Hosts that servers may run on, by the names of their gpu_daemons: {'gpu-1': {'url': "
         "'tcp://10.0.0.11:2376', 'ca': …, 'cert': …, 'key': …}}; url: of the host's Docker Engine (tcp:// with mutual "
-        "TLS, ssh:// or unix://); address: at which its containers publish their ports, the url's host when left out. "
+        "TLS, or unix://); address: at which its containers publish their ports, the url's host when left out. "
         "Each server then runs on the least loaded one. Empty: on the hub machine.",
     ).tag(config=True)
 

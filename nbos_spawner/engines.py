@@ -55,15 +55,16 @@ def _read(name: str, entry: Any) -> HostEngine:
     if not isinstance(entry, Mapping) or not all(k in FIELDS and isinstance(v, str) for k, v in entry.items()):
         raise EnginesError(f"host {name}: {entry!r} must be a table of {', '.join(FIELDS)}, with text each")
     url = urlparse(entry.get("url", ""))
-    if url.scheme not in ("tcp", "ssh", "unix"):
+    if url.scheme not in ("tcp", "unix"):
         raise EnginesError(
-            f"host {name}: url is {entry.get('url', '')!r}; it must begin with tcp://, ssh:// or unix://"
+            f"host {name}: url is {entry.get('url', '')!r}; it must begin with tcp:// or unix:// (where ssh leads to the "
+            "host, let a service keep a tunnel to a socket on the hub machine)"
         )
     given = [entry[part] for part in TLS if entry.get(part)]
     if url.scheme == "tcp" and len(given) != len(TLS):
         raise EnginesError(
             f"host {name}: an Engine that is reached over TCP gives whoever reaches it the whole host; name ca, cert "
-            "and key (PEM files) for mutual TLS, or use ssh://"
+            "and key (PEM files) for mutual TLS, or use unix:// with a tunnel of ssh"
         )
     for path in given:
         if not Path(path).is_file():

@@ -89,13 +89,20 @@ async def executor(hub: Hub, kernel: str) -> Replica:
 async def settled(hub: Hub, kernel: str, timeout: float = 30.0) -> list[Replica]:
     """Wait until every replica is ready and has applied all that is committed."""
 
+    seen = "nothing was told of them"
+
     async def all_there() -> list[Replica] | None:
+        nonlocal seen
         now = await model(hub, kernel)
         found = await replicas(hub, kernel)
+        seen = f"last {now['last']}, {found}"
         done = [r for r in found if r.state == "ready" and r.applied >= now["last"]]
         return found if len(done) == now["replicas"] else None
 
-    return await eventually(all_there, f"all replicas of kernel {kernel} are ready and caught up", timeout)
+    try:
+        return await eventually(all_there, f"all replicas of kernel {kernel} are ready and caught up", timeout)
+    except TimeoutError as err:
+        raise TimeoutError(f"{err}: {seen}") from None
 
 
 async def kernel_environment(hub: Hub, user: str, replicas: int = 3) -> dict[str, str]:

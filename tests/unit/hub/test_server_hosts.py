@@ -52,9 +52,9 @@ def test_why_no_host_takes_it_is_told() -> None:
     ("entry", "words"),
     [
         ({"url": "tcp://10.0.0.1:2375"}, "name ca, cert and key"),
-        ({"url": "http://10.0.0.1"}, "must begin with tcp://, ssh:// or unix://"),
+        ({"url": "http://10.0.0.1"}, "must begin with tcp:// or unix://"),
         ({"url": "tcp://h:1", "ca": "/no/ca", "cert": "/no/cert", "key": "/no/key"}, "there is no file /no/ca"),
-        ({"url": "ssh://h", "port": "3"}, "must be a table of url, address, ca, cert, key"),
+        ({"url": "unix:///s", "port": "3"}, "must be a table of url, address, ca, cert, key"),
     ],
 )
 def test_a_line_to_an_engine_is_guarded_or_the_hub_does_not_start(entry: dict[str, str], words: str) -> None:
@@ -71,7 +71,7 @@ def test_ports_are_published_where_the_url_leads_unless_it_is_said(tmp_path: Pat
         files[name] = str(tmp_path / name)
     table: dict[str, Any] = {
         "a": {"url": "tcp://10.0.0.1:2376", **files},
-        "b": {"url": "ssh://b", "address": "10.0.0.2"},
+        "b": {"url": "unix:///b", "address": "10.0.0.2"},
     }
     assert {name: engine.address for name, engine in read_engines(table).items()} == {"a": "10.0.0.1", "b": "10.0.0.2"}
 

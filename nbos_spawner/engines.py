@@ -57,8 +57,8 @@ def _read(name: str, entry: Any) -> HostEngine:
     url = urlparse(entry.get("url", ""))
     if url.scheme not in ("tcp", "unix"):
         raise EnginesError(
-            f"host {name}: url is {entry.get('url', '')!r}; it must begin with tcp:// or unix:// (where ssh leads to the "
-            "host, let a service keep a tunnel to a socket on the hub machine)"
+            f"host {name}: url is {entry.get('url', '')!r}; it must begin with tcp:// or unix:// (where ssh leads to "
+            "the host, let a service keep a tunnel to a socket on the hub machine)"
         )
     given = [entry[part] for part in TLS if entry.get(part)]
     if url.scheme == "tcp" and len(given) != len(TLS):

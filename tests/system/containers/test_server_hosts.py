@@ -135,7 +135,8 @@ async def world(tmp_path: Path, image: None) -> AsyncIterator[World]:
     await world.open()
     yield world
     for container in world.containers():
-        docker("rm", "--force", container)
+        docker("rm", "--force", container, check=False)  # it may be about to go by itself
+    await eventually(lambda: world.containers() == [], "no container is left")
     for line in world.lines.values():
         await line.cut()
 

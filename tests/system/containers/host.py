@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ class DockerHost(Host):
 
     def end(self) -> None:
         super().end()
-        for container in containers(cluster=self.cluster):
-            docker("rm", "--force", container)
+        deadline = time.monotonic() + 30
+        while (left := self.containers()) and time.monotonic() < deadline:
+            docker("rm", "--force", *left, check=False)  # some may be about to go by themselves
         for network in docker("network", "ls", "--quiet", f"--filter=label=nbos.cluster={self.cluster}").split():
             docker("network", "rm", network)
         remove_walls(Site(self.cluster, self.name, "").interface)

@@ -96,6 +96,12 @@ class Election:
             ask.code, ask.reason, ask.following = code, reason, following
             self.opened = True
 
+    def excuse(self, replica: int, now: float) -> None:
+        """It is known why this one has not answered yet: its silence counts from now on."""
+        ask = self.asks.get(replica)
+        if ask is not None and not self.opened:
+            ask.at = now
+
     def waits(self, replica: int, reason: str) -> None:
         ask = self.asks.get(replica)
         if ask is not None:

@@ -30,7 +30,9 @@ HARMLESS = {
 KEPT = 4096
 """Requests remembered at most; older ones are no longer answered when their replica is lost."""
 
-DIRTYING = {"comm_open", "comm_msg", "comm_close", "execute_request"}
+COMMS = {"comm_open", "comm_msg", "comm_close"}
+
+DIRTYING = {*COMMS, "execute_request"}
 """May change variables without a number (execute_request: on a subshell)."""
 
 DIRTYING_DEBUG = {"evaluate", "setVariable", "setExpression"}
@@ -52,12 +54,12 @@ class Forwarded:
 
 
 class Forwarding:
-    """`dirty`: something forwarded may have changed variables; a sync is due."""
+    """`dirty`: the replica on which something forwarded may have changed variables; a sync is due."""
 
     def __init__(self, fleet: Fleet, out: Outbox) -> None:
         self.fleet = fleet
         self.out = out
-        self.dirty = False
+        self.dirty: int | None = None
         self._open: OrderedDict[str, Forwarded] = OrderedDict()
         self._again = 0
 
@@ -74,7 +76,7 @@ class Forwarding:
         if message.msg_type == "create_subshell_request":
             self.fleet.subshells[message.msg_id] = replica
         if message.msg_type in DIRTYING or command in DIRTYING_DEBUG:
-            self.dirty = True
+            self.dirty = replica
 
     def asked(self, replica: int, msg_id: str) -> bool:
         """Whether `msg_id` was sent to `replica`, and is not over: what it says about that is for the client."""
@@ -85,6 +87,14 @@ class Forwarding:
         """Whether something that changes variables is still being handled."""
         return any(entry.message.msg_type in DIRTYING and entry.busy for entry in self._open.values())
 
+    def keeps_busy(self, replica: int) -> bool:
+        """Whether the replica's main thread has comm messages to handle, or does so."""
+        return any(
+            entry.message.msg_type in COMMS and entry.message.subshell is None
+            for entry in self._open.values()
+            if entry.replica == replica
+        )
+
     def reply(self, replica: int, channel: Channel, message: Message, parent: dict[str, Any]) -> None:
         entry = self._open.get(parent.get("msg_id", ""))
         if entry is None or entry.replica != replica or entry.replied:
@@ -93,7 +103,7 @@ class Forwarding:
         if entry.over:
             del self._open[entry.message.msg_id]
         if entry.message.msg_type == "execute_request":
-            self.dirty = True
+            self.dirty = replica
         self._subshells(entry, message)
         self.out.append(ToClient(channel, message.wire()))
 
@@ -116,7 +126,8 @@ class Forwarding:
             entry.idle = True
             if entry.over:
                 del self._open[msg_id]
-            self.dirty |= entry.message.msg_type in DIRTYING
+            if entry.message.msg_type in DIRTYING:
+                self.dirty = entry.replica
 
     def lost(self, replica: int) -> list[tuple[Channel, Message]]:
         """Answer what the lost replica cannot; the messages to forward again, in their order."""

@@ -45,6 +45,12 @@ class Notices:
             "variables they changed are as they were before"
         )
 
+    def passed_over(self, name: str, now: str) -> None:
+        self.add(
+            f"{now} has taken over from {name} before changes made between cells (widgets, subshells, the debugger) "
+            "were stored; variables they changed are as they were before"
+        )
+
     def waits(self, execution: Execution, content: dict[str, Any]) -> None:
         """Show or update why a cell waits: content of nbos_waiting."""
         text = f"waiting: {content.get('reason') or 'nobody can run this cell now'}"
@@ -55,18 +61,16 @@ class Notices:
             text += f", about {content['estimate']:.0f} s"
         self._show(execution, f"NBOS: {text}; interrupt the cell to leave the queue")
 
-    def nobody(
-        self, execution: Execution, reachable: bool, reasons: Collection[str], unsettled: bool, now: float
-    ) -> None:
+    def nobody(self, execution: Execution, reachable: bool, reasons: Collection[str], before: str, now: float) -> None:
         """Say what a cell waits for when no replica has said it. reasons: what the members' daemons say where none is
-        reachable (an image on its way, or missing, …). unsettled: the cell before is not in the log yet."""
+        reachable (an image on its way, or missing, …). before: what the executor still has to do, in words."""
         if not execution.cell or execution.led or now < execution.started + NOBODY:
             return
         if not reachable and (reasons or not execution.display):
             why = f" ({'; '.join(reasons)})" if reasons else ""
             self._show(execution, f"NBOS: waiting: no replica of this kernel can be reached{why}; interrupt to give up")
-        elif reachable and unsettled and not execution.display:
-            self.waits(execution, {"reason": "what the cell before has changed is being captured and stored"})
+        elif reachable and before and not execution.display:
+            self.waits(execution, {"reason": before})
 
     def queued(self, execution: Execution, content: dict[str, Any], now: float) -> None:
         """It has a place in a host's queue: content of nbos_waiting."""

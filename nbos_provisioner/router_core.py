@@ -18,7 +18,7 @@ from . import execution as executions
 from .absent import KERNEL_INFO, Absence
 from .execution import Execution, Phase
 from .fleet import Fleet
-from .forwarding import Forwarding
+from .forwarding import COMMS, Forwarding
 from .instructions import (
     Channel,
     Client,
@@ -46,7 +46,6 @@ SYNC_AFTER = 0.3
 """Seconds without a message before changes made between cells are replicated."""
 
 STATUS_PATIENCE = 1.0
-_COMMS = {"comm_open", "comm_msg", "comm_close"}
 QUEUE_LIMIT = 10_000
 """Messages held for the executor at most; further ones are dropped with a log line."""
 
@@ -69,6 +68,7 @@ class RouterCore:
         self.runner.on_over = self._over
         self.runner.on_executor = self._led
         self.forwarding = Forwarding(self.fleet, self.out)
+        self.runner.keeps_busy = self.forwarding.keeps_busy
         self.outputs = Outputs(self.fleet, self.runner, self.forwarding, self.keeping, self.out)
         self.ports = ports or {}
         self.queue: deque[Message] = deque()
@@ -116,8 +116,10 @@ class RouterCore:
 
     @property
     def watched(self) -> int | None:
-        """The replica whose heartbeat matters now: the executor of a running cell."""
-        active = self.runner.active
+        """The replica whose heartbeat matters now: the executor of a running cell, or one that a cell waits for."""
+        active, current = self.runner.active, self.fleet.executor
+        if active is not None and active.phase is Phase.ASKING and current is not None:
+            return current if self.forwarding.keeps_busy(current) else None
         return active.executor if active is not None and active.phase is Phase.RUNNING else None
 
     @property
@@ -137,7 +139,7 @@ class RouterCore:
             self._control(message, now)
         elif len(self.queue) + len(self.held) >= QUEUE_LIMIT:
             self.out.log(f"{message} was dropped: {QUEUE_LIMIT} messages wait already")
-        elif message.subshell is not None or (message.msg_type in _COMMS and self._running()):
+        elif message.subshell is not None or (message.msg_type in COMMS and self._running()):
             self.held.append(("shell", message))
         else:
             self.queue.append(message)
@@ -176,6 +178,7 @@ class RouterCore:
 
     def _pump(self, now: float) -> None:
         """Move on whatever can be moved on."""
+        self._passed_over()
         believed = self.fleet.believed()
         if believed is not None and now >= believed:
             members = tuple(self.fleet.members.values())
@@ -245,7 +248,7 @@ class RouterCore:
         replica = self.fleet.executor
         if replica is None or not self.queue:
             return
-        for message in [message for message in self.queue if message.msg_type in _COMMS]:
+        for message in [message for message in self.queue if message.msg_type in COMMS]:
             self.queue.remove(message)
             self.forwarding.send("shell", message, replica)
 
@@ -256,7 +259,7 @@ class RouterCore:
     # -- between cells
 
     def _sync(self, now: float) -> None:
-        if not self.forwarding.dirty or self.runner.active is not None or self.queue:
+        if self.forwarding.dirty is None or self.runner.active is not None or self.queue:
             self._sync_at = None
         elif self._sync_at is None:
             self._sync_at = now + SYNC_AFTER
@@ -264,9 +267,18 @@ class RouterCore:
             self._sync_at = None
             if self.forwarding.open_work():
                 return
-            self.forwarding.dirty = False
+            self.forwarding.dirty = None
             _, frames = self.out.signer.make("nbos_sync_request", {})
             self.runner.start(Execution(parse(frames), "sync", silent=True, started=now), now)
+
+    def _passed_over(self) -> None:
+        """Another replica runs cells now than the one with the changes made between cells: nobody stores these."""
+        before, now = self.forwarding.dirty, self.fleet.executor
+        if before is not None and now is not None and now != before:
+            self.forwarding.dirty = None
+            self.runner.notices.passed_over(self.fleet.name(before), self.fleet.name(now))
+            if self.runner.active is not None and self.runner.active.cell:
+                self.runner.notices.deliver(self.runner.active)
 
     def _ask_status(self, now: float) -> None:
         if self.runner.next_n is not None or not self.fleet.up:
@@ -338,8 +350,8 @@ class RouterCore:
         self._asked = {msg_id: replica for msg_id, replica in self._asked.items() if replica != event.replica}
         self.out.log(f"{self.fleet.name(event.replica)} was lost: {event.reason}")
         if event.replica == self.fleet.executor:
-            if self.forwarding.dirty:
-                self.forwarding.dirty = False
+            if self.forwarding.dirty == event.replica:
+                self.forwarding.dirty = None
                 self.runner.notices.unsynced(self.fleet.name(event.replica))
             self.fleet.appoint(None)
         again = self.forwarding.lost(event.replica)
@@ -360,7 +372,7 @@ class RouterCore:
         self.keeping.forget()
         self._awaited = None
         self._doomed.update(m.msg_id for m in self.queue if m.msg_type == "execute_request")
-        self.forwarding.dirty, self._sync_at = False, None
+        self.forwarding.dirty, self._sync_at = None, None
         self._extend(self.fleet.reset())
 
     def _extend(self, instructions: Iterable[Instruction]) -> None:

@@ -54,6 +54,8 @@ class Runner:
         self.next_n: int | None = None
         self.on_over: Callable[[Execution], None] = lambda execution: None
         self.on_executor: Callable[[float], None] = lambda now: None
+        self.keeps_busy: Callable[[int], bool] = lambda replica: False
+        """Whether a replica's main thread has something to do that is no cell."""
         self._asks = 0
         self._closed: OrderedDict[str, int] = OrderedDict()
         self._left: dict[str, int] = {}
@@ -84,7 +86,7 @@ class Runner:
     def _step_election(self, execution: Execution, now: float) -> None:
         reachable = bool(self.fleet.up) and self.next_n is not None
         reasons = () if self.fleet.up else self.fleet.reasons()
-        self.notices.nobody(execution, reachable, reasons, self._storing(), now)
+        self.notices.nobody(execution, reachable, reasons, self._before(), now)
         if self.next_n is None or (self.settling.current is not None and self.settling.about() is self.unsettled):
             return
         if execution.n != self.next_n:
@@ -93,6 +95,8 @@ class Runner:
         up = self.fleet.candidates() if execution.cell else {current} & self.fleet.up
         if not execution.cell and (execution.tries > SYNC_TRIES or now > execution.started + SYNC_PATIENCE):
             return self._drop_sync(execution)
+        if current is not None and self.keeps_busy(current):
+            execution.election.excuse(current, now)
         if self.fleet.debugged is not None and self.fleet.debugged == current:
             execution.election.patience = DEBUGGED
         elif current in self.fleet.subshells.values():
@@ -293,9 +297,14 @@ class Runner:
         if execution is not None and execution.msg_id == msg_id and execution.idle and execution.replied:
             self.finish(execution)
 
-    def _storing(self) -> bool:
-        """Whether the executor still captures and stores what the execution before has changed."""
-        return self.unsettled is not None and self.settling.current is None
+    def _before(self) -> str:
+        """What the executor has to do before it can run the next cell, in words; '' when nothing is known."""
+        if self.unsettled is not None and self.settling.current is None:
+            return "what the cell before has changed is being captured and stored"
+        current = self.fleet.executor
+        if current is not None and self.keeps_busy(current):
+            return f"{self.fleet.name(current)} still runs what a widget (a comm) asked for"
+        return ""
 
     def deadline(self) -> float | None:
         """When `step` has something to do at the latest."""
@@ -304,7 +313,7 @@ class Runner:
             execution = self.active
             times += [execution.wake if execution.phase is Phase.ASKING else None, execution.idle_by]
             shows = execution.cell and not execution.silent and not execution.display
-            if execution.phase is Phase.ASKING and shows and (not self.fleet.up or self._storing()):
+            if execution.phase is Phase.ASKING and shows and (not self.fleet.up or self._before()):
                 times.append(execution.started + NOBODY)
         return min((at for at in times if at is not None), default=None)
 

@@ -162,6 +162,21 @@ async def test_what_comms_and_subshells_changed_between_cells_survives(notebook:
         assert gone.status in ("ok", "error")
 
 
+async def test_a_cell_waits_for_the_callback_before_it_on_the_replica_that_runs_it(notebook: Notebook) -> None:
+    await notebook.run(
+        "import time\nheard = []\ndef opened(comm, message):\n    time.sleep(2)\n    heard.append('all')\n"
+        "get_ipython().kernel.comm_manager.register_target('front', opened)"
+    )
+    await notebook.settled()
+    before = await notebook.executor()
+    await notebook.channels.comm_open("front", {})
+    cell = await notebook.channels.submit("heard")
+    await cell.text("still runs what a widget (a comm) asked for")
+    result = await cell.result()
+    assert result.value == "['all']", result
+    assert (await notebook.executor()).pid == before.pid
+
+
 async def test_a_widget_after_a_failover_is_honest(notebook: Notebook) -> None:
     model, told = await slider(notebook, "w")
     assert "'w' is not replicated" in told

@@ -115,3 +115,56 @@ def test_a_lost_replica_takes_its_subshells_along() -> None:
     world.execute()
     world.tick(SILENCE + 0.01)
     assert sum(any(channel == "shell" for channel, _ in replica.inbox) for replica in world.replicas.values()) == 3
+
+
+def called_back() -> tuple[World, str]:
+    """The executor runs a widget's callback; a cell is asked for."""
+    world = ready()
+    world.replicas[0].slow = True
+    world.work(0, world.send("comm_msg", {}))
+    hear_all(world, 0)
+    return world, world.execute()
+
+
+def test_a_cell_waits_for_the_callback_before_it_and_says_so() -> None:
+    world, cell = called_back()
+    for _ in range(100):
+        world.tick(SILENCE)
+    assert not world.replicas[1].inbox
+    assert world.core.watched == 0, "if its host hangs, that is noticed"
+    assert world.shown[-1].startswith(
+        "NBOS: waiting: replica 0 on host host-0 still runs what a widget (a comm) asked for"
+    )
+    world.done(0)
+    hear_all(world, 0)
+    world.tick(SILENCE / 2)
+    assert not world.replicas[1].inbox, "it has just come to the cell"
+    world.work(0)
+    hear_all(world, 0)
+    assert world.core.runner.active is not None
+    assert world.core.fleet.executor == 0
+    world.settle()
+    assert world.counts[cell, "reply"] == 1
+
+
+def test_a_replica_that_is_silent_after_its_callback_is_passed_over_and_the_user_is_told() -> None:
+    world, cell = called_back()
+    world.done(0)
+    hear_all(world, 0)
+    world.tick(SILENCE + 0.01)
+    world.work(1)
+    hear_all(world, 1)
+    assert world.core.fleet.executor == 1
+    (note,) = world.notes[cell]
+    assert "replica 1 on host host-1 has taken over from replica 0 on host host-0 before changes" in note
+    world.settle()
+    assert world.counts[cell, "reply"] == 1
+
+
+def test_a_callbacks_replica_that_is_lost_holds_nobody_up() -> None:
+    world, cell = called_back()
+    world.kill(0, "free")
+    world.settle()
+    assert world.counts[cell, "reply"] == 1
+    (note,) = world.notes[world.execute()]
+    assert "was lost before changes made between cells" in note

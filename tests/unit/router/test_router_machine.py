@@ -38,6 +38,10 @@ class RouterMachine(RuleBasedStateMachine):
     def change_subshells(self, kind: str) -> None:
         self.world.ask(kind, {"subshell_id": SUBSHELL}, "control")
 
+    @rule(index=REPLICA, slow=st.booleans())
+    def callbacks_last(self, index: int, slow: bool) -> None:
+        self.world.replicas[index].slow = slow
+
     @rule(index=REPLICA)
     def done(self, index: int) -> None:
         self.world.done(index)

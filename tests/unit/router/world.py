@@ -46,10 +46,16 @@ class Replica:
     running: tuple[Any, int] | None = None
     uncommitted: tuple[Any, int] | None = None
     waiting: list[tuple[Any, int]] = field(default_factory=list)
+    slow: bool = False
+    """Its callbacks last until it is `done`, and keep its main thread occupied."""
     open: dict[str, tuple[str, Any]] = field(default_factory=dict)
     """Requests without a number that it has begun with: their channel and message."""
     latest: Any = None
     """The cell that it ran last."""
+
+    @property
+    def called_back(self) -> bool:
+        return any(message.msg_type == "comm_msg" and message.subshell is None for _, message in self.open.values())
 
 
 SUBSHELL = "a subshell"
@@ -299,7 +305,7 @@ class World:
         replica = self.replicas[index]
         for position, (channel, frames) in enumerate(replica.inbox):
             message = parse(split(frames)[0] + [b"<IDS|MSG>"] + split(frames)[1])
-            occupied = replica.running or replica.waiting or replica.uncommitted
+            occupied = replica.running or replica.waiting or replica.uncommitted or replica.called_back
             if channel == "shell" and occupied and message.subshell is None:
                 continue
             if msg_id not in ("", message.msg_id):
@@ -326,7 +332,7 @@ class World:
         elif not name.startswith("nbos") and replica.linked:
             self.show(index, "status", {"execution_state": "busy"}, message)
             replica.open[message.msg_id] = (channel, message)
-            if message.subshell is None:
+            if message.subshell is None and not (replica.slow and name == "comm_msg"):
                 self.done(index)
 
     def done(self, index: int) -> None:

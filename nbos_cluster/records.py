@@ -293,11 +293,13 @@ class ClaimRecord(Record, frozen=True, tag="claim"):
 
 
 class Frame(Record, frozen=True):
-    """A run of bytes: inline, or blobs (content hashes, in order) that joined give it."""
+    """A run of bytes: inline, or blobs (content hashes, in order) that joined give it. marks: eight bytes for each of
+    the blobs, its XXH3 as who wrote the entry found it; or none (`nbos_cluster.marks`)."""
 
     size: int
     data: bytes | None = None
     blobs: tuple[str, ...] = ()
+    marks: bytes = b""
 
 
 class Component(Record, frozen=True):

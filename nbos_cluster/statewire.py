@@ -7,14 +7,18 @@ the message.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, cast
 
 from . import bulk
 from .content import is_address
+from .marks import SIZE as MARK
 from .records import Checkpoint, Component, Effects, EntryKind, Frame, LogEntry, Table
 from .wire import BLOB_CHUNK, Message
+
+_HEX = re.compile(r"[0-9a-f]*")
 
 MAX_NAMES = 1_000_000
 """Variables in one entry at most."""
@@ -115,13 +119,19 @@ def components_to_wire(components: Iterable[Component]) -> tuple[list[Message], 
         frames: list[Message] = []
         for frame in component.frames:
             if frame.data is None:
-                frames.append({"size": frame.size, "blobs": list(frame.blobs)})
+                frames.append(frame_of_blobs(frame.size, frame.blobs, frame.marks))
                 continue
             frames.append({"size": frame.size, "at": at})
             inline.append(frame.data)
             at += len(frame.data)
         parts.append({"names": list(component.names), "digest": component.digest, "frames": frames})
     return parts, b"".join(inline)
+
+
+def frame_of_blobs(size: int, hashes: Iterable[str], marks: bytes) -> Message:
+    """A frame that stands in blobs, as it is written in an entry."""
+    frame: Message = {"size": size, "blobs": list(hashes)}
+    return {**frame, "marks": marks.hex()} if marks else frame
 
 
 def _effects_to_wire(effects: Effects) -> Message:
@@ -167,7 +177,14 @@ def _frame(raw: object, payload: bytes) -> Frame:
         raise EntryError("a frame's blobs are BLAKE3 addresses (64 digits, lower-case hex)")
     if size > len(hashes) * BLOB_CHUNK or (size == 0) != (not hashes):
         raise EntryError(f"a frame of {size} bytes does not fit {len(hashes)} blobs of at most {BLOB_CHUNK} bytes")
-    return Frame(size=size, blobs=hashes)
+    return Frame(size=size, blobs=hashes, marks=_marks(item, len(hashes)))
+
+
+def _marks(item: Message, count: int) -> bytes:
+    marks = _text(item, "marks", "", limit=0)
+    if marks and (len(marks) != count * 2 * MARK or not _HEX.fullmatch(marks)):
+        raise EntryError(f"a frame's marks are {2 * MARK} lower-case hex digits for each of its {count} blobs")
+    return bytes.fromhex(marks)
 
 
 def _effects(raw: object) -> Effects:

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -45,6 +45,11 @@ class Places(Protocol):
 
     @property
     def nbytes(self) -> int: ...
+
+    @property
+    def marks(self) -> Mapping[str, bytes]:
+        """Of blobs that it is filled with, by address; not of all."""
+        ...
 
     def __setitem__(self, where: slice, data: memoryview, /) -> None: ...
 

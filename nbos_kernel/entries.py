@@ -9,7 +9,7 @@ import bisect
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from nbos_cluster import wire
+from nbos_cluster import marks, wire
 
 from .blobchannel import Target
 from .capture import arrays, buffers
@@ -52,9 +52,17 @@ class Layout:
                     frames.append({"size": frame.size, "at": len(payload)})
                     payload += frame.data
                 else:
-                    frames.append({"size": frame.size, "blobs": list(frame.hashes)})
+                    frames.append(_of_blobs(frame))
             encoded.append({"names": list(component.names), "digest": component.digest, "frames": frames})
         return encoded, bytes(payload)
+
+
+def _of_blobs(frame: FrameData) -> dict[str, Any]:
+    found: dict[str, Any] = {"size": frame.size, "blobs": list(frame.hashes)}
+    quick = frame.marks.quick
+    if quick and all(len(mark) == marks.SIZE for mark in quick):
+        found["marks"] = b"".join(quick).hex()
+    return found
 
 
 class Memory:
@@ -147,10 +155,10 @@ async def frames_of(component: Mapping[str, Any], payload: bytes, read: Read, me
             memoryview(data)[:] = payload[frame["at"] : frame["at"] + frame["size"]]
         elif not frames:
             data = bytearray(frame["size"])
-            missing.add(memoryview(data), frame["blobs"], set())
+            missing.add(memoryview(data), frame, set())
         else:
             data, there = next(rooms)
-            missing.add(_bytes(data), frame["blobs"], there)
+            missing.add(_bytes(data), frame, there)
             large.append((tuple(frame["blobs"]), data))
         frames.append(data)
     await missing.fetch(read)
@@ -172,11 +180,14 @@ class Missing:
         self._ends: list[int] = []
         self._step = 1
         self.nbytes = 0
+        self.marks: dict[str, bytes] = {}
+        """The marks of blobs, by address, as far as the log has them."""
 
-    def add(self, view: memoryview, hashes: Sequence[str], there: set[int]) -> None:
+    def add(self, view: memoryview, frame: Mapping[str, Any], there: set[int]) -> None:
         """A frame; all its chunks but the last have the same size, and those in `there` need no fetching."""
         step = buffers.chunk_size(view.nbytes)
-        for number, digest in enumerate(hashes):
+        self.marks.update(zip(frame["blobs"], buffers.marks_of(frame), strict=False))
+        for number, digest in enumerate(frame["blobs"]):
             if number not in there:
                 place = view[number * step : (number + 1) * step]
                 self._hashes.append(digest)

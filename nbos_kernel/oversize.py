@@ -112,7 +112,7 @@ def unlisted(values: dict[str, Any], digests: dict[str, str]) -> dict[str, str]:
 
 def _cost(component: Packed) -> int:
     names = sum(len(name.encode("utf-8", "replace")) + 3 for name in component.names)
-    return names + 45 + sum(8 + 66 * len(frame.hashes) for frame in component.frames)
+    return names + 45 + sum(20 + 83 * len(frame.hashes) for frame in component.frames)
 
 
 def _within(names: Iterable[str], room: int, texts: Mapping[str, str] | None = None) -> Iterable[str]:

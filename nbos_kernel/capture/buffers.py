@@ -14,13 +14,9 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
-from nbos_cluster import content, wire
-
-try:
-    from xxhash import xxh3_64_digest as _quick
-except ImportError:
-    _quick = None  # type: ignore[assignment]
+from nbos_cluster import content, marks, wire
 
 CHUNK = 4 * 1024 * 1024
 """Bytes of a chunk: what one changed byte costs."""
@@ -74,6 +70,15 @@ class FrameData:
             yield digest, view[number * step : (number + 1) * step]
 
 
+def marks_of(frame: Mapping[str, Any]) -> tuple[bytes, ...]:
+    """The marks that an entry has for the blobs of a frame; empty where it has none, or nobody here can use them."""
+    text = frame.get("marks") or ""
+    size = 2 * marks.SIZE
+    if marks.mark is None or len(text) != size * len(frame.get("blobs") or ()):
+        return ()
+    return tuple(bytes.fromhex(text[at : at + size]) for at in range(0, len(text), size))
+
+
 Known = Mapping[tuple[int, bytes], str]
 """Addresses by length and quick mark."""
 
@@ -123,10 +128,10 @@ def _framed(data: bytes | memoryview, view: memoryview, marked: list[_Marked]) -
 
 def _mark(job: _Job) -> _Marked:
     part, (quick, digest), elsewhere = job
-    if _quick is None:
+    if marks.mark is None:
         now = content.address(part)
         return now.encode(), now, now != digest and (len(part), now.encode()) not in elsewhere
-    mark = _quick(part)
+    mark = marks.mark(part)
     if mark == quick:
         return mark, digest, False
     if (len(part), mark) in elsewhere:

@@ -13,12 +13,12 @@ examined once here, and what differs is written.
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from . import hidden, names, rebuilt, witness
-from .buffers import Marks
+from .buffers import Marks, marks_of
 from .found import Unit
 
 _MAKERS = frozenset({"_make_skeleton_class", "_make_skeleton_enum", "_class_setstate", "set_enum"})
@@ -74,7 +74,7 @@ class Loaded:
 
     @classmethod
     def of(cls, component: Mapping[str, Any], met: Met) -> Loaded:
-        marks = tuple(_marks(frame["size"], frame.get("blobs")) for frame in component["frames"])
+        marks = tuple(_marks(frame) for frame in component["frames"])
         return cls(tuple(component["names"]), component["digest"], marks, met)
 
     def unit(self, values: Mapping[str, Any]) -> Unit | None:
@@ -94,7 +94,7 @@ class Loaded:
         )
 
 
-def _marks(size: int, hashes: Sequence[str] | None) -> Marks:
-    """The quick marks are not known: the first comparison makes them, and compares addresses."""
-    addresses = tuple(hashes or ("",))
-    return Marks(size, (b"",) * len(addresses), addresses)
+def _marks(frame: Mapping[str, Any]) -> Marks:
+    """Where the quick marks are not known, the first comparison makes them, and compares addresses."""
+    addresses = tuple(frame.get("blobs") or ("",))
+    return Marks(frame["size"], marks_of(frame) or (b"",) * len(addresses), addresses)

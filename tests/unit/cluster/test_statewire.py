@@ -14,10 +14,11 @@ from nbos_cluster.statelog import entry_from_wire, entry_to_wire, fold, state_to
 from nbos_cluster.statewire import EntryError, any_entry_from_wire
 
 HASH = "ab" * 32
+MARK = "0f" * 8
 
 
 def message(**changes: Any) -> dict[str, Any]:
-    frames = [{"size": 3, "at": 0}, {"size": 2, "at": 3}, {"size": 7, "blobs": [HASH]}]
+    frames = [{"size": 3, "at": 0}, {"size": 2, "at": 3}, {"size": 7, "blobs": [HASH], "marks": MARK}]
     return {
         "n": 4,
         "kind": "cell",
@@ -34,7 +35,7 @@ def message(**changes: Any) -> dict[str, Any]:
 
 def test_an_entry_is_read() -> None:
     entry = entry_from_wire(message(), b"abcde")
-    frames = (Frame(size=3, data=b"abc"), Frame(size=2, data=b"de"), Frame(size=7, blobs=(HASH,)))
+    frames = (Frame(size=3, data=b"abc"), Frame(size=2, data=b"de"), Frame(size=7, blobs=(HASH,), marks=b"\x0f" * 8))
     assert entry == LogEntry(
         n=4,
         kind="cell",
@@ -91,6 +92,10 @@ def component(**changes: Any) -> dict[str, Any]:
         component(frames=[{"size": 1, "blobs": [HASH.upper()]}]),
         component(frames=[{"size": 1, "blobs": []}]),
         component(frames=[{"size": 17 * 1024 * 1024, "blobs": [HASH]}]),
+        component(frames=[{"size": 7, "blobs": [HASH], "marks": MARK + MARK}]),
+        component(frames=[{"size": 7, "blobs": [HASH], "marks": MARK[1:]}]),
+        component(frames=[{"size": 7, "blobs": [HASH], "marks": MARK.upper()}]),
+        component(frames=[{"size": 7, "blobs": [HASH], "marks": 5}]),
         {"deleted": "z"},
         {"lost": {"x": 5}},
         {"effects": []},

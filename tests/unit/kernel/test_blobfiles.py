@@ -9,14 +9,15 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from xxhash import xxh3_64_digest
 
 from gpu_daemon.blobs import BlobError, folder_of
 from gpu_daemon.directory_store import DirectoryStore
-from nbos_cluster import files, wire
+from nbos_cluster import files, marks, wire
 from nbos_cluster.content import address
 from nbos_kernel import blobfiles
 from nbos_kernel.blobchannel import BlobChannel, BlobFailed
@@ -25,6 +26,7 @@ from nbos_kernel.link import Request
 
 PARTS = [os.urandom(3_000_000), os.urandom(70_001), os.urandom(blobfiles.STEP), os.urandom(1)]
 HASHES = [address(part) for part in PARTS]
+MARKS = [xxh3_64_digest(part) for part in PARTS]
 SIZE = sum(map(len, PARTS))
 
 
@@ -75,10 +77,11 @@ def file_of(store: DirectoryStore, number: int) -> Path:
     return store.root / folder_of("ann") / HASHES[number]
 
 
-def places() -> tuple[Missing, bytearray]:
+def places(marked: Sequence[bytes] = ()) -> tuple[Missing, bytearray]:
     memory, wanted, at = bytearray(SIZE), Missing(), 0
-    for digest, part in zip(HASHES, PARTS, strict=True):
-        wanted.add(memoryview(memory)[at : at + len(part)], [digest], set())
+    for number, (digest, part) in enumerate(zip(HASHES, PARTS, strict=True)):
+        frame = {"blobs": [digest], "marks": marked[number].hex() if marked else ""}
+        wanted.add(memoryview(memory)[at : at + len(part)], frame, set())
         at += len(part)
     return wanted, memory
 
@@ -89,6 +92,26 @@ def test_they_fill_one_run_of_memory_or_several_places(daemon: str) -> None:
     wanted, several = places()
     assert blobfiles.read(daemon, HASHES, wanted, 0).result(10) == (4, SIZE)
     assert one[5:] == several == b"".join(PARTS)
+    wanted, several = places(MARKS)
+    assert blobfiles.read(daemon, HASHES, wanted, 0).result(10) == (4, SIZE)
+    assert several == b"".join(PARTS)
+
+
+def test_where_the_log_has_marks_they_are_what_is_compared(daemon: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where that is not worth it: one that nobody can compare is no reason to doubt the blob."""
+    wrong = [MARKS[0], MARKS[1], MARKS[0], MARKS[3]]
+    assert blobfiles.read(daemon, HASHES, places(wrong)[0], 0).result(10) == (2, len(PARTS[0]) + len(PARTS[1]))
+    monkeypatch.setattr(marks, "mark", None)
+    assert blobfiles.read(daemon, HASHES, places(wrong)[0], 0).result(10) == (4, SIZE)
+
+
+def test_a_blob_with_another_mark_comes_through_the_daemon_which_knows_its_address(
+    daemon: str, store: DirectoryStore
+) -> None:
+    link, (wanted, memory) = Asked(store), places([MARKS[0], MARKS[0], MARKS[2], MARKS[3]])
+    assert channel(daemon, link).read_now(HASHES, wanted) == SIZE
+    assert memory == b"".join(PARTS)
+    assert link.digests == [HASHES[1]]
 
 
 def flip(path: Path) -> None:
@@ -108,10 +131,13 @@ HURT: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.parametrize("marked", [False, True])
 @pytest.mark.parametrize("hurt", HURT)
-def test_reading_stops_in_front_of_what_is_not_as_it_was_stored(daemon: str, store: DirectoryStore, hurt: str) -> None:
+def test_reading_stops_in_front_of_what_is_not_as_it_was_stored(
+    daemon: str, store: DirectoryStore, hurt: str, marked: bool
+) -> None:
     HURT[hurt](file_of(store, 1))
-    wanted, memory = places()
+    wanted, memory = places(MARKS if marked else ())
     assert blobfiles.read(daemon, HASHES, wanted, 0).result(10) == (1, len(PARTS[0]))
     assert memory[: len(PARTS[0])] == PARTS[0]
     assert blobfiles.read(daemon, HASHES, memoryview(memory), 0).result(10) == (1, len(PARTS[0]))
@@ -122,7 +148,7 @@ def test_a_blob_that_goes_while_it_is_read_is_read_to_its_end(store: DirectorySt
     assert handle is not None
     file_of(store, 0).unlink()
     memory = bytearray(len(PARTS[0]))
-    assert blobfiles._fill(handle, memoryview(memory), HASHES[0])
+    assert blobfiles._fill(handle, memoryview(memory), HASHES[0], b"")
     assert memory == PARTS[0]
 
 
@@ -159,9 +185,9 @@ def test_what_a_disk_may_still_write_to_is_not_used(daemon: str, monkeypatch: py
     """Whatever else filled it, the late bytes would come on top."""
     answers, fill = threading.Event(), blobfiles._fill
 
-    def late(handle: int, place: memoryview, digest: str) -> bool:
+    def late(handle: int, place: memoryview, digest: str, mark: bytes) -> bool:
         answers.wait(10)
-        return fill(handle, place, digest)
+        return fill(handle, place, digest, mark)
 
     monkeypatch.setattr(blobfiles, "_fill", late)
     monkeypatch.setattr(blobfiles, "PATIENCE", 0.05)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from xxhash import xxh3_64_hexdigest
 
+from nbos_cluster import content
 from nbos_kernel.capture.found import Changes
 from tests.unit.kernel.pair import Pair, Side
 
@@ -64,6 +66,17 @@ def test_only_the_chunk_that_changed_is_new() -> None:
     found = captured(pair.standby, "a[0] = 1")
     (component,) = found.components
     assert 0 < component.fresh <= 5 << 20 < component.size
+
+
+def test_what_the_log_has_marks_of_needs_no_address_to_be_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair()
+    entry = pair.cell("import numpy as np\na = np.random.default_rng(1).random(2_000_000)")
+    (frame,) = [frame for each in entry["components"] for frame in each["frames"] if "blobs" in frame]
+    assert frame["marks"] == "".join(xxh3_64_hexdigest(pair.blobs[digest]) for digest in frame["blobs"])
+    addressed: list[int] = []
+    monkeypatch.setattr(content, "address", lambda part: addressed.append(len(part)) or "0" * 64)
+    assert written(captured(pair.standby, "x = a")) == {"x", "a"}  # they share it now
+    assert sum(addressed) < 1 << 20
 
 
 def test_nobody_having_looked_everything_is_examined() -> None:

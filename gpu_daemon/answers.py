@@ -114,6 +114,7 @@ class Answers:
                 "chunk": BLOB_CHUNK,
                 "keep": self._site.blobs.keep,
                 "files": self._blobs.hands_out_files(session),
+                "addresses": True,
             },
         }, b""
 

@@ -67,9 +67,9 @@ class BlobAnswers:
         data: bytes | memoryview = payload
         if "at" in message:
             data = self._place(session, message, "size")
+        wanted = requests.text(message, "hash") if "hash" in message else None
         with _blob_errors():
-            await self._site.blobs.put(self._owner(session.replica), requests.text(message, "hash"), data)
-        return {}, b""
+            return {"hash": await self._site.blobs.put(self._owner(session.replica), wanted, data)}, b""
 
     async def _get_blob(self, session: Session, message: Message, payload: bytes) -> Reply:
         owner, digest = self._owner(session.replica), requests.text(message, "hash")

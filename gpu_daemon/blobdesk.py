@@ -67,18 +67,19 @@ class BlobDesk:
 
     # -- blobs --------------------------------------------------------------------------------------------------------
 
-    async def put(self, owner: str, digest: str, data: bytes | memoryview) -> None:
-        """Store it safely. Raises BlobError."""
+    async def put(self, owner: str, digest: str | None, data: bytes | memoryview) -> str:
+        """Store it safely; its address. digest: the address that it has to have, if any. Raises BlobError."""
         fence = self._fences.get(folder_of(owner))
         with self._counting("put") as moved:
-            batch = await self._write(owner, digest, data)
+            stored, batch = await self._write(owner, digest, data)
             assert batch.task is not None
             await asyncio.shield(batch.task)
-            if digest in batch.failed:
-                raise batch.failed[digest]
+            if stored in batch.failed:
+                raise batch.failed[stored]
             moved(len(data))
         if fence is not None and not fence.locked:
-            self._saw(owner, [digest], fence)
+            self._saw(owner, [stored], fence)
+        return stored
 
     async def read_into(self, owner: str, digest: str, target: memoryview) -> int:
         """Read it into `target`; its size. Raises BlobError."""
@@ -182,22 +183,27 @@ class BlobDesk:
             self._seen.pop((folder_of(owner), digest), None)
             raise
 
-    async def _write(self, owner: str, digest: str, data: bytes | memoryview) -> _Batch:
-        """Write it down, to be settled with what this returns. One settling of an owner's blobs at a time; what comes
-        meanwhile is settled together by the next."""
+    async def _write(self, owner: str, digest: str | None, data: bytes | memoryview) -> tuple[str, _Batch]:
+        """Write it down: its address, and what it is settled with. One settling of an owner's blobs at a time; what
+        comes meanwhile is settled together by the next."""
         self._writing[owner] += 1
         try:
-            draft = await self._call("a blob could not be stored", self.store.write, owner, digest, data)
+            stored, draft = await self._call("a blob could not be stored", self._written, owner, digest, data)
             batch = self._next.get(owner)
             if batch is None:
                 batch = self._next[owner] = _Batch()
                 batch.task = asyncio.create_task(self._settle(owner, batch))
-            batch.written.append((digest, draft))
+            batch.written.append((stored, draft))
             batch.size += len(data)
         finally:
             self._writing[owner] -= 1
             self._consider(owner)
-        return batch
+        return stored, batch
+
+    def _written(self, owner: str, digest: str | None, data: bytes | memoryview) -> tuple[str, Draft | None]:
+        if digest is None:
+            return self.store.write_unnamed(owner, data)
+        return digest, self.store.write(owner, digest, data)
 
     def _consider(self, owner: str) -> None:
         """Each settling commits the file system's journal: half a dozen blobs that come together are worth one, not

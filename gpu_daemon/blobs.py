@@ -87,6 +87,11 @@ class BlobStore(ABC):
         """
 
     @abstractmethod
+    def write_unnamed(self, owner: str, data: bytes | memoryview) -> tuple[str, Draft | None]:
+        """`write` for whoever does not know the address yet: it comes first in the result, and is of what was written
+        down."""
+
+    @abstractmethod
     def settle(self, owner: str, written: Iterable[tuple[str, Draft | None]]) -> dict[str, BlobError]:
         """Make blobs of what was written under these addresses. Those that failed, with the error; raises when all
         did."""

@@ -71,12 +71,27 @@ class DirectoryStore(BlobStore):
         try:
             if self._touch(path, size) and self._sound(path):
                 return None
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            draft = _draft(path, memoryview(data).cast("B"))
-            self._note_recent(path, size)
+            draft = self._draft(path.parent, data)
+            if draft.address != digest:
+                draft.drop()
+                raise wrong_bytes(digest, draft.address)
+            self._started(draft)
             return draft
         except OSError as err:
             raise self._failed(f"blob {digest[:12]}… of {size} bytes could not be stored", err) from err
+
+    def write_unnamed(self, owner: str, data: bytes | memoryview) -> tuple[str, FileDraft | None]:
+        size = memoryview(data).nbytes
+        check_size(size)
+        try:
+            draft = self._draft(self.root / folder_of(owner), data)
+            if self._touch(draft.path, size) and self._sound(draft.path):
+                draft.drop()
+                return draft.address, None
+            self._started(draft)
+            return draft.address, draft
+        except OSError as err:
+            raise self._failed(f"a blob of {size} bytes could not be stored", err) from err
 
     def settle(self, owner: str, written: Iterable[tuple[str, Draft | None]]) -> dict[str, BlobError]:
         written = list(written)
@@ -280,6 +295,15 @@ class DirectoryStore(BlobStore):
         except (OSError, BlobMissing):
             return None
 
+    def _draft(self, folder: Path, data: bytes | memoryview) -> FileDraft:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return FileDraft(folder, memoryview(data).cast("B"))
+
+    def _started(self, draft: FileDraft) -> None:
+        """It is wanted: the disk begins with it, and standbys will read it."""
+        draft.begin()
+        self._note_recent(draft.path, draft.size)
+
     def _set_aside(self, path: Path) -> None:
         """Out of the way, so that a replica that still has the value can store it again."""
         with contextlib.suppress(OSError):
@@ -317,15 +341,6 @@ class DirectoryStore(BlobStore):
             return str(err.strerror)
         free, size = stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize
         return f"{free / 1e6:,.1f} MB free of {size / 1e6:,.1f} MB"
-
-
-def _draft(path: Path, data: memoryview) -> FileDraft:
-    draft = FileDraft(path, data)
-    draft.begin()
-    if draft.address != path.name:
-        draft.drop()
-        raise wrong_bytes(path.name, draft.address)
-    return draft
 
 
 def _stored(name: str, size: int, at: float) -> Stored:

@@ -31,14 +31,16 @@ _sync_file_range = getattr(_libc, "sync_file_range", None)
 
 
 class FileDraft(Draft):
-    """A temporary file beside the place where the blob belongs; `address` is of what was written. Raises OSError."""
+    """A temporary file in the folder where the blob belongs; `address` is of what was written, `path` where it will
+    stand. Raises OSError."""
 
-    def __init__(self, path: Path, data: memoryview) -> None:
-        self.path, self.size, self.handle = path, data.nbytes, -1
-        self.handle, self._name = tempfile.mkstemp(dir=path.parent, prefix=NEW)
+    def __init__(self, folder: Path, data: memoryview) -> None:
+        self.size, self.handle = data.nbytes, -1
+        self.handle, self._name = tempfile.mkstemp(dir=folder, prefix=NEW)
         try:
             # Each piece is hashed after it was written: what changes meanwhile is found here, or by who reads it.
             self.address = address_of_parts(self._written(data))
+            self.path = folder / self.address
         except BaseException:
             self.drop()
             raise

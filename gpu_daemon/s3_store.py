@@ -77,11 +77,19 @@ class S3Store(BlobStore):
     # -- blobs --------------------------------------------------------------------------------------------------------
 
     def write(self, owner: str, digest: str, data: bytes | memoryview) -> None:
-        check_size(size := memoryview(data).nbytes)
+        check_size(memoryview(data).nbytes)
         key = _key(owner, digest)
         if (actual := address(data)) != digest:
             raise wrong_bytes(digest, actual)
-        with self._asking(f"blob {digest[:12]}… of {size} bytes could not be stored"):
+        self._send(key, digest, data)
+
+    def write_unnamed(self, owner: str, data: bytes | memoryview) -> tuple[str, None]:
+        check_size(memoryview(data).nbytes)
+        self._send(_key(owner, digest := address(data)), digest, data)
+        return digest, None
+
+    def _send(self, key: str, digest: str, data: bytes | memoryview) -> None:
+        with self._asking(f"blob {digest[:12]}… of {memoryview(data).nbytes} bytes could not be stored"):
             self._s3.put(self._store, key, data, use_multipart=False)
 
     def settle(self, owner: str, written: Iterable[tuple[str, Draft | None]]) -> dict[str, BlobError]:

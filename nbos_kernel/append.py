@@ -18,18 +18,19 @@ from typing import Any
 
 from nbos_cluster import bulk, wire
 
-from . import oversize
+from . import addressing, oversize
 from .blobchannel import BlobChannel
+from .capture.buffers import Chunk
 from .capture.changes import Changes, Packed
 from .effects import names_of
 from .entries import Layout
-from .fitting import Wanted, fitting, why
+from .fitting import Wanted, fitting, key, why
 from .link import Link, Reply, Request
 from .replica import Replica
 from .reports.reporter import Reporter
 
 Message = dict[str, Any]
-Put = tuple[Packed, str, concurrent.futures.Future[Message]]
+Put = tuple[Packed, Chunk, concurrent.futures.Future[Message]]
 
 BLOB_WAIT = 10.0
 """Seconds to wait for the answer which blobs are in the store."""
@@ -107,21 +108,33 @@ class Appender:
 
     def _put(self, layout: Layout, components: list[Packed]) -> list[Put]:
         """Give the blobs that are not known to be stored to the daemon; their memory may change afterwards."""
-        wanted = [each for each in layout.blobs(components) if each[1] not in self._stored]
+        every = list(layout.blobs(components))
+        addressing.make(addressing.repeated(every) if self._blobs.addresses else addressing.pending(every))
+        wanted = [each for each in every if each[1].address not in self._stored]
         refused: list[Put] = []
         if len(wanted) > FEW:
-            there, room = self._ask_for(list(dict.fromkeys(digest for _, digest, _ in wanted)))
-            self._stored.update(dict.fromkeys(there - _lacked(wanted)))
-            wanted = [each for each in wanted if each[1] not in self._stored]
-            wanted, refused = _that_fit(wanted, there, room)
-        chunks = {digest: chunk for _, digest, chunk in wanted}
+            wanted, refused = self._missing(wanted)
+        chunks = {key(chunk): (chunk, data) for _, chunk, data in wanted}
         if chunks:
-            self._reporter.sends(memoryview(chunk).nbytes for chunk in chunks.values())
-        puts: dict[str, concurrent.futures.Future[Message]] = {}
-        for digest, chunk in chunks.items():
-            puts[digest] = self._blobs.put(digest, chunk)
-            self._reporter.follow(puts[digest], memoryview(chunk).nbytes)
-        return refused + [(component, digest, puts[digest]) for component, digest, _ in wanted]
+            self._reporter.sends(data.nbytes for _, data in chunks.values())
+        puts: dict[str | int, concurrent.futures.Future[Message]] = {}
+        for each, (chunk, data) in chunks.items():
+            puts[each] = self._blobs.put(chunk.address, data, chunk.mark)
+            self._reporter.follow(puts[each], data.nbytes)
+        return refused + [(component, chunk, puts[key(chunk)]) for component, chunk, _ in wanted]
+
+    def _missing(self, wanted: list[Wanted]) -> tuple[list[Wanted], list[Put]]:
+        """What the store has not, and has room for; and a refusal for each component that finds none."""
+        addressing.make(addressing.samples(wanted))
+        there, room = self._ask_for(_addresses(wanted))
+        if more := addressing.make(addressing.likely(wanted, there)):
+            found, room = self._ask_for(sorted(more))
+            there |= found
+        if not _fit(wanted, there, room) and (more := addressing.make(addressing.pending(wanted))):
+            found, room = self._ask_for(sorted(more))  # it is short of room: what it has already needs none
+            there |= found
+        self._stored.update(dict.fromkeys(there - _lacked(wanted)))
+        return _that_fit([each for each in wanted if each[1].address not in self._stored], there, room)
 
     def _ask_for(self, digests: list[str]) -> tuple[set[str], Message]:
         """Which of them are in the store already, by another variable or an earlier replica; and the last answer, for
@@ -204,13 +217,14 @@ class Appender:
 
     async def _stored_all(self, entry: Entry, puts: list[Put]) -> None:
         """Wait for the blobs. What could not be stored is lost, with the daemon's reason, and the user is told."""
-        for component, digest, future in puts:
+        for component, chunk, future in puts:
             try:
                 reply = await asyncio.wrap_future(future)
             except wire.WireError as err:
                 reply = {"ok": False, "reason": str(err)}
             if reply.get("ok"):
-                self._stored[digest] = None
+                chunk.address = chunk.address or reply["hash"]
+                self._stored[chunk.address] = None
                 if len(self._stored) > KNOWN_BLOBS:
                     self._stored.popitem(last=False)
                 continue
@@ -249,7 +263,15 @@ class Appender:
 
 def _lacked(wanted: Iterable[Wanted]) -> set[str]:
     """The blobs of components that the store has lost blobs of: nobody knows which others."""
-    return {digest for component, digest, _ in wanted if component.anew}
+    return {chunk.address for component, chunk, _ in wanted if component.anew}
+
+
+def _addresses(wanted: Iterable[Wanted]) -> list[str]:
+    return list(dict.fromkeys(chunk.address for _, chunk, _ in wanted if chunk.address))
+
+
+def _fit(wanted: list[Wanted], there: set[str], room: Message) -> bool:
+    return not _that_fit(wanted, there, room)[1]
 
 
 def _that_fit(wanted: list[Wanted], there: set[str], room: Message) -> tuple[list[Wanted], list[Put]]:
@@ -259,11 +281,11 @@ def _that_fit(wanted: list[Wanted], there: set[str], room: Message) -> tuple[lis
         return wanted, []
     kept, left = fitting(wanted, there, free)
     refused = []
-    for (component, digest, _), needs in left:
+    for (component, chunk, _), needs in left:
         answer: concurrent.futures.Future[Message] = concurrent.futures.Future()
         reason = why(str(room.get("where") or "the blob store"), needs, free)
         answer.set_result({"ok": False, "error": "full", "reason": reason})
-        refused.append((component, digest, answer))
+        refused.append((component, chunk, answer))
     return kept, refused
 
 

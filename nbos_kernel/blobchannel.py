@@ -12,12 +12,12 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from nbos_cluster import wire
+from nbos_cluster import marks, wire
 from nbos_cluster.arena import SIZE, Arena, Room, fetch
 
 from . import blobfiles
@@ -35,7 +35,11 @@ STRAIGHT = 1024 * 1024
 AWAY = 10.0
 """Seconds that a blocking read waits for a daemon that is not connected; a restarted one is there within three."""
 
+STEP = 256 * 1024
+"""Bytes of a piece that is copied and compared."""
+
 Reply = dict[str, Any]
+CHANGED: Reply = {"ok": False, "error": "refused", "reason": "its bytes changed while they were sent"}
 _Blob = tuple[Reply, Any, Callable[[], None]]
 """The daemon's reply, where the bytes are, and what to call when they are not needed there any more."""
 
@@ -75,30 +79,38 @@ class BlobChannel:
         self._lock = threading.Lock()
         self._shared: _Shared | None = None
         self._asked = False
-        self._files = False
+        self._files = self.addresses = False
         self._trim: threading.Timer | None = None
 
-    def renew(self, files: bool = False) -> None:
+    def renew(self, files: bool = False, addresses: bool = False) -> None:
         """The daemon may be another one now: shared memory is asked for again when it is needed next. files: it hands
-        out descriptors of blobs."""
+        out descriptors of blobs. addresses: it makes those of what is put without one."""
         with self._lock:
-            self._shared, self._asked, self._files = None, False, files
+            self._shared, self._asked, self._files, self.addresses = None, False, files, addresses
 
     # -- out ----------------------------------------------------------------------------------------------------------
 
-    def put(self, digest: str, data: memoryview | bytes, wait: float | None = 5.0) -> Future[Reply]:
-        """Have `data` stored. wait: seconds to wait for room in the shared memory, before the request carries a
-        copy."""
-        size = memoryview(data).nbytes
+    def put(self, digest: str, data: memoryview, mark: bytes = b"", wait: float | None = 5.0) -> Future[Reply]:
+        """Have `data` stored, under the address `digest`; the reply's `hash` says it where this is ''. mark: what it
+        has to have, else it changed and is refused. wait: seconds to wait for room in the shared memory, before the
+        request carries a copy."""
+        size = data.nbytes
         shared = self._get()
         at = shared.room.take(size, wait) if shared is not None else None
         done: Future[Reply] = Future()
-        message = {"type": "put_blob", "hash": digest}
+        message = {"type": "put_blob", "hash": digest} if digest else {"type": "put_blob"}
         if shared is None or at is None:
-            _pass_on(self._link.request(message, bytes(data)), done)
+            copy = bytes(data)
+            if _marked([copy], mark):
+                _pass_on(self._link.request(message, copy), done)
+            else:
+                done.set_result(CHANGED)
             return done
         place = shared.arena.part(at, size)
-        place[:] = memoryview(data).cast("B")
+        if not _marked(_copied(data.cast("B"), place), mark):
+            self._give(shared, at, size)
+            done.set_result(CHANGED)
+            return done
 
         def answered(reply: Reply) -> None:
             if reply.get("error") == "no_arena":
@@ -278,6 +290,23 @@ class BlobFailed(Exception):
     def __init__(self, code: str, reason: str) -> None:
         super().__init__(reason)
         self.code = code
+
+
+def _copied(data: memoryview, place: memoryview) -> Iterator[memoryview]:
+    """Copy; the pieces of the copy, each while the processor's cache still has it."""
+    for at in range(0, data.nbytes, STEP):
+        piece = place[at : at + STEP]
+        piece[:] = data[at : at + STEP]
+        yield piece
+
+
+def _marked(pieces: Iterable[bytes | memoryview], mark: bytes) -> bool:
+    """Whether they have this mark, if it is one that can be compared. Takes all of them in any case."""
+    if len(mark) == marks.SIZE and marks.mark is not None:
+        return marks.mark_of_parts(pieces) == mark
+    for _ in pieces:
+        pass
+    return True
 
 
 def _when(request: Request, answered: Callable[[Reply], None], done: Future[Any]) -> None:

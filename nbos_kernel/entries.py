@@ -16,6 +16,7 @@ from .capture import arrays, buffers
 from .capture.buffers import FrameData
 from .capture.changes import Packed
 from .capture.weak import LoadersReference
+from .fitting import Wanted
 
 INLINE_BUDGET = 8 * 1024 * 1024
 """Bytes of one entry's inline frames; where they are too many for etcd, the daemon puts them into one table."""
@@ -33,16 +34,16 @@ class Layout:
     def inline(self, frame: FrameData) -> bool:
         return frame.size <= self._limit
 
-    def blobs(self, components: Sequence[Packed]) -> Iterator[tuple[Packed, str, memoryview]]:
-        """(component, hash, bytes) of everything that has to be stored first."""
+    def blobs(self, components: Sequence[Packed]) -> Iterator[Wanted]:
+        """Everything that has to be stored first."""
         for component in components:
             for frame in component.frames:
                 if not self.inline(frame):
-                    for digest, chunk in frame.chunks():
-                        yield component, digest, chunk
+                    for chunk, data in frame.chunks():
+                        yield component, chunk, data
 
     def encode(self, components: Sequence[Packed]) -> tuple[list[dict[str, Any]], bytes]:
-        """The entry's `components` and its payload."""
+        """The entry's `components` and its payload, once all addresses are known."""
         payload = bytearray()
         encoded = []
         for component in components:
@@ -58,10 +59,12 @@ class Layout:
 
 
 def _of_blobs(frame: FrameData) -> dict[str, Any]:
+    if not all(frame.hashes):
+        raise ValueError(f"an entry names a chunk of a frame of {frame.size} bytes that was not stored")
     found: dict[str, Any] = {"size": frame.size, "blobs": list(frame.hashes)}
-    quick = frame.marks.quick
-    if quick and all(len(mark) == marks.SIZE for mark in quick):
-        found["marks"] = b"".join(quick).hex()
+    known = [chunk.mark for chunk in frame.marks.chunks]
+    if known and all(len(mark) == marks.SIZE for mark in known):
+        found["marks"] = b"".join(known).hex()
     return found
 
 

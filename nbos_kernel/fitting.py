@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from .capture.buffers import Chunk
 from .capture.changes import Packed
 from .reports.progress import size
 
-Wanted = tuple[Packed, str, memoryview]
-"""A component, the hash of one of its chunks, the chunk."""
+Wanted = tuple[Packed, Chunk, memoryview]
+"""A component, what is known of one of its chunks, the chunk's bytes."""
 
 BLOCK = 4096
 """File systems give whole blocks."""
@@ -23,12 +24,12 @@ def fitting(
 ) -> tuple[list[Wanted], list[tuple[Wanted, int]]]:
     """What to send of `wanted` (the chunks of each component together) while `free` bytes are left; and the first
     chunk of each component that does not fit, with the bytes it needs. there: chunks that take room already."""
-    sent = set(there)
+    sent: set[str | int] = set(there)
     kept: list[Wanted] = []
     refused: list[tuple[Wanted, int]] = []
     for chunks in _by_component(wanted):
-        new = {digest: -(-memoryview(chunk).nbytes // BLOCK) * BLOCK for _, digest, chunk in chunks}
-        needs = sum(count for digest, count in new.items() if digest not in sent)
+        new = {key(chunk): -(-data.nbytes // BLOCK) * BLOCK for _, chunk, data in chunks}
+        needs = sum(count for each, count in new.items() if each not in sent)
         if needs > free:
             refused.append((chunks[0], needs))
             continue
@@ -36,6 +37,11 @@ def fitting(
         sent.update(new)
         kept += chunks
     return kept, refused
+
+
+def key(chunk: Chunk) -> str | int:
+    """Equal for chunks that are stored once, as far as that is known."""
+    return chunk.address or id(chunk)
 
 
 def why(where: str, needs: int, free: int) -> str:

@@ -155,7 +155,8 @@ class NBOSKernel(LoadingKernel):
         self.execution.greeting = reply
         self.reporter.lazy = int(reply.get("lazy") or 0)
         self.replica.leave_unloaded(int(reply.get("lazy") or 0))
-        self.blobs.renew(files=bool((reply.get("blobs") or {}).get("files")))
+        said = reply.get("blobs") or {}
+        self.blobs.renew(files=bool(said.get("files")), addresses=bool(said.get("addresses")))
         if isinstance(reply.get("members"), dict):
             self._publish_members(reply["members"])
 

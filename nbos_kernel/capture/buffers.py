@@ -1,9 +1,9 @@
-"""Large buffers in content-addressed chunks: which chunks are new, told without hashing them twice.
+"""Large buffers in content-addressed chunks: which chunks are new.
 
-A chunk is known by its BLAKE3 address (what it is stored under). Whether it changed since it was last captured is
-told by xxh3 where `xxhash` can be imported (8 to 10 GB/s a core); two different chunks pass for the same with a
-chance of 2**-64 per comparison. Without xxhash the address itself is compared: right as well, and slower.
-Both release the interpreter for large inputs, so chunks are hashed by several threads.
+A chunk is stored under its BLAKE3 address. Whether it changed since it was last captured is told by its mark (`marks`)
+where there is one (8 to 10 GB/s a core); two different chunks pass for the same with a chance of 2**-64 per comparison.
+Without marks the address itself is compared: right as well, and slower. The address of a large new chunk is not made
+here: the daemon that stores it has to anyway. Marks and addresses let other threads run, so several are made at a time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +27,8 @@ LONG = 1024 * 1024 * 1024
 ALONE = 2 * CHUNK
 """Up to so many bytes of a component are hashed by the calling thread."""
 
-_Job = tuple[memoryview, tuple[bytes, str], "Known"]
-_Marked = tuple[bytes, str, bool]
+LATER = 1024 * 1024
+"""From so many bytes on, the address of a new chunk is left to the daemon, which makes it when it stores the chunk."""
 
 _pool: ThreadPoolExecutor | None = None
 _pool_lock = threading.Lock()
@@ -38,13 +38,38 @@ def chunk_size(total: int) -> int:
     return CHUNK if total <= LONG else wire.BLOB_CHUNK
 
 
+@dataclass(slots=True)
+class Chunk:
+    """What is known of a chunk. mark: by which it is recognised (`marks`; its address where nobody can tell that).
+    address: '' until somebody has made it; the same object then says so wherever the chunk is known."""
+
+    mark: bytes = b""
+    address: str = ""
+
+
 @dataclass(frozen=True)
 class Marks:
-    """What is remembered of a frame: its size, and for each chunk the quick mark and the address."""
+    """What is remembered of a frame: its size and its chunks."""
 
     size: int
-    quick: tuple[bytes, ...]
-    hashes: tuple[str, ...]
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def hashes(self) -> tuple[str, ...]:
+        return tuple(chunk.address for chunk in self.chunks)
+
+    def sized(self) -> Iterator[tuple[int, Chunk]]:
+        """Each chunk, with its size."""
+        step = chunk_size(self.size)
+        for number, chunk in enumerate(self.chunks):
+            yield min(step, self.size - number * step), chunk
+
+    def identity(self) -> str:
+        """Of what the frame holds: the same on every replica, and known before all addresses are."""
+        return "".join(
+            chunk.mark.hex() if size >= LATER and marks.mark is not None else chunk.address
+            for size, chunk in self.sized()
+        )
 
 
 @dataclass(frozen=True)
@@ -63,11 +88,11 @@ class FrameData:
     def hashes(self) -> tuple[str, ...]:
         return self.marks.hashes
 
-    def chunks(self) -> Iterable[tuple[str, memoryview]]:
+    def chunks(self) -> Iterable[tuple[Chunk, memoryview]]:
         view = memoryview(self.data).cast("B")
         step = chunk_size(view.nbytes)
-        for number, digest in enumerate(self.hashes):
-            yield digest, view[number * step : (number + 1) * step]
+        for number, chunk in enumerate(self.marks.chunks):
+            yield chunk, view[number * step : (number + 1) * step]
 
 
 def marks_of(frame: Mapping[str, Any]) -> tuple[bytes, ...]:
@@ -79,22 +104,22 @@ def marks_of(frame: Mapping[str, Any]) -> tuple[bytes, ...]:
     return tuple(bytes.fromhex(text[at : at + size]) for at in range(0, len(text), size))
 
 
-Known = Mapping[tuple[int, bytes], str]
-"""Addresses by length and quick mark."""
+Known = Mapping[tuple[int, bytes], Chunk]
+"""Chunks by length and mark."""
+
+_Job = tuple[memoryview, Chunk, Known]
+_Marked = tuple[Chunk, bool]
+"""The chunk, and whether it is new."""
 
 
 def known(before: Iterable[Marks]) -> Known:
     """The chunks of frames whose places have changed: another frame came between them, or they are in another order."""
-    return {
-        (min(chunk_size(marks.size), marks.size - number * chunk_size(marks.size)), quick): address
-        for marks in before
-        for number, (quick, address) in enumerate(zip(marks.quick, marks.hashes, strict=True))
-    }
+    return {(size, chunk.mark): chunk for frame in before for size, chunk in frame.sized()}
 
 
 def frame(data: bytes | memoryview, before: Marks | None = None, elsewhere: Known | None = None) -> FrameData:
-    """Mark `data`; chunks that have the quick mark they had `before`, at the same place, keep their address, and so do
-    those that were `elsewhere`."""
+    """Mark `data`; chunks that have the mark they had `before`, at the same place, are the same, and so are those that
+    were `elsewhere`."""
     return frames([data], [before], elsewhere)[0]
 
 
@@ -109,9 +134,9 @@ def frames(
     for view, old in zip(views, before, strict=True):
         step = chunk_size(view.nbytes)
         chunks = [view[at : at + step] for at in range(0, view.nbytes, step)]
-        there = list(zip(old.quick, old.hashes, strict=True)) if old is not None and old.size == view.nbytes else []
-        there += [(b"", "")] * (len(chunks) - len(there))
-        jobs += [(chunk, mark, elsewhere or {}) for chunk, mark in zip(chunks, there, strict=True)]
+        there = list(old.chunks) if old is not None and old.size == view.nbytes else []
+        there += [Chunk()] * (len(chunks) - len(there))
+        jobs += [(part, chunk, elsewhere or {}) for part, chunk in zip(chunks, there, strict=True)]
         counts.append(len(chunks))
     done = iter(_each(_mark, jobs, sum(view.nbytes for view in views)))
     return tuple(
@@ -121,23 +146,26 @@ def frames(
 
 
 def _framed(data: bytes | memoryview, view: memoryview, marked: list[_Marked]) -> FrameData:
-    step = chunk_size(view.nbytes)
-    fresh = sum(min(step, view.nbytes - step * number) for number, (_, _, new) in enumerate(marked) if new)
-    return FrameData(data, Marks(view.nbytes, tuple(q for q, _, _ in marked), tuple(h for _, h, _ in marked)), fresh)
+    found = Marks(view.nbytes, tuple(chunk for chunk, _ in marked))
+    fresh = sum(size for (size, _), (_, new) in zip(found.sized(), marked, strict=True) if new)
+    return FrameData(data, found, fresh)
 
 
 def _mark(job: _Job) -> _Marked:
-    part, (quick, digest), elsewhere = job
+    part, before, elsewhere = job
     if marks.mark is None:
         now = content.address(part)
-        return now.encode(), now, now != digest and (len(part), now.encode()) not in elsewhere
+        return Chunk(now.encode(), now), now != before.address and (len(part), now.encode()) not in elsewhere
     mark = marks.mark(part)
-    if mark == quick:
-        return mark, digest, False
+    if mark == before.mark:
+        return before, False
     if (len(part), mark) in elsewhere:
-        return mark, elsewhere[len(part), mark], False
-    now = content.address(part)  # of what was loaded from the log only the address is known
-    return mark, now, now != digest
+        return elsewhere[len(part), mark], False
+    only_address = before.address and not before.mark  # loaded from a log that had no mark of it
+    if len(part) >= LATER and not only_address:
+        return Chunk(mark), True
+    now = content.address(part)
+    return Chunk(mark, now), now != before.address
 
 
 def _each(call: Callable[[_Job], _Marked], jobs: list[_Job], total: int) -> Iterable[_Marked]:

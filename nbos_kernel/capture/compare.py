@@ -261,7 +261,7 @@ class Comparison:
         frames = buffers.frames(parts, before if before and not known else [None] * len(parts), known)
         digest = hashlib.blake2b(repr(unit.names).encode(), digest_size=16)
         for frame in frames:
-            digest.update("".join(frame.hashes).encode())
+            digest.update(frame.marks.identity().encode())
         unit.mentions, unit.functions, unit.device = pickled.mentions, pickled.functions, pickled.device
         unit.digest, unit.marks = digest.hexdigest(), tuple(frame.marks for frame in frames)
         anew = not self._known.anew.isdisjoint(unit.names)

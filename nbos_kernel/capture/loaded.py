@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import hidden, names, rebuilt, witness
-from .buffers import Marks, marks_of
+from .buffers import Chunk, Marks, marks_of
 from .found import Unit
 
 _MAKERS = frozenset({"_make_skeleton_class", "_make_skeleton_enum", "_class_setstate", "set_enum"})
@@ -95,6 +95,7 @@ class Loaded:
 
 
 def _marks(frame: Mapping[str, Any]) -> Marks:
-    """Where the quick marks are not known, the first comparison makes them, and compares addresses."""
+    """Where the marks are not known, the first comparison makes them, and compares addresses."""
     addresses = tuple(frame.get("blobs") or ("",))
-    return Marks(frame["size"], marks_of(frame) or (b"",) * len(addresses), addresses)
+    known = marks_of(frame) or (b"",) * len(addresses)
+    return Marks(frame["size"], tuple(map(Chunk, known, addresses)))

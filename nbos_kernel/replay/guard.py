@@ -124,5 +124,5 @@ def _said(value: Any) -> Iterable[str]:
 def _mark(frames: Iterable[bytes | memoryview]) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for frame in frames:
-        digest.update("".join(buffers.frame(frame, None).hashes).encode())
+        digest.update(buffers.frame(frame, None).marks.identity().encode())
     return digest.digest()

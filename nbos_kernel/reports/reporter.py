@@ -171,6 +171,6 @@ def _bytes_of(components: Iterable[Packed]) -> int:
     """What has to be stored for them, equal content once."""
     fresh = sum(packed.fresh for packed in components)
     chunks = {
-        digest: chunk.nbytes for packed in components for frame in packed.frames for digest, chunk in frame.chunks()
+        chunk.mark: size for packed in components for frame in packed.frames for size, chunk in frame.marks.sized()
     }
     return min(fresh, sum(chunks.values()))

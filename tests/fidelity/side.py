@@ -16,6 +16,7 @@ import traceback
 import warnings
 from typing import Any
 
+from nbos_cluster import content
 from nbos_kernel import lost
 from nbos_kernel.capture import names, rebuilt
 from nbos_kernel.capture.unloaded import OFF
@@ -74,7 +75,9 @@ def execute(case: Case) -> Recorded:
         capture.accept(found)
         lost.install(side.ns, capture.lost)
         layout = Layout(found.components)
-        side.blobs.update({digest: bytes(chunk) for _, digest, chunk in layout.blobs(found.components)})
+        for _, chunk, data in layout.blobs(found.components):
+            chunk.address = chunk.address or content.address(data)
+            side.blobs[chunk.address] = bytes(data)
         components, payload = layout.encode(found.components)
         entry = {
             "n": n, "kind": "cell", "status": "ok", "execution_count": side.replica.history.last(), "source": code,

@@ -228,6 +228,20 @@ async def test_blobs_are_read_from_the_daemons_own_files(client: Etcd, host: Mak
     assert await replica.order(files=[address(ONE)]) == [ONE.hex()]  # a collection had set it aside
 
 
+async def test_what_is_put_without_an_address_is_stored_under_its_own(
+    client: Etcd, host: MakeHost, tmp_path: Path
+) -> None:
+    replica = await ready(client, host)
+    assert (await replica.send("put_blob", ONE))["hash"] == address(ONE)
+    await replica.order(arena=True)
+    await replica.order(write=TWO.hex(), at=0)
+    assert (await replica.send("put_blob", at=0, size=len(TWO)))["hash"] == address(TWO)
+    assert [file_of(tmp_path / "blobs", data).read_bytes() for data in (ONE, TWO)] == [ONE, TWO]
+    assert (await replica.send("put_blob", TWO, hash=""))["error"] == "refused"
+    token = (await replica.bid(1))["token"]
+    assert (await replica.append(1, token, components=[component("x", ONE, TWO)]))["ok"]
+
+
 async def test_many_large_blobs_at_once_through_the_socket_do_not_break_the_connection(
     client: Etcd, host: MakeHost
 ) -> None:

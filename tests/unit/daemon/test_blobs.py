@@ -36,6 +36,33 @@ def test_what_was_put_is_got(store: DirectoryStore) -> None:
     assert store.get("ann", HASH) == DATA
 
 
+def test_the_address_of_what_is_put_without_one_is_that_of_what_was_written(store: DirectoryStore) -> None:
+    digest, draft = store.write_unnamed("ann", memoryview(DATA))
+    assert (digest, store.have("ann", [HASH])) == (HASH, set())
+    store.settle("ann", [(digest, draft)])
+    assert store.get("ann", HASH) == DATA
+    before = the_file(store).stat()
+    assert store.write_unnamed("ann", DATA) == (HASH, None)
+    assert the_file(store).stat().st_ino == before.st_ino
+    assert [path.name for path in store.root.rglob("*") if path.is_file()] == [HASH]
+    with pytest.raises(BlobMissing):
+        store.get("bob", HASH)
+
+
+def test_what_is_damaged_is_healed_by_what_is_put_without_an_address(store: DirectoryStore) -> None:
+    store.put("ann", HASH, DATA)
+    the_file(store).write_bytes(DATA[:-1] + b"?")
+    store.settle("ann", [store.write_unnamed("ann", DATA)])
+    assert store.get("ann", HASH) == DATA
+
+
+def test_too_much_is_refused_with_or_without_an_address(store: DirectoryStore) -> None:
+    large = bytes(blobs.BLOB_CHUNK + 1)
+    for write in (lambda: store.write("ann", address(large), large), lambda: store.write_unnamed("ann", large)):
+        with pytest.raises(BlobRefused, match="cut it into several"):
+            write()
+
+
 @pytest.mark.parametrize("owner", ["bob", "../ann", "ann/", "", "Ann"])
 def test_another_owner_cannot_read_it(store: DirectoryStore, owner: str) -> None:
     store.put("ann", HASH, DATA)

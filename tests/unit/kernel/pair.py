@@ -12,6 +12,7 @@ from typing import Any
 
 from traitlets.config import Config
 
+from nbos_cluster import content
 from nbos_kernel import resources
 from nbos_kernel.capture.unloaded import OFF
 from nbos_kernel.entries import Layout
@@ -90,7 +91,9 @@ class Pair:
         taken = replica.take_changes(code, succeeded, needs)
         found, self.notices = taken.changes, taken.notices
         layout = Layout(found.components)
-        self.blobs.update({digest: bytes(chunk) for _, digest, chunk in layout.blobs(found.components)})
+        for _, chunk, data in layout.blobs(found.components):
+            chunk.address = chunk.address or content.address(data)
+            self.blobs[chunk.address] = bytes(data)
         components, payload = layout.encode(found.components)
         entry = {
             "n": self.n,

@@ -92,9 +92,9 @@ def packed(name: str, *chunks: bytes) -> Packed:
 def test_a_component_that_does_not_fit_sends_nothing_and_leaves_the_room_to_others() -> None:
     large, small, shared = b"l" * 3 * BLOCK, b"s" * (BLOCK + 1), b"t" * BLOCK
     components = [packed("large", large, shared), packed("small", small, shared), packed("again", shared)]
-    wanted = [(each, digest, chunk) for each in components for frame in each.frames for digest, chunk in frame.chunks()]
+    wanted = [(each, chunk, data) for each in components for frame in each.frames for chunk, data in frame.chunks()]
     kept, refused = fitting(wanted, (), 3 * BLOCK)
-    assert [(each.names, digest) for each, digest, _ in kept] == [
+    assert [(each.names, chunk.address) for each, chunk, _ in kept] == [
         (("small",), address(small)),
         (("small",), address(shared)),
         (("again",), address(shared)),

@@ -51,7 +51,7 @@ class Double:
             message, payload = await wire.read(reader)
             if message.get("re") == 0:
                 self.hello_reply = message
-                self.hellos += 1
+                self.hellos += message["ok"]  # not those before the daemon knew that it had started us
                 if not message["ok"]:
                     writer.close()
                     raise OSError("refused")

@@ -14,6 +14,17 @@ from dataclasses import dataclass, field
 SILENCE = 0.15
 """Seconds after which a replica that says nothing no longer keeps the others from being asked."""
 
+LISTEN = 0.08
+"""Seconds after which its heartbeat is listened to: whether it is only busy."""
+
+BEAT = 1.0
+"""Seconds between two heartbeats."""
+
+ALIVE = 2.0
+"""Seconds in which a replica is waited for that is silent, and alive by its heartbeat: a task on its event loop or a
+thread in C keeps its interpreter, or its host has too much to do. What it has that cannot be replicated, threads and
+tasks among it, would be lost if another one took its cell."""
+
 DEBUGGED = 5.0
 """The same for the replica that a debugger is attached to: breakpoints stand nowhere else."""
 
@@ -44,12 +55,17 @@ class Ask:
     reason: str = ""
     waiting: bool = False
     following: int | None = None
+    excused: float = 0.0
+    """Until when it is known why it is silent."""
 
     def open(self) -> bool:
         return not self.code
 
     def silent(self, now: float, patience: float) -> bool:
-        return self.open() and (self.waiting or self.wait or now >= self.at + patience)
+        return self.open() and (self.waiting or self.wait or now >= self.due(patience))
+
+    def due(self, patience: float) -> float:
+        return max(self.at + patience, self.excused)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +98,8 @@ class Election:
 
     asks: dict[int, Ask] = field(default_factory=dict)
     opened: bool = False
+    listening: int | None = None
+    """The replica whose heartbeat matters: asked first and alone, and silent for LISTEN."""
     patience: float = SILENCE
     waiting: bool = False
     retry_at: float | None = None
@@ -96,11 +114,17 @@ class Election:
             ask.code, ask.reason, ask.following = code, reason, following
             self.opened = True
 
-    def excuse(self, replica: int, now: float) -> None:
-        """It is known why this one has not answered yet: its silence counts from now on."""
+    def excuse(self, replica: int, until: float) -> None:
+        """It is known why this one has not answered yet, and need not have before `until`."""
         ask = self.asks.get(replica)
-        if ask is not None and not self.opened:
-            ask.at = now
+        if ask is not None:
+            ask.excused = max(ask.excused, until)
+
+    def alive(self, replica: int, now: float) -> None:
+        """It has answered a heartbeat."""
+        ask = self.asks.get(replica)
+        if ask is not None:
+            self.excuse(replica, min(now + BEAT, ask.at + ALIVE))
 
     def waits(self, replica: int, reason: str) -> None:
         ask = self.asks.get(replica)
@@ -151,20 +175,35 @@ class Election:
             first = preferred if preferred in up else min(up)
             assert first is not None
             return self._ask([first], now)
+        self._listen(now)
         if any(ask.silent(now, self.patience) for ask in self.asks.values()):
             self.opened = True
         fresh = [index for index in sorted(up) if index not in self.asks] if self.opened else []
         if fresh:
             return self._ask(fresh, now)
         open_asks = [ask for ask in self.asks.values() if ask.open() and not ask.silent(now, self.patience)]
-        due = [ask.at + self.patience for ask in open_asks]
-        return Step(wake=min(due)) if due else self._all_answered(now, absent or {})
+        if not open_asks:
+            self.listening = None
+            return self._all_answered(now, absent or {})
+        due = [ask.due(self.patience) for ask in open_asks]
+        if not self.opened and self.listening is None:
+            due += [ask.at + LISTEN for ask in open_asks]
+        return Step(wake=min(due))
+
+    def _listen(self, now: float) -> None:
+        """The one that is asked alone has been silent for a while: is it only busy?"""
+        if self.opened or self.listening is not None:
+            return
+        for index, ask in self.asks.items():
+            if ask.open() and not ask.waiting and now >= ask.at + LISTEN:
+                self.listening = index
+                self.excuse(index, now + SILENCE - LISTEN)  # this process itself may come late
 
     def _ask(self, replicas: list[int], now: float) -> Step:
         for index in replicas:
             self.asks[index] = Ask(now, self.waiting)
         asks = tuple((index, self.waiting) for index in replicas)
-        return Step(asks, wake=None if self.waiting else now + self.patience)
+        return Step(asks, wake=None if self.waiting else now + min(self.patience, LISTEN))
 
     def _all_answered(self, now: float, absent: Mapping[int, Absent]) -> Step:
         closed = {index: ask for index, ask in self.asks.items() if not ask.open()}

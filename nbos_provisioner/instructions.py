@@ -46,6 +46,13 @@ class Up:
 
 
 @dataclass(frozen=True, slots=True)
+class Alive:
+    """It has answered a heartbeat."""
+
+    replica: int
+
+
+@dataclass(frozen=True, slots=True)
 class Lost:
     replica: int
     reason: str
@@ -93,7 +100,7 @@ class Subscribed:
     """Somebody has begun to listen to outputs."""
 
 
-Event = Client | FromReplica | Output | Up | Lost | Members | Reset | Tick | Subscribed
+Event = Client | FromReplica | Output | Up | Alive | Lost | Members | Reset | Tick | Subscribed
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from .election import BEAT
 from .messages import DELIMITER
 
 HIGH_WATER = 200_000
@@ -23,9 +24,8 @@ MONITORED = ("shell", "iopub")
 RECONNECT_MAX = 500
 """Milliseconds between two attempts to connect a channel, at most."""
 
-BEAT = 1.0
 SILENCE = 3.0
-"""Seconds between heartbeats to the executor of a running cell, and of silence after which it counts as lost."""
+"""Seconds of silence after which the executor of a running cell counts as lost."""
 DOUBTED = 2.0
 """Seconds of silence after which a replica counts as lost of which no record speaks any more."""
 

@@ -24,6 +24,7 @@ from nbos_cluster.kept import Bounds
 from .following import Follower
 from .front import Front
 from .instructions import (
+    Alive,
     Client,
     Connect,
     Disconnect,
@@ -199,7 +200,9 @@ class Router:
 
     def _read_beat(self, link: ReplicaLink) -> None:
         link.sockets["hb"].recv_multipart(zmq.NOBLOCK)
-        link.heard(time.monotonic())
+        now = time.monotonic()
+        link.heard(now)
+        self._event(Alive(link.index), now)
 
     def _read_monitor(self, link: ReplicaLink, channel: str) -> None:
         now = time.monotonic()

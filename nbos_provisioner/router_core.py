@@ -20,6 +20,7 @@ from .execution import Execution, Phase
 from .fleet import Fleet
 from .forwarding import COMMS, Forwarding
 from .instructions import (
+    Alive,
     Channel,
     Client,
     Event,
@@ -89,6 +90,7 @@ class RouterCore:
             Lost: self._lost,
             Members: self._members,
             Reset: self._reset,
+            Alive: self._alive,
             Subscribed: lambda event, now: self.keeping.say_busy(),
         }
 
@@ -117,9 +119,9 @@ class RouterCore:
     @property
     def watched(self) -> int | None:
         """The replica whose heartbeat matters now: the executor of a running cell, or one that a cell waits for."""
-        active, current = self.runner.active, self.fleet.executor
-        if active is not None and active.phase is Phase.ASKING and current is not None:
-            return current if self.forwarding.keeps_busy(current) else None
+        active = self.runner.active
+        if active is not None and active.phase is Phase.ASKING:
+            return active.election.listening
         return active.executor if active is not None and active.phase is Phase.RUNNING else None
 
     @property
@@ -342,6 +344,11 @@ class RouterCore:
     def _up(self, event: Up, now: float) -> None:
         self.fleet.up.add(event.replica)
         self._take_up(now)
+
+    def _alive(self, event: Alive, now: float) -> None:
+        active = self.runner.active
+        if active is not None and active.phase is Phase.ASKING:
+            active.election.alive(event.replica, now)
 
     def _lost(self, event: Lost, now: float) -> None:
         if event.replica not in self.fleet.up:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from nbos_cluster.kept import Bounds
 
-from .election import DEBUGGED, SUBSHELLS, Election
+from .election import DEBUGGED, SILENCE, SUBSHELLS, Election
 from .execution import Execution, Phase
 from .fleet import Fleet
 from .instructions import ToClient, ToReplica
@@ -96,7 +96,7 @@ class Runner:
         if not execution.cell and (execution.tries > SYNC_TRIES or now > execution.started + SYNC_PATIENCE):
             return self._drop_sync(execution)
         if current is not None and self.keeps_busy(current):
-            execution.election.excuse(current, now)
+            execution.election.excuse(current, now + SILENCE)
         if self.fleet.debugged is not None and self.fleet.debugged == current:
             execution.election.patience = DEBUGGED
         elif current in self.fleet.subshells.values():
@@ -304,6 +304,8 @@ class Runner:
         current = self.fleet.executor
         if current is not None and self.keeps_busy(current):
             return f"{self.fleet.name(current)} still runs what a widget (a comm) asked for"
+        if current is not None and self.active is not None and self.active.election.listening == current:
+            return f"{self.fleet.name(current)} is busy: it is alive, and has not come to this cell yet"
         return ""
 
     def deadline(self) -> float | None:

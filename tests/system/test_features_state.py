@@ -177,6 +177,20 @@ async def test_a_cell_waits_for_the_callback_before_it_on_the_replica_that_runs_
     assert (await notebook.executor()).pid == before.pid
 
 
+async def test_a_task_that_keeps_the_event_loop_loses_nothing_to_another_replica(notebook: Notebook) -> None:
+    await notebook.run(
+        "import asyncio, time\nticks = []\n"
+        "async def heavy():\n    while len(ticks) < 3:\n        await asyncio.sleep(0.05)\n        time.sleep(0.7)\n"
+        "        ticks.append(1)\n"
+        "task = asyncio.create_task(heavy())"
+    )
+    before = await notebook.executor()
+    for _ in range(4):
+        await notebook.run("seen = len(ticks)")
+    assert await notebook.run("await task; ticks") == "[1, 1, 1]"
+    assert (await notebook.executor()).pid == before.pid
+
+
 async def test_a_widget_after_a_failover_is_honest(notebook: Notebook) -> None:
     model, told = await slider(notebook, "w")
     assert "'w' is not replicated" in told

@@ -6,7 +6,8 @@ import time
 
 import zmq
 
-from nbos_provisioner.replica_link import BEAT, SILENCE, WELCOME_PATIENCE, ReplicaLink
+from nbos_provisioner.election import BEAT
+from nbos_provisioner.replica_link import SILENCE, WELCOME_PATIENCE, ReplicaLink
 from tests.system.ports import free_ports
 
 from .rig import CHANNELS

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from nbos_provisioner.election import SILENCE, SUBSHELLS
+from nbos_provisioner.election import ALIVE, BEAT, LISTEN, SILENCE, SUBSHELLS
+from nbos_provisioner.instructions import Alive
 
 from .world import SUBSHELL, World
 
@@ -115,6 +116,54 @@ def test_a_lost_replica_takes_its_subshells_along() -> None:
     world.execute()
     world.tick(SILENCE + 0.01)
     assert sum(any(channel == "shell" for channel, _ in replica.inbox) for replica in world.replicas.values()) == 3
+
+
+def silent() -> World:
+    """A cell is asked for, and the executor says nothing."""
+    world = ready()
+    world.execute()
+    assert world.core.watched is None
+    world.tick(LISTEN + 0.01)
+    assert world.core.watched == 0
+    return world
+
+
+def test_an_executor_that_is_silent_and_answers_no_heartbeat_is_passed_over_soon() -> None:
+    world = silent()
+    world.tick(SILENCE)
+    assert world.replicas[1].inbox
+
+
+def test_an_executor_that_is_only_busy_is_waited_for_a_while_and_the_cell_says_so() -> None:
+    world = silent()
+    world.event(Alive(0))
+    world.tick(BEAT - 0.1)
+    world.event(Alive(0))
+    world.tick(0.2)
+    assert not world.replicas[1].inbox
+    assert "replica 0 on host host-0 is busy: it is alive" in world.shown[-1]
+    world.tick(BEAT)
+    world.event(Alive(0))
+    world.tick(ALIVE)
+    assert world.replicas[1].inbox, "not for ever"
+
+
+def test_one_heartbeat_is_good_until_the_next_is_due() -> None:
+    world = silent()
+    world.event(Alive(0))
+    world.tick(BEAT - 0.05)
+    assert not world.replicas[1].inbox
+    world.tick(0.1)
+    assert world.replicas[1].inbox
+
+
+def test_a_router_that_comes_late_itself_gives_the_executor_its_chance() -> None:
+    world = ready()
+    world.execute()
+    world.now += 10.0
+    world.tick(0.0)
+    assert world.core.watched == 0
+    assert not world.replicas[1].inbox
 
 
 def called_back() -> tuple[World, str]:

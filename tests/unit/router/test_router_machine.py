@@ -10,6 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from nbos_provisioner.instructions import Alive
+
 from .world import GRANT, SUBSHELL, USED, World
 
 REPLICA = st.integers(0, 2)
@@ -37,6 +39,11 @@ class RouterMachine(RuleBasedStateMachine):
     @rule(kind=st.sampled_from(["create_subshell_request", "delete_subshell_request"]))
     def change_subshells(self, kind: str) -> None:
         self.world.ask(kind, {"subshell_id": SUBSHELL}, "control")
+
+    @rule(index=REPLICA)
+    def beat(self, index: int) -> None:
+        if self.world.replicas[index].linked:
+            self.world.event(Alive(index))
 
     @rule(index=REPLICA, slow=st.booleans())
     def callbacks_last(self, index: int, slow: bool) -> None:

@@ -188,7 +188,12 @@ class World:
             self.published.append((made["replica"], made["token"], parent["msg_id"]))
 
     def tick(self, seconds: float) -> None:
-        self.now += seconds
+        """Time passes, with a word at each moment that the router wants one."""
+        end = self.now + seconds
+        while (due := self.core.deadline()) is not None and self.now < due < end:
+            self.now = due
+            self.event(Tick())
+        self.now = end
         self.event(Tick())
 
     def send(self, msg_type: str, content: dict[str, Any], channel: Any = "shell", subshell: str | None = None) -> str:

@@ -239,11 +239,14 @@ class Execution:
     async def catch_up(self) -> None:
         """Apply what the daemon pushed; never while an append of our own is under way."""
         self._looking.disturb()
-        if self._replica.far_behind:
+        far, behind = self._replica.far_behind, self._replica.behind
+        if far:
             self._precedence.first()  # who joins, or gets too little of a busy host, must be able to lead some time
-        elif self._replica.behind:
+        elif behind:
             self._precedence.last()
         await self._replica.catch_up(self._appender.applied)
+        if far and self._bidding is None and self.running is None:
+            self._precedence.last()
         self._looking.after_entry()
 
     def give_back(self, message: Message) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 
 from cloudpickle import cloudpickle as cp
 
+from . import constants
+
 
 class _Sample:
     pass
@@ -53,7 +55,8 @@ class Instances:
                 held = object.__getattribute__(value, "__dict__")
             except AttributeError:
                 return NotImplemented
-            if type(held) is dict and sys.getrefcount(held) == _ALONE:
+            # A library's constant is no part of one pickle alone: another one, made just before, may hold it as well.
+            if type(held) is dict and (sys.getrefcount(held) == _ALONE or id(value) in constants.fixed()):
                 return NotImplemented if held else self._constant(value)
             return _with_dict(value)
         return self._constant(value)

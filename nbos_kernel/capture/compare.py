@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from . import arrays, buffers, groups, hidden, names, touch
+from . import arrays, buffers, constants, groups, hidden, names, touch
 from .buffers import Marks
 from .found import NOT_LOOKED_INTO, Changes, Packed, Unit, why_not
 from .known import Known
@@ -199,7 +199,8 @@ class Comparison:
     ) -> None:
         """`within`: variables that are part of what was examined under another's name, and were not on their own."""
         singles: dict[str, tuple[Unit, Pickled]] = {}
-        for group in groups.groups([pickled for _, pickled in examined]):
+        kept = constants.Kept(but=objects.values())
+        for group in groups.groups([pickled for _, pickled in examined], kept):
             unit, pickled = examined[group[0]]
             more = [name for number in group for name in within.get(examined[number][0].names[0], ())]
             if len(group) > 1 or more:

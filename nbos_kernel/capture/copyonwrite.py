@@ -58,6 +58,16 @@ def make_refs() -> Any:
     return importlib.import_module("pandas._libs.internals").BlockValuesRefs()
 
 
+def reduce_frame(frame: Any) -> Any:
+    """A frame or series, without the list of attributes' names that its class keeps for all of them: in two pickles it
+    would pass for something that these two share."""
+    reduced = frame.__reduce_ex__(4)
+    state = reduced[2] if len(reduced) > 2 else None
+    if type(state) is not dict or state.get("_metadata") is not getattr(type(frame), "_metadata", None):
+        return reduced
+    return (*reduced[:2], {key: value for key, value in state.items() if key != "_metadata"}, *reduced[3:])
+
+
 _INDEXES = ("Index", "DatetimeIndex", "TimedeltaIndex", "PeriodIndex", "CategoricalIndex", "IntervalIndex")
 """Those with memory of their own (a RangeIndex has none, a MultiIndex consists of others)."""
 
@@ -65,6 +75,9 @@ REDUCERS = {
     ("pandas.core.internals.managers", "BlockManager"): reduce_manager,
     ("pandas.core.internals.managers", "SingleBlockManager"): reduce_manager,
     ("pandas._libs.internals", "BlockValuesRefs"): reduce_refs,
+    **{("pandas", name): reduce_frame for name in ("DataFrame", "Series")},
+    ("pandas.core.frame", "DataFrame"): reduce_frame,
+    ("pandas.core.series", "Series"): reduce_frame,
     **{(module, name): reduce_index for name in _INDEXES for module in ("pandas", "pandas.core.indexes.base")},
 }
 """By module and name of the type: pandas is not imported for this."""

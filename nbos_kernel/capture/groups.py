@@ -7,7 +7,7 @@ share nothing stand alone, unless there are very many of them (`buckets`).
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Container, Sequence
 from typing import Protocol
 
 
@@ -20,8 +20,9 @@ class Reaching(Protocol):
     def shares(self, identity: int) -> bool: ...
 
 
-def groups(reached: Sequence[Reaching]) -> list[list[int]]:
-    """Positions of `reached` in groups, each in order, in the order of first appearance."""
+def groups(reached: Sequence[Reaching], kept: Container[int] = ()) -> list[list[int]]:
+    """Positions of `reached` in groups, each in order, in the order of first appearance. `kept`: identities of what
+    libraries keep one of and never change, which ties nothing."""
     parent = list(range(len(reached)))
 
     def root(number: int) -> int:
@@ -36,7 +37,7 @@ def groups(reached: Sequence[Reaching]) -> list[list[int]]:
             reaches = pickled.memo.keys()
             common = reaches & owner.keys()
             for identity in common:
-                if root(owner[identity]) != root(number) and pickled.shares(identity):
+                if root(owner[identity]) != root(number) and pickled.shares(identity) and identity not in kept:
                     parent[root(number)] = root(owner[identity])
             owner.update(dict.fromkeys(reaches - common if common else reaches, number))
     members: dict[int, list[int]] = {}

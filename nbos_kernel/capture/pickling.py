@@ -31,7 +31,7 @@ from typing import Any
 import cloudpickle
 from cloudpickle import cloudpickle as cp
 
-from . import arrays, attached, devicedata, rebuilt, scopes, seal, touch, weak, witness
+from . import arrays, attached, constants, devicedata, rebuilt, scopes, seal, touch, weak, witness
 from .loaded import COMPILED, Met, is_same_everywhere
 from .names import TEXT_LIMIT
 
@@ -119,13 +119,11 @@ def _by_reference(value: Any) -> bool:
     """Functions and classes of importable modules, and values of which every process has the same one."""
     if isinstance(value, type | types.FunctionType | types.MethodDescriptorType | types.WrapperDescriptorType):
         return True
-    if isinstance(value, enum.Enum):
-        return True
+    if isinstance(value, enum.Enum) or type(value).__name__ == COMPILED:
+        return True  # a compiled function is pickled by its name, or not at all
     if type(value) is types.ModuleType:
         return scopes.is_importable(value)
-    module = type(value).__module__
-    shared_type = type(value).__name__ in ("dtype", "device") and module in ("numpy", "torch")
-    return shared_type or module in _IMMUTABLE_MODULES
+    return type(value).__module__ in _IMMUTABLE_MODULES or constants.is_data_type(type(value))
 
 
 _IMMUTABLE_MODULES = frozenset(

@@ -241,10 +241,10 @@ def _weakly_held(held: list[Any], weak: set[int]) -> str:
 
 def _held_elsewhere(held: list[Any], inner: Mapping[int, int], namespace: Mapping[int, int]) -> str:
     counts = list(map(sys.getrefcount, held))  # before any variable of this function refers to one of them
-    constant = constants.of_libraries()
+    constant, caches = constants.Kept(), constants.Caches(held)
     for value, count in zip(held, counts, strict=True):
         known = inner.get(id(value), 0) + namespace.get(id(value), 0)
-        if count - _BASE > known and not constants.is_constant(value, constant):
+        if count - _BASE > known and not constants.is_constant(value, constant) and not caches.holds(value):
             return f"{type(value).__qualname__}: something outside the notebook's variables refers to it"
     return ""
 

@@ -53,6 +53,46 @@ def test_a_tuple_with_something_in_it_that_a_library_can_change_exposes() -> Non
     assert examined(side, "linecache.held[0].append(2)")[0] > 0
 
 
+APART = {
+    "frames": "import pandas as pd, numpy as np\n"
+    "one = pd.DataFrame({'a': np.arange(9), 'b': 'x'})\nother = pd.DataFrame({'a': np.zeros(5), 'b': 'y'})",
+    "a frame and an index": "import pandas as pd\n"
+    "one = pd.date_range('2025-01-01', periods=9)\nother = pd.DataFrame({'t': pd.date_range('2025-02-01', periods=5)})",
+    "figures": "import matplotlib\nmatplotlib.use('agg')\nimport matplotlib.pyplot as plt\n"
+    "one, ax = plt.subplots()\nax.plot([1, 2], marker='o')\nother, bx = plt.subplots()\n"
+    "bx.plot([2, 1], marker='o')\none.canvas.draw()\nother.canvas.draw()\nplt.close('all')",
+}
+
+
+@pytest.mark.parametrize("make", APART.values(), ids=APART.keys())
+def test_what_only_a_librarys_functions_types_or_constants_tie_stands_apart(make: str) -> None:
+    pair = Pair()
+    for component in pair.cell(make)["components"]:
+        assert not {"one", "other"} <= set(component["names"])
+    examined(pair.executor, "x = 1")
+    assert examined(pair.executor, "y = 1")[0] == 0
+    pair.executor.run("one, other")  # and each of them comes back whole
+    assert pair.on_standby("type(one).__name__, type(other).__name__") == pair.executor.eval(
+        "(type(one).__name__, type(other).__name__)"
+    )
+
+
+def test_figures_that_stand_apart_are_pickled_alike_every_time() -> None:
+    side = Side({})
+    examined(side, APART["figures"])
+    assert examined(side, "str(one), str(other)")[1] < 1000  # the result itself
+
+
+def test_views_of_an_index_that_stand_apart_expose_nobody() -> None:
+    side = Side({})
+    examined(
+        side, "import pandas as pd, numpy as np\nframe = pd.DataFrame({'a': np.arange(9)})\nsplit = frame['a'] > 4"
+    )
+    examined(side, "one = frame.loc[3]; two = split.loc[3]; del one, two")  # which fills what the two keep in common
+    assert examined(side, "x = 1")[0] == 0
+    assert examined(side, "split")[0] > 0
+
+
 def at_once(side: Side, code: str) -> int:
     """As `examined`, for a cell that the next one follows without a pause."""
     side.run(code)

@@ -12,6 +12,9 @@ from .pair import Pair, Side
 FRAMES = "import pandas as pd\ndf = pd.DataFrame({'x': [1, 2, 3], 'y': [4, 5, 6]}); "
 
 TIES = {
+    "a library's list that is a variable as well": (
+        ["import matplotlib\np = matplotlib.rcParams['axes.formatter.limits']; q = [p]"],
+        "x = 1", "(q, q[0] is p)"),
     "a column of a frame, the frame is written": (
         [FRAMES + "s = df['x']"], "df.loc[0, 'x'] = 9", "(df['x'].tolist(), s.tolist())"),
     "a column of a frame, the column is written": (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from operator import eq
 from typing import Any
 
 from nbos_cluster import marks, wire
@@ -68,6 +69,10 @@ def _of_blobs(frame: FrameData) -> dict[str, Any]:
     return found
 
 
+Held = tuple[tuple[str, ...], Any]
+"""The hashes of a frame, and a weak reference to its memory."""
+
+
 class Memory:
     """The memory that loaded frames lie in, so that the next version of a value needs only the chunks that differ.
 
@@ -75,7 +80,7 @@ class Memory:
     """
 
     def __init__(self) -> None:
-        self._held: dict[str, list[tuple[tuple[str, ...], Any]]] = {}
+        self._held: dict[str, list[Held]] = {}
         self._replaced: frozenset[str] = frozenset()
 
     def begin(self, replaced: Iterable[str]) -> None:
@@ -102,25 +107,41 @@ class Memory:
 
     def _again(self, names: Sequence[str], size: int, hashes: Sequence[str], least: int) -> tuple[Any, set[int]] | None:
         best: tuple[int, Any, tuple[str, ...]] = (least - 1, None, ())
-        for name in names:
-            for before, reference in self._held.get(name, ()):
-                same = sum(1 for one, other in zip(before, hashes, strict=False) if one == other)
-                memory = reference() if same > best[0] and len(before) == len(hashes) else None
+        for held, _ in self._lists(names):
+            for before, reference in held:
+                if len(before) != len(hashes):
+                    continue
+                same = sum(map(eq, before, hashes))
+                memory = reference() if same > best[0] else None
                 if memory is not None and memory.nbytes == size and self._free(memory, names, same):
                     best = (same, memory, before)
         _, memory, before = best
         if memory is None:
             return None
-        for name in list(self._held):  # given once: two frames never share memory
-            self._held[name] = [each for each in self._held[name] if each[1]() is not memory]
+        for held, holders in self._lists(self._held):  # given once: two frames never share memory
+            left = [each for each in held if each[1]() is not memory]
+            if len(left) != len(held):
+                self._held.update(dict.fromkeys(holders, left))
         memory.flags.writeable = True
         return memory, {number for number, (one, other) in enumerate(zip(before, hashes, strict=True)) if one == other}
 
     def _free(self, memory: Any, names: Sequence[str], same: int) -> bool:
         """Whether no variable that stays as it is lies in this memory. What another component of the entry may want is
         left to it, unless something in it is wanted here."""
-        holders = {name for name, held in self._held.items() if any(each[1]() is memory for each in held)}
-        return holders <= (self._replaced.union(names) if same else set(names))
+        allowed = self._replaced.union(names) if same else set(names)
+        return all(
+            allowed.issuperset(holders) or all(each[1]() is not memory for each in held)
+            for held, holders in self._lists(self._held)
+        )
+
+    def _lists(self, names: Iterable[str]) -> list[tuple[list[Held], list[str]]]:
+        """What is held for these names, and by which of them: the names of a component have one list in common."""
+        found: dict[int, tuple[list[Held], list[str]]] = {}
+        for name in names:
+            held = self._held.get(name)
+            if held:
+                found.setdefault(id(held), (held, []))[1].append(name)
+        return list(found.values())
 
     def keep(self, names: Sequence[str], frames: Sequence[tuple[tuple[str, ...], Any]]) -> None:
         """`frames`: hashes and memory of each large frame of a component that is loaded now."""

@@ -78,6 +78,8 @@ def set_attributes(array: Any, attributes: dict[str, Any]) -> None:
 
 def reduce_array(array: Any) -> Any:
     """A reduction of a view onto its owner, or NotImplemented for an array that owns its memory."""
+    if array.base is None:
+        return reduce_owner(array)
     root = owner(array)
     if root is array or root.size == 0 or array.size == 0:
         return _reduce_foreign(array) if root is array and array.size else reduce_owner(array)
@@ -91,8 +93,6 @@ def reduce_array(array: Any) -> Any:
 def _reduce_foreign(array: Any) -> Any:
     """An array on memory of a bytearray or the like stays on it; one on memory that cannot travel is refused."""
     base = array.base
-    if base is None:
-        return reduce_owner(array)
     exporter = base.obj if isinstance(base, memoryview) else base
     torch: Any = sys.modules.get("torch")
     if hasattr(torch, "Tensor") and isinstance(exporter, torch.Tensor):
@@ -121,10 +121,18 @@ def reduce_owner(array: Any) -> Any:
     if array.dtype.hasobject or not (flags.c_contiguous or flags.f_contiguous):
         return NotImplemented if flags.writeable else (*array.__reduce__()[:3], None, None, set_read_only)
     order = "C" if flags.c_contiguous else "F"
+    return rebuild_owner, (_content(array, order), array.dtype, array.shape, order, flags.writeable)
+
+
+SMALL = 4 * 1024
+"""Up to so many bytes are copied into the stream at once: a figure holds thousands of arrays of some numbers."""
+
+
+def _content(array: Any, order: str) -> Any:
+    if array.nbytes <= SMALL:
+        return array.tobytes(order)
     numpy = sys.modules["numpy"]
-    flat = (array if order == "C" else array.T).reshape(-1).view(numpy.uint8) if array.size else b""
-    made = (pickle.PickleBuffer(flat), array.dtype, array.shape, order, bool(flags.writeable))
-    return rebuild_owner, made
+    return pickle.PickleBuffer((array if order == "C" else array.T).reshape(-1).view(numpy.uint8))
 
 
 def set_read_only(array: Any, state: Any) -> None:
@@ -146,6 +154,8 @@ def rebuild_owner(data: Any, dtype: Any, shape: Any, order: str, writeable: bool
         if data.shape != shape:
             data.shape = shape
         array = data
+    elif type(data) is bytes and data:
+        array = numpy.frombuffer(data, dtype).reshape(shape, order=order).copy(order)
     else:
         array = numpy.empty(shape, dtype, order)
         flat = array.reshape(-1, order="A") if array.ndim else array.reshape(1)

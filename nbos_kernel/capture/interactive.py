@@ -3,6 +3,7 @@ magics defined in the notebook."""
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from .settings import Item
@@ -54,10 +55,20 @@ def _inline_backend(shell: Any) -> Any:
 def _traits(shell: Any) -> dict[str, dict[str, Any]]:
     found = {}
     for name, each in _configurables(shell).items():
-        values = {trait: getattr(each, trait) for trait in each.trait_names(config=True) if trait not in _OWN}
+        values = {trait: getattr(each, trait) for trait in _names(each)}
         found[name] = {trait: value for trait, value in values.items() if _plain(value)}
     return found
 
+
+def _names(each: Any) -> tuple[str, ...]:
+    """Of its settings. traitlets finds them anew each time, which costs more than to read them all."""
+    found = _named.get(type(each))
+    if found is None:
+        found = _named[type(each)] = tuple(name for name in each.trait_names(config=True) if name not in _OWN)
+    return found
+
+
+_named: weakref.WeakKeyDictionary[type, tuple[str, ...]] = weakref.WeakKeyDictionary()
 
 _OWN = frozenset({"ipython_dir", "history_length", "logfile", "logappend", "logstart", "parent", "log"})
 """Traits that belong to the process."""

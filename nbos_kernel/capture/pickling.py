@@ -25,7 +25,7 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import cloudpickle
@@ -148,11 +148,20 @@ def _taker(taken: list[memoryview]) -> Callable[[pickle.PickleBuffer], bool]:
     return take
 
 
+def _tables() -> Iterable[Mapping[type, Callable[[Any], Any]]]:
+    """cloudpickle's own reducers and those that libraries registered with copyreg; the last one counts."""
+    return reversed(cloudpickle.Pickler.dispatch_table.maps)
+
+
 class NamespacePickler(cloudpickle.Pickler):
     """Pickles values of the notebook's namespace. One object per stream; `storages` is shared by one capture."""
 
     def __init__(self, file: io.BytesIO, roots: Roots, storages: arrays.Storages) -> None:
         self.buffers: list[memoryview] = []
+        # cloudpickle's is a ChainMap, written in Python, which is asked once for nearly every object.
+        self.dispatch_table: dict[type, Callable[[Any], Any]] = {}
+        for table in _tables():
+            self.dispatch_table.update(table)
         super().__init__(file, protocol=5, buffer_callback=_taker(self.buffers))
         self.roots = roots
         self.storages = storages

@@ -9,8 +9,8 @@ all that the executor does, take processor time from it that they would not take
 
 The host learns what its kernels import, and imports it ahead (docs/warm.md): the first round is *cold*, nothing is
 learnt; before each later one the benchmark waits until the hosts have imported ahead what they want to, and names it.
-Cold and warm rounds are reported apart. `--no-learning` has only cold ones. On machines whose speed wavers (virtual
-ones) the sum of each cell's fastest run tells more than the medians of whole runs.
+Cold and warm rounds are reported apart. `--no-learning` has only cold ones. The ratio of whole notebooks is the median
+of the rounds' ratios; on machines whose speed wavers (virtual ones) the sum of each cell's fastest run tells more.
 """
 
 from __future__ import annotations
@@ -97,12 +97,13 @@ def report(name: str, rounds: list[Round], think: float, replicas: int) -> str:
     results = [(one.plain, one.nbos) for one in rounds]
     totals = [(sum(theirs), sum(ours)) for theirs, ours in results]
     theirs, ours = median(t for t, _ in totals), median(o for _, o in totals)
+    paired = median(o / t for t, o in totals)  # both of a round ran when the machine was about as fast
     pace = f"{replicas} replicas, " + (f"{think:g} s between cells" if think else "no pause between cells")
     table = Table(
         f"{NOTEBOOK.name}, {len(cells())} cells, {pace}, {name}, medians of {len(results)} runs, seconds",
         ("", "plain", "NBOS", "ratio", "bar"),
     )
-    table.add("the whole notebook", f"{theirs:.2f}", f"{ours:.2f}", ratio(ours, theirs), f"< {BAR:g} ×")
+    table.add("the whole notebook", f"{theirs:.2f}", f"{ours:.2f}", f"{paired:.2f} ×", f"< {BAR:g} ×")
     fastest = [sum(map(min, zip(*(found[side] for found in results), strict=True))) for side in (0, 1)]
     table.add("… each cell's fastest run", *(f"{took:.2f}" for took in fastest), ratio(fastest[1], fastest[0]), "")
     by_cell = []

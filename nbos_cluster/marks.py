@@ -1,8 +1,9 @@
 """The mark of a chunk: XXH3 with 64 bits, where the package `xxhash` is there. Several times as fast as its address.
 
 It tells whether bytes are still the ones that they were: two contents have the same by a chance of 2**-64 for each
-comparison. It never tells *which* bytes they are: contents with equal marks can be made on purpose, so nothing is
-stored, found or shared by its mark (that is what `content` is for). Marking lets other threads run.
+comparison. So a replica recognises by it the chunks that it wrote or loaded itself. Contents with equal marks can
+be made on purpose, so nothing is stored or fetched by its mark, nor shared between kernels (`content` is for that).
+Marking lets other threads run.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import pytest
 
+from nbos_kernel.capture.attached import Instances
+
 from .pair import Pair, Side
 
 FRAMES = "import pandas as pd\ndf = pd.DataFrame({'x': [1, 2, 3], 'y': [4, 5, 6]}); "
@@ -197,3 +199,13 @@ def test_a_value_whose_data_is_gone_is_written_again_when_its_cell_runs_again() 
 
 async def _gone(*_: object) -> int:
     raise OSError("gone from the store")
+
+
+def test_a_librarys_constant_is_written_the_same_way_whoever_else_holds_it() -> None:
+    """Else a figure's pickle would depend on which pickles were made before it and are still there."""
+    markers = pytest.importorskip("matplotlib.markers")
+    path = next(value for value in vars(markers).values() if type(value) is markers.Path)
+    before = Instances().reduce(path)
+    held = vars(path)  # as the memo of another pickle does
+    assert Instances().reduce(path) == before
+    del held
